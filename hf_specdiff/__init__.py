@@ -1,0 +1,24 @@
+"""Several times faster `generate` for Hugging Face causal language models, by discrete-diffusion drafting, without changing its output."""
+
+from transformers import AutoConfig
+from transformers import AutoModel
+from transformers import AutoModelForCausalLM
+
+from hf_specdiff.candidate_generator import SpecDiffCandidateGenerator
+from hf_specdiff.configuration_specdiff import SpecDiffConfig
+from hf_specdiff.draft import SpeculationStats
+from hf_specdiff.generate import generate
+from hf_specdiff.modeling_specdiff import SpecDiffDrafter
+
+__version__ = "0.1.0"
+__all__ = [
+    "SpecDiffCandidateGenerator",
+    "SpecDiffConfig",
+    "SpecDiffDrafter",
+    "SpeculationStats",
+    "generate",
+]
+
+AutoConfig.register("specdiff", SpecDiffConfig)
+AutoModel.register(SpecDiffConfig, SpecDiffDrafter)
+AutoModelForCausalLM.register(SpecDiffConfig, SpecDiffDrafter)

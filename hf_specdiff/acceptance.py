@@ -1,0 +1,185 @@
+"""The rules that decide how much of a draft stands, and why each of them is lossless.
+
+Letters: B batch, G drafted tokens, V vocabulary. p_i is the target's law and q_i the drafter's law of token i, both given the
+tokens before it; x is the draft. Knows no model and no cache. Imported by the loop.
+
+A rule is lossless when the text it emits has the target's law. Each rule below is a pair of pure functions, the law of the
+number of accepted tokens and the law of the bonus token; the tests enumerate exactly these functions, and drawing from them is
+all that the public function adds.
+"""
+
+import torch
+
+from .draft import Acceptance
+from .draft import Draft
+from .sampling import draw
+from .sampling import residual
+
+
+def accept_by_match(draft_tokens: torch.Tensor, target_tokens: torch.Tensor) -> Acceptance:
+    """Accept the draft as long as it equals the target's own tokens.
+
+    Every emitted token is one that the target drew, given a prefix that it drew too; the draft only decides how many of
+    them are known after one pass.
+
+    Args:
+        draft_tokens (`torch.Tensor` of shape `(B, G)`, int64): the draft.
+        target_tokens (`torch.Tensor` of shape `(B, G + 1)`, int64): token `i` drawn by the target given the committed text
+            and `draft_tokens[:, :i]`; the most probable one when greedy.
+
+    Returns:
+        `Acceptance`: the run of matches, then the target's token that follows it.
+
+    Lossless when: always, for any draft.
+    Source: sample-and-match, as in arXiv:2602.06036; equal to point-mass rejection for deterministic drafts.
+    """
+    matches = draft_tokens == target_tokens[:, :-1]
+    num_accepted = matches.long().cumprod(dim=1).sum(dim=1)
+    return Acceptance(num_accepted, _row(target_tokens, num_accepted))
+
+
+def accept_by_ratio(draft: Draft, target_probs: torch.Tensor) -> Acceptance:
+    """Accept token i with probability min(1, p_i(x_i) / q_i(x_i)), stop at the first rejection.
+
+    After a rejection the bonus token comes from the residual norm(max(p_i - q_i, 0)), so that token i has the law
+    min(p_i, q_i) + max(p_i - q_i, 0) = p_i; after G acceptances it comes from p_G.
+
+    Args:
+        draft (`Draft`): the draft, `has_prefix_law`.
+        target_probs (`torch.Tensor` of shape `(B, G + 1, V)`, float32): p.
+
+    Returns:
+        `Acceptance`: the accepted run and the bonus token.
+
+    Lossless when: given the accepted prefix, token i was drawn from `draft.probs[:, i]`.
+    Source: arXiv:2211.17192, Algorithm 1.
+    """
+    draft_probs = draft.dense_probs(target_probs.shape[-1])
+    num_accepted = draw(ratio_num_accepted_law(draft.tokens, draft_probs, target_probs))
+    return Acceptance(num_accepted, draw(ratio_bonus_law(draft_probs, target_probs, num_accepted)))
+
+
+def accept_by_block(draft: Draft, target_probs: torch.Tensor) -> Acceptance:
+    """Verify the whole block jointly; never accepts less than the ratio rule in expectation.
+
+    Args:
+        draft (`Draft`): the draft, `has_prefix_law`.
+        target_probs (`torch.Tensor` of shape `(B, G + 1, V)`, float32): p.
+
+    Returns:
+        `Acceptance`: the accepted run and the bonus token.
+
+    Lossless when: given the accepted prefix, token i was drawn from `draft.probs[:, i]`.
+    Source: arXiv:2403.10444, Algorithm 2.
+    """
+    draft_probs = draft.dense_probs(target_probs.shape[-1])
+    num_accepted = draw(block_num_accepted_law(draft.tokens, draft_probs, target_probs))
+    return Acceptance(num_accepted, draw(block_bonus_law(draft.tokens, draft_probs, target_probs, num_accepted)))
+
+
+def ratio_num_accepted_law(
+    draft_tokens: torch.Tensor, draft_probs: torch.Tensor, target_probs: torch.Tensor
+) -> torch.Tensor:
+    """Return P(num_accepted = k | draft) under the ratio rule.
+
+    With a_i = min(1, p_i(x_i) / q_i(x_i)): P(k) = a_1 ... a_k (1 - a_{k+1}) for k < G, and P(G) = a_1 ... a_G.
+
+    Args:
+        draft_tokens (`torch.Tensor` of shape `(B, G)`, int64): x.
+        draft_probs (`torch.Tensor` of shape `(B, G, V)`): q.
+        target_probs (`torch.Tensor` of shape `(B, G + 1, V)`): p.
+
+    Returns:
+        `torch.Tensor` of shape `(B, G + 1)`.
+    """
+    accept = _ratios(draft_tokens, draft_probs, target_probs).clamp(max=1)
+    survive = torch.cat([torch.ones_like(accept[:, :1]), accept.cumprod(dim=1)], dim=1)  # (B, G + 1)
+    reject = torch.cat([1 - accept, torch.ones_like(accept[:, :1])], dim=1)
+    return survive * reject
+
+
+def ratio_bonus_law(draft_probs: torch.Tensor, target_probs: torch.Tensor, num_accepted: torch.Tensor) -> torch.Tensor:
+    """Return the law of the bonus token under the ratio rule.
+
+    Args:
+        draft_probs (`torch.Tensor` of shape `(B, G, V)`): q.
+        target_probs (`torch.Tensor` of shape `(B, G + 1, V)`): p.
+        num_accepted (`torch.Tensor` of shape `(B,)`, int64): k.
+
+    Returns:
+        `torch.Tensor` of shape `(B, V)`: norm(max(p_k - q_k, 0)) for k < G, p_G for k = G.
+    """
+    # Past the last drafted token q is 0, so the residual there is p itself.
+    padded = torch.cat([draft_probs, torch.zeros_like(target_probs[:, :1])], dim=1)
+    return residual(_row(target_probs, num_accepted), _row(padded, num_accepted))
+
+
+def block_weights(draft_tokens: torch.Tensor, draft_probs: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
+    """Return w_0 = 1 and w_i = min(1, w_{i-1} p_i(x_i) / q_i(x_i)), shape `(B, G + 1)`; arguments as above."""
+    ratios = _ratios(draft_tokens, draft_probs, target_probs)
+    weights = [torch.ones_like(target_probs[:, 0, 0])]
+    for i in range(draft_tokens.shape[1]):
+        weights.append((weights[-1] * ratios[:, i]).clamp(max=1))
+    return torch.stack(weights, dim=1)
+
+
+def block_num_accepted_law(
+    draft_tokens: torch.Tensor, draft_probs: torch.Tensor, target_probs: torch.Tensor
+) -> torch.Tensor:
+    """Return P(num_accepted = k | draft) under block verification.
+
+    With S_i = sum_x max(w_i p_{i+1}(x) - q_{i+1}(x), 0), h_i = S_i / (S_i + 1 - w_i) for i < G and h_G = w_G, the accepted
+    length is the largest i whose own coin of bias h_i shows heads: P(k) = h_k (1 - h_{k+1}) ... (1 - h_G), h_0 = 1.
+
+    Args:
+        draft_tokens (`torch.Tensor` of shape `(B, G)`, int64): x.
+        draft_probs (`torch.Tensor` of shape `(B, G, V)`): q.
+        target_probs (`torch.Tensor` of shape `(B, G + 1, V)`): p.
+
+    Returns:
+        `torch.Tensor` of shape `(B, G + 1)`.
+    """
+    weights = block_weights(draft_tokens, draft_probs, target_probs)
+    excess = (weights[:, :-1, None] * target_probs[:, :-1] - draft_probs).clamp(min=0).sum(dim=-1)  # (B, G)
+    # In this order of operations rounding cannot push the bias above 1.
+    denominator = excess + (1 - weights[:, :-1])
+    # 0 / 0 means w_i = 1 and p = q: the next coin shows heads with probability 1, so this one is never asked.
+    heads = torch.where(denominator > 0, excess / denominator.clamp(min=torch.finfo(excess.dtype).tiny), 1.0)
+    heads = torch.cat([torch.ones_like(heads[:, :1]), heads[:, 1:], weights[:, -1:]], dim=1)  # (B, G + 1)
+    tails_after = (1 - heads).flip(1).cumprod(dim=1).flip(1)  # (B, G + 1)
+    tails_after = torch.cat([tails_after[:, 1:], torch.ones_like(heads[:, :1])], dim=1)
+    return heads * tails_after
+
+
+def block_bonus_law(
+    draft_tokens: torch.Tensor, draft_probs: torch.Tensor, target_probs: torch.Tensor, num_accepted: torch.Tensor
+) -> torch.Tensor:
+    """Return the law of the bonus token under block verification.
+
+    Args:
+        draft_tokens (`torch.Tensor` of shape `(B, G)`, int64): x.
+        draft_probs (`torch.Tensor` of shape `(B, G, V)`): q.
+        target_probs (`torch.Tensor` of shape `(B, G + 1, V)`): p.
+        num_accepted (`torch.Tensor` of shape `(B,)`, int64): k.
+
+    Returns:
+        `torch.Tensor` of shape `(B, V)`: norm(max(w_k p_k - q_k, 0)) for k < G, p_G for k = G.
+    """
+    weights = _row(block_weights(draft_tokens, draft_probs, target_probs), num_accepted)
+    is_last = num_accepted == draft_tokens.shape[1]
+    scale = torch.where(is_last, torch.ones_like(weights), weights)
+    padded = torch.cat([draft_probs, torch.zeros_like(target_probs[:, :1])], dim=1)
+    return residual(scale[:, None] * _row(target_probs, num_accepted), _row(padded, num_accepted))
+
+
+def _ratios(draft_tokens: torch.Tensor, draft_probs: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
+    """Return p_i(x_i) / q_i(x_i), shape `(B, G)`. q_i(x_i) is positive: x_i was drawn from it."""
+    index = draft_tokens[:, :, None]
+    p = target_probs[:, :-1].gather(2, index).squeeze(2)
+    q = draft_probs.gather(2, index).squeeze(2)
+    return p / q.clamp(min=torch.finfo(q.dtype).tiny)
+
+
+def _row(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return `table[b, index[b]]` for every b; `table` is `(B, R, ...)`, `index` is `(B,)`."""
+    return table[torch.arange(len(index), device=index.device), index]

@@ -1,0 +1,78 @@
+"""The drafter's configuration.
+
+Knows the names and the legal values of a drafter's fields, nothing about tensors. Any file may import it.
+"""
+
+from transformers import Qwen3Config
+
+
+class SpecDiffConfig(Qwen3Config):
+    """Describe a discrete-diffusion drafter; the network's fields carry the names of Llama and Qwen configs.
+
+    The body is Qwen3's (RMSNorm on queries and keys, gated MLP, rotary positions), so `hidden_size`, `num_hidden_layers`,
+    `num_attention_heads`, `num_key_value_heads`, `head_dim`, `rms_norm_eps`, `rope_parameters` and the rest mean what they
+    mean there. `vocab_size` and the bos, eos and pad ids are the target's: pipelines refuse an assistant whose ids differ.
+
+    Args:
+        block_size (`int`): slots of one drafter pass: the anchor and `block_size - 1` drafted tokens. At least 2.
+        mask_token_id (`int`): the id that stands for "not yet known". Feature-conditioned: a row of the target's embedding.
+            Token-conditioned: a row of the drafter's own embedding, inside `vocab_size` or beyond it. Never drafted.
+        target_layer_ids (`list[int]`, *optional*): 0-based target layers whose outputs condition the drafter; the entry `i`
+            reads `hidden_states[i + 1]`. `None`: a token-conditioned drafter with an embedding and a head of its own.
+        num_target_layers (`int`, *optional*): layers of the target that the drafter was made for.
+
+    Raises:
+        ValueError: if a field is out of range.
+
+    Source: arXiv:2408.05636 (token-conditioned), arXiv:2602.06036 (feature-conditioned).
+    """
+
+    model_type = "specdiff"
+
+    block_size: int = 16
+    mask_token_id: int | None = None
+    target_layer_ids: list[int] | None = None
+    num_target_layers: int | None = None
+
+    def __post_init__(self, **kwargs) -> None:
+        """Fill the host's defaults, then check the drafter's own fields."""
+        super().__post_init__(**kwargs)
+        self._check_block()
+        self._check_target_layers()
+
+    @property
+    def is_feature_conditioned(self) -> bool:
+        """Whether the drafter reads the target's hidden states."""
+        return self.target_layer_ids is not None
+
+    @property
+    def max_gamma(self) -> int:
+        """The most tokens that one pass drafts."""
+        return self.block_size - 1
+
+    def _check_block(self) -> None:
+        if not isinstance(self.block_size, int) or self.block_size < 2:
+            raise ValueError(
+                f"`block_size` must be an integer of at least 2 (the anchor and one drafted token), got {self.block_size!r}."
+            )
+        if self.mask_token_id is None:
+            return
+        if self.mask_token_id < 0:
+            raise ValueError(f"`mask_token_id` must not be negative, got {self.mask_token_id}.")
+        if self.is_feature_conditioned and self.mask_token_id >= self.vocab_size:
+            raise ValueError(
+                f"`mask_token_id` must be a row of the target's embedding for a feature-conditioned drafter, got "
+                f"{self.mask_token_id} with `vocab_size` {self.vocab_size}. Choose an id that the target never writes."
+            )
+
+    def _check_target_layers(self) -> None:
+        layer_ids, num_layers = self.target_layer_ids, self.num_target_layers
+        if layer_ids is None:
+            return
+        if not layer_ids or min(layer_ids) < 0 or len(set(layer_ids)) != len(layer_ids):
+            raise ValueError(f"`target_layer_ids` must name different layers, counted from 0, got {layer_ids}.")
+        if num_layers is not None and max(layer_ids) >= num_layers:
+            raise ValueError(
+                f"`target_layer_ids` must be below `num_target_layers` = {num_layers}, got {layer_ids}. Was the drafter made "
+                "for another target?"
+            )

@@ -1,0 +1,156 @@
+"""The value objects that pass between drafter, rule and loop.
+
+Letters: B batch, G drafted tokens (gamma), V vocabulary. Knows no model and draws nothing. Any file may import it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Drafted tokens together with the law they were drawn from.
+
+    Attributes:
+        tokens (`torch.Tensor` of shape `(B, G)`, int64): the drafted tokens.
+        probs (`torch.Tensor` of shape `(B, G, V)`, float32, *optional*): the probabilities that `tokens` were really drawn
+            from. `None`: nothing was drawn, each token is a function of the committed text, that is a point mass on it.
+        has_prefix_law (`bool`): whether, given the accepted prefix, token `i` has the law `probs[:, i]`. True for the
+            marginals of one pass, for left-to-right reveals and for point masses; false for tokens drawn out of order. The
+            ratio and the block rule need it, the match rule does not.
+    """
+
+    tokens: torch.Tensor
+    probs: torch.Tensor | None
+    has_prefix_law: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """G, the drafted tokens of a sequence."""
+        return self.tokens.shape[1]
+
+    def to(self, device: torch.device) -> "Draft":
+        """Return the draft on another device."""
+        if self.tokens.device == device:
+            return self
+        probs = None if self.probs is None else self.probs.to(device)
+        return Draft(self.tokens.to(device), probs, self.has_prefix_law)
+
+    def dense_probs(self, vocab_size: int) -> torch.Tensor:
+        """Return `probs`, with a point mass written out.
+
+        Args:
+            vocab_size (`int`): V.
+
+        Returns:
+            `torch.Tensor` of shape `(B, G, V)`, float32.
+        """
+        if self.probs is not None:
+            return self.probs
+        return torch.nn.functional.one_hot(self.tokens, vocab_size).float()
+
+    def scores(self, vocab_size: int) -> torch.Tensor:
+        """Return log-probabilities whose softmax is the law of the tokens, in nats; what the host calls candidate logits.
+
+        Args:
+            vocab_size (`int`): V.
+
+        Returns:
+            `torch.Tensor` of shape `(B, G, V)`, float32, minus infinity where the probability is 0.
+        """
+        return self.dense_probs(vocab_size).log()
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What a rule decided about a draft.
+
+    Attributes:
+        num_accepted (`torch.Tensor` of shape `(B,)`, int64): drafted tokens accepted, 0 to G; the bonus is not counted.
+        bonus_token (`torch.Tensor` of shape `(B,)`, int64): the token that the target adds after them.
+    """
+
+    num_accepted: torch.Tensor
+    bonus_token: torch.Tensor
+
+    def new_tokens(self, draft_tokens: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of the round, for a batch whose rows accepted the same number.
+
+        Args:
+            draft_tokens (`torch.Tensor` of shape `(B, G)`, int64): the draft.
+
+        Returns:
+            `torch.Tensor` of shape `(B, num_accepted + 1)`, int64: accepted tokens, then the bonus token.
+        """
+        num_accepted = int(self.num_accepted[0])  # device sync: the round's only one
+        return torch.cat([draft_tokens[:, :num_accepted], self.bonus_token[:, None]], dim=1)
+
+
+@dataclass(slots=True)
+class SpeculationStats:
+    """What a call to `generate` did, round by round.
+
+    A round's `num_accepted` is the number of tokens that it added to the text less one: the last of them counts as the bonus
+    token, also where an end of the text fell inside the accepted window.
+
+    Attributes:
+        draft_shape (`str`): the shape that was used.
+        acceptance (`str`): the rule that was used.
+        num_drafted (`list[list[int]]`): for each round and sequence, tokens drafted.
+        num_accepted (`list[list[int]]`): for each round and sequence, drafted tokens kept.
+        prefill_seconds (`float`): the target's pass over the prompt.
+        drafter_seconds (`float`): all drafter passes.
+        target_seconds (`float`): all target passes after the prefill.
+        total_seconds (`float`): the whole decoding, prefill included.
+    """
+
+    draft_shape: str
+    acceptance: str
+    num_drafted: list[list[int]]
+    num_accepted: list[list[int]]
+    prefill_seconds: float = 0.0
+    drafter_seconds: float = 0.0
+    target_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds: one draft and one target pass each."""
+        return len(self.num_accepted)
+
+    @property
+    def num_drafted_tokens(self) -> int:
+        """Drafted tokens over all rounds and sequences."""
+        return sum(map(sum, self.num_drafted))
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Mean tokens that a round adds, the bonus included (tau, block efficiency); 0 without rounds."""
+        accepted = [count for row in self.num_accepted for count in row]
+        return sum(accepted) / len(accepted) + 1 if accepted else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over drafted tokens; 0 without drafts."""
+        return sum(map(sum, self.num_accepted)) / max(self.num_drafted_tokens, 1)
+
+    @property
+    def acceptance_per_position(self) -> list[float]:
+        """For each window position, the share of the windows reaching so far in which it was accepted."""
+        pairs = [
+            pair
+            for drafted, accepted in zip(self.num_drafted, self.num_accepted, strict=True)
+            for pair in zip(drafted, accepted, strict=True)
+        ]
+        longest = max((drafted for drafted, _ in pairs), default=0)
+        shares = []
+        for position in range(longest):
+            reached = [accepted > position for drafted, accepted in pairs if drafted > position]
+            shares.append(sum(reached) / len(reached))
+        return shares
+
+    @property
+    def other_seconds(self) -> float:
+        """Time that was spent neither in the drafter nor in the target."""
+        return self.total_seconds - self.prefill_seconds - self.drafter_seconds - self.target_seconds

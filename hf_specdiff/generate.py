@@ -1,0 +1,202 @@
+"""The entry: every argument of `model.generate`, checked once, then the host's own preparation and our loop.
+
+Knows the host's `generate` and how it calls a custom loop. Imports no modelling file: a drafter object is passed in, and one
+loaded from the Hub is of another class than the installed one. This file is also a Hub repository's
+`custom_generate/generate.py`.
+"""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers import GenerationMixin
+from transformers import LogitsProcessorList
+from transformers import StoppingCriteriaList
+from transformers import StopStringCriteria
+from transformers.generation import SynthIDTextWatermarkLogitsProcessor
+from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from .decoding import run
+from .drafters import make_drafter
+from .speculation import SPECULATION_ARGUMENTS
+from .speculation import resolve_speculation
+from .stopping import StopCheck
+from .target import Target
+
+# They carry a state from call to call that rejected tokens would spoil.
+STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+
+
+def generate(
+    model: Any, inputs: torch.Tensor | None = None, *, assistant_model: Any, **kwargs: Any
+) -> GenerateDecoderOnlyOutput | torch.Tensor:
+    """Generate what `model.generate` would, several times faster.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target, a decoder-only language model that can take tokens back.
+        inputs (`torch.Tensor` of shape `(1, L)`, int64, *optional*): the prompt; or `input_ids`, as for `model.generate`.
+        assistant_model (`SpecDiffDrafter`): the drafter, made for this target.
+        **kwargs: all arguments of `model.generate`, and those of speculation, each with the drafter's own default:
+            `gamma` (`int`): tokens drafted per round, by default `block_size - 1`;
+            `num_denoising_steps` (`int`): drafter passes per round, by default 1;
+            `reveal_order` (`str`): `"confidence"` (default) or `"left_to_right"`, for more than one denoising step;
+            `draft_shape` (`str`): `"chain"` or `"auto"` (default);
+            `draft_temperature` (`float`): of the draft distribution, by default 1.0; 0 drafts the most probable tokens;
+            `acceptance` (`str`): `"match"`, `"ratio"`, `"block"` or `"auto"` (default: block where it is lossless and tokens are
+            drawn, else match).
+
+    Returns:
+        What `model.generate` returns. With `return_dict_in_generate=True` the output also has `.speculation`, a
+        `SpeculationStats`.
+
+    Raises:
+        TypeError: if `assistant_model` is no drafter.
+        ValueError: if target and drafter do not fit, or an argument is out of range or would not be lossless.
+        NotImplementedError: for batches, beams and models whose state cannot be rolled back.
+
+    Lossless when: always; what would not be is refused. Greedy tokens equal `model.generate`'s in float32; in lower precision
+    near-ties can flip, as they do between any two batch shapes. Processors and criteria must be functions of ids and scores.
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) == "specdiff":
+        # A drafter loaded from a Hub repository that also holds this file gets it as its `generate`.
+        return type(model).generate(model, inputs, **kwargs)
+    _check_pair(model, assistant_model)
+    _check_prompt(inputs if inputs is not None else kwargs.get("input_ids"), assistant_model)
+    arguments = {name: kwargs.pop(name) for name in SPECULATION_ARGUMENTS if name in kwargs}
+    streamer = kwargs.pop("streamer", None)
+    kwargs = _with_stop_strings(model, kwargs)
+
+    # The host hands a callable only the arguments that it names, and drops `assistant_model` and `streamer`, so they are bound
+    # here (transformers 5.17 to 5.23).
+    def speculative_loop(
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | torch.Tensor:
+        _check_call(input_ids, logits_processor, generation_config, model_kwargs)
+        speculation = resolve_speculation(arguments, assistant_model, do_sample=generation_config.do_sample)
+        max_length = generation_config.max_length
+        drafter = make_drafter(assistant_model, model, speculation, logits_processor, max_length)
+        target = Target(model, generation_config, model_kwargs, drafter.target_layer_ids)
+        wants_scores = generation_config.return_dict_in_generate and generation_config.output_scores
+        stop = StopCheck(stopping_criteria, keep_scores=bool(wants_scores))
+        output = run(target, drafter, speculation, stop, logits_processor, input_ids, streamer)
+        return output if generation_config.return_dict_in_generate else output.sequences
+
+    return GenerationMixin.generate(model, inputs, streamer=streamer, custom_generate=speculative_loop, **kwargs)
+
+
+def _check_pair(model: Any, drafter: Any) -> None:
+    """Refuse a drafter that was not made for this target."""
+    config = getattr(drafter, "config", None)
+    if getattr(config, "model_type", None) != "specdiff":
+        raise TypeError(
+            f"`assistant_model` must be a SpecDiffDrafter, got {type(drafter).__name__}. Load one with "
+            "AutoModelForCausalLM.from_pretrained after `import hf_specdiff`, or pass other assistants to model.generate."
+        )
+    if model.config.is_encoder_decoder:
+        raise NotImplementedError(f"`model` must be a decoder-only language model, got {type(model).__name__}.")
+    if getattr(model, "_is_stateful", False):
+        raise NotImplementedError(
+            f"`model` must be able to take tokens back, got {type(model).__name__}, which keeps a recurrent state. "
+            "Use plain model.generate for it."
+        )
+    target_config = model.config.get_text_config()
+    if config.vocab_size != target_config.vocab_size:
+        raise ValueError(
+            f"`assistant_model` must have the target's vocabulary of {target_config.vocab_size} tokens, got {config.vocab_size}. "
+            "Use a drafter that was made for this target."
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        own, theirs = getattr(config, name, None), getattr(target_config, name, None)
+        if own != theirs:
+            raise ValueError(
+                f"`assistant_model` must have the target's `{name}` {theirs}, got {own}. Use a drafter that was made for this "
+                "target, or correct the drafter's config."
+            )
+    if config.mask_token_id is None:
+        raise ValueError("`assistant_model` must have a `mask_token_id` in its config, got None.")
+    _check_layers(model, target_config, config)
+
+
+def _check_layers(model: Any, target_config: Any, config: Any) -> None:
+    """Refuse a feature-conditioned drafter whose layers or width the target does not have."""
+    if config.target_layer_ids is None:
+        return
+    if max(config.target_layer_ids) >= target_config.num_hidden_layers:
+        raise ValueError(
+            f"`assistant_model` must read layers that the target has (0 to {target_config.num_hidden_layers - 1}), got "
+            f"`target_layer_ids` {config.target_layer_ids}. Use a drafter that was made for this target."
+        )
+    if config.hidden_size != target_config.hidden_size:
+        raise ValueError(
+            f"`assistant_model` must have the target's `hidden_size` {target_config.hidden_size} to borrow its embedding, got "
+            f"{config.hidden_size}. Use a drafter that was made for this target."
+        )
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"`model` must have a language-modelling head, got {type(model).__name__}.")
+
+
+def _check_prompt(input_ids: torch.Tensor | None, drafter: Any) -> None:
+    """Refuse a prompt that is empty or holds the mask."""
+    if input_ids is None:
+        return
+    if input_ids.shape[-1] == 0:
+        raise ValueError("`input_ids` must hold at least one token, got an empty prompt. Pass the bos token to start from nothing.")
+    mask_token_id = drafter.config.mask_token_id
+    if bool((input_ids == mask_token_id).any()):
+        raise ValueError(
+            f"`input_ids` must not hold the drafter's mask id {mask_token_id}, which means 'not yet known'. Take it out of the prompt."
+        )
+
+
+def _check_call(
+    input_ids: torch.Tensor,
+    processors: LogitsProcessorList,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """Refuse what the loop does not do, before any pass; the host has merged all settings by now."""
+    if config.num_beams > 1:
+        raise NotImplementedError(f"`num_beams` must be 1, got {config.num_beams}. Use plain model.generate for beam search.")
+    if input_ids.shape[0] != 1:
+        raise NotImplementedError(
+            f"`input_ids` must be one sequence and `num_return_sequences` 1, got {input_ids.shape[0]} sequences. Call generate once "
+            "for each prompt."
+        )
+    if input_ids.shape[1] == 0:
+        raise ValueError("`input_ids` must hold at least one token, got an empty prompt (`inputs_embeds` cannot be drafted from).")
+    if not model_kwargs.get("use_cache", True) or model_kwargs.get("past_key_values") is None:
+        raise ValueError("`use_cache` must be True, got False. Rounds build on the keys and values of the committed text.")
+    if config.output_attentions or config.output_hidden_states:
+        raise NotImplementedError(
+            "`output_attentions` and `output_hidden_states` must be False, got True. Use plain model.generate for them."
+        )
+    for processor in processors:
+        if isinstance(processor, STATEFUL_PROCESSORS):
+            raise NotImplementedError(
+                f"`logits_processor` must be functions of ids and scores, got {type(processor).__name__}, which keeps a state that "
+                "rejected tokens would spoil. Leave its setting out or use plain model.generate."
+            )
+
+
+def _with_stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Turn `stop_strings` into the host's criterion: a custom loop is never handed the tokenizer that they need."""
+    tokenizer = kwargs.pop("tokenizer", None)
+    config = kwargs.get("generation_config")
+    stop_strings = kwargs.pop("stop_strings", None)
+    if stop_strings is None and config is not None and config.stop_strings is not None:
+        kwargs["generation_config"] = config = deepcopy(config)
+        stop_strings, config.stop_strings = config.stop_strings, None
+    if stop_strings is None:
+        return kwargs
+    if tokenizer is None:
+        raise ValueError(f"`tokenizer` must be given together with `stop_strings`, got stop_strings={stop_strings!r} alone.")
+    criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
+    criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    return {**kwargs, "stopping_criteria": criteria}

@@ -1,0 +1,349 @@
+"""The drafter network: a masked-diffusion transformer over one window, conditioned on tokens or on the target's features.
+
+Letters: B batch, C new context tokens, Q window slots, S all keys, V vocabulary, D hidden size, K target layers read. Knows one
+forward pass and how the host's stock loop calls a drafter; knows nothing of acceptance. Imported by the package's front only.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers import GenerationConfig
+from transformers import GenerationMixin
+from transformers import LogitsProcessorList
+from transformers import PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
+from transformers.models.qwen3.modeling_qwen3 import rotate_half
+from transformers.utils import ModelOutput
+
+from .candidate_generator import SpecDiffCandidateGenerator
+from .configuration_specdiff import SpecDiffConfig
+from .speculation import resolve_speculation
+
+
+@dataclass
+class SpecDiffDrafterOutput(ModelOutput):
+    """What one pass of the network returns.
+
+    Attributes:
+        last_hidden_state (`torch.Tensor` of shape `(B, C + Q, D)` or `(B, Q, D)`): after the final norm; token-conditioned
+            drafters return the context's states too.
+        logits (`torch.Tensor` of shape `(B, R, V)`, *optional*): token-conditioned only, for the last R positions.
+        past_key_values (`transformers.Cache`, *optional*): the cache that was passed, context and window appended.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+class SpecDiffAttention(nn.Module):
+    """Attention of the window over cached context, new context and itself.
+
+    New context enters either as extra keys and values only (`context_states`, feature-conditioned), or as ordinary queries
+    in front of the window (token-conditioned).
+    """
+
+    def __init__(self, config: SpecDiffConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = False  # who sees whom is the mask's business
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        context_states: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, Q, D)`): the queries.
+            context_states (`torch.Tensor` of shape `(B, C, D)`, *optional*): keys and values in front of the queries' own.
+            position_embeddings (`tuple`): cosine and sine, each `(B or 1, C + Q, head_dim)`.
+            attention_mask (`torch.Tensor`, *optional*): broadcastable to `(B, 1, Q, S)`; `None`: everyone sees everything.
+            past_key_values (`transformers.Cache`, *optional*): keys and values are appended to it.
+
+        Returns:
+            `torch.Tensor` of shape `(B, Q, D)`.
+        """
+        batch_size, num_queries, _ = hidden_states.shape
+        sources = hidden_states if context_states is None else torch.cat([context_states, hidden_states], dim=1)
+        heads = (batch_size, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(batch_size, num_queries, *heads[1:])).transpose(1, 2)
+        key = self.k_norm(self.k_proj(sources).view(batch_size, sources.shape[1], *heads[1:])).transpose(1, 2)
+        value = self.v_proj(sources).view(batch_size, sources.shape[1], *heads[1:]).transpose(1, 2)
+        cos, sin = (table.unsqueeze(1) for table in position_embeddings)
+        # The queries are the last of the sources, so they own the last positions.
+        query = query * cos[:, :, -num_queries:] + rotate_half(query) * sin[:, :, -num_queries:]
+        key = key * cos + rotate_half(key) * sin
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        mixed, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
+        return self.o_proj(mixed.reshape(batch_size, num_queries, -1))
+
+
+class SpecDiffLayer(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: SpecDiffConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = SpecDiffAttention(config, layer_idx)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        context_states: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        """Run the layer; arguments and result as `SpecDiffAttention.forward`."""
+        mixed = self.self_attn(
+            self.input_layernorm(hidden_states), context_states, position_embeddings, attention_mask, past_key_values
+        )
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
+    """A discrete-diffusion drafter.
+
+    Give it to `generate` as `assistant_model`. One network, two conditionings (`SpecDiffConfig.target_layer_ids`): on tokens,
+    with an embedding and a head of its own; or on the target's hidden states, with the target's embedding and head and weight
+    names as in published DFlash checkpoints.
+
+    Args:
+        config (`SpecDiffConfig`): the drafter's shape.
+
+    Source: arXiv:2408.05636; feature conditioning arXiv:2602.06036.
+    """
+
+    config_class = SpecDiffConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["SpecDiffLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+
+    def __init__(self, config: SpecDiffConfig) -> None:
+        super().__init__(config)
+        if config.is_feature_conditioned:
+            self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+            self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        else:
+            num_embeddings = max(config.vocab_size, (config.mask_token_id or 0) + 1)
+            self.embed_tokens = nn.Embedding(num_embeddings, config.hidden_size)
+            self.lm_head = nn.Linear(config.hidden_size, num_embeddings, bias=False)
+        self.layers = nn.ModuleList([SpecDiffLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.post_init()
+        self._set_assistant_defaults()
+
+    def _set_assistant_defaults(self) -> None:
+        """Tell the host's stock loop to ask for one whole window per round, always."""
+        config = self.generation_config
+        config.num_assistant_tokens = getattr(config, "gamma", None) or self.config.max_gamma
+        config.num_assistant_tokens_schedule = "constant"
+        config.assistant_confidence_threshold = 0.0
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """Return the drafter's own embedding; `None` if it uses the target's."""
+        return getattr(self, "embed_tokens", None)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the drafter's own head; `None` if it uses the target's."""
+        return getattr(self, "lm_head", None)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        noise_embeds: torch.Tensor | None = None,
+        context_hidden_states: torch.Tensor | None = None,
+        window_size: int | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> SpecDiffDrafterOutput:
+        """Run one pass over new context and a window.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, C + Q)`, int64, *optional*): token-conditioned: new context, then the
+                window [anchor, masks].
+            attention_mask (`torch.Tensor`, *optional*): `(B, S)`, 0 on padding, over all keys, cached ones included; or
+                `(B, 1, queries, S)`, bool, true where a query sees a key, which then is the whole truth (training: many windows
+                under one mask). `None`: no padding.
+            position_ids (`torch.Tensor` of shape `(B or 1, C + Q)`, int64, *optional*): of new context and window; by default
+                they go on from the cache.
+            past_key_values (`transformers.Cache`, *optional*): context seen before. Context and window are appended; the caller
+                rolls the window back.
+            noise_embeds (`torch.Tensor` of shape `(B, Q, D)`, *optional*): feature-conditioned: the target's embeddings of the
+                window; the host's own DFlash loop calls with this and the next argument.
+            context_hidden_states (`torch.Tensor` of shape `(B, C, K * D)`, *optional*): feature-conditioned: hidden states of
+                the new context, joined over the target's layers.
+            window_size (`int`, *optional*): Q, for token-conditioned drafters; by default `block_size`. Context tokens see
+                the tokens before them, window slots see everything.
+            logits_to_keep (`int`): logits of the last so many positions only; 0 for all.
+            **kwargs: what hosts pass to every model (`use_cache` and the like); ignored.
+
+        Returns:
+            `SpecDiffDrafterOutput`: the states, and the logits of a token-conditioned drafter.
+
+        Raises:
+            ValueError: if the arguments are those of the other conditioning.
+        """
+        if self.config.is_feature_conditioned:
+            if noise_embeds is None:
+                raise ValueError(
+                    "`noise_embeds` must be given to a feature-conditioned drafter, got `input_ids` alone. It has no embedding of "
+                    "its own: use hf_specdiff.generate(target, ..., assistant_model=drafter)."
+                )
+            hidden_states, window_size = noise_embeds, noise_embeds.shape[1]
+            context_states = None
+            if context_hidden_states is not None:
+                context_states = self.hidden_norm(self.fc(context_hidden_states))
+        else:
+            if input_ids is None:
+                raise ValueError("`input_ids` must be given to a token-conditioned drafter, got none.")
+            hidden_states, context_states = self.embed_tokens(input_ids), None
+            window_size = min(window_size or self.config.block_size, input_ids.shape[1])
+
+        num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        num_new = hidden_states.shape[1] + (0 if context_states is None else context_states.shape[1])
+        if position_ids is None:
+            position_ids = torch.arange(num_cached, num_cached + num_new, device=hidden_states.device)[None]
+        mask = self._prepare_mask(attention_mask, hidden_states, num_cached + num_new, window_size)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, context_states, position_embeddings, mask, past_key_values)
+        hidden_states = self.norm(hidden_states)
+        logits = None
+        if not self.config.is_feature_conditioned:
+            logits = self.lm_head(hidden_states[:, -logits_to_keep:])[..., : self.config.vocab_size]
+        return SpecDiffDrafterOutput(hidden_states, logits, past_key_values)
+
+    def _prepare_mask(
+        self, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor, num_keys: int, window_size: int
+    ) -> torch.Tensor | None:
+        """Return the mask in the form that the attention implementation reads, `(B or 1, 1, Q, S)`, or `None`.
+
+        Queries: context tokens (if any), then window slots. Keys: cached context, new context, window. A context query sees
+        the keys up to itself; a window query sees all; nobody sees padding; everybody sees itself.
+        """
+        num_queries = hidden_states.shape[1]
+        allowed = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
+        if allowed is None:
+            if attention_mask is None and num_queries == window_size:
+                return None
+            own_key = torch.arange(num_keys - num_queries, num_keys, device=hidden_states.device)[:, None]
+            keys = torch.arange(num_keys, device=hidden_states.device)[None]
+            allowed = (keys <= own_key) | (own_key >= num_keys - window_size)
+            if attention_mask is not None:
+                # A query on padding would otherwise see nothing at all, and its softmax would be NaN.
+                allowed = (allowed & attention_mask[:, None].bool()) | (keys == own_key)
+            allowed = allowed.view(-1, 1, num_queries, num_keys)
+        implementation = self.config._attn_implementation or "eager"
+        if "flash" in implementation:
+            raise ValueError(
+                f"`attn_implementation` {implementation!r} reads no mask, and this pass needs one (padding, or context tokens of a "
+                "token-conditioned drafter). Load the drafter with attn_implementation='sdpa'."
+            )
+        if implementation == "sdpa":
+            return allowed
+        # Eager and flex attention add the mask to the scores.
+        return torch.zeros_like(allowed, dtype=hidden_states.dtype).masked_fill(
+            ~allowed, torch.finfo(hidden_states.dtype).min
+        )
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: list | None = None,
+        *,
+        input_ids: torch.Tensor | None = None,
+        max_new_tokens: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput:
+        """Draft one window; what the host's stock loop calls when the drafter is its `assistant_model`.
+
+        Args:
+            inputs (`torch.Tensor` of shape `(B, L)`, int64, *optional*): committed text; or `input_ids`.
+            generation_config (`GenerationConfig`, *optional*): the target's; says whether to sample.
+            logits_processor (`list`, *optional*): the target's processors.
+            input_ids (`torch.Tensor` of shape `(B, L)`, int64, *optional*): committed text.
+            max_new_tokens (`int`, *optional*): most tokens to draft.
+            attention_mask (`torch.Tensor` of shape `(B, L)`, int64, *optional*): 0 on left padding.
+            past_key_values (`transformers.Cache`, *optional*): what the last call returned.
+            **kwargs: what else the host passes; the drafter has no use for it.
+
+        Returns:
+            `GenerateDecoderOnlyOutput`: `sequences` (text and draft), `scores` (for each drafted token the log-probabilities it
+            was really drawn from, a point mass for argmax drafts) and `past_key_values`.
+
+        Raises:
+            ValueError: for a feature-conditioned drafter, which this loop never shows the target.
+
+        Lossless when: the host applies the ratio test to `scores`, as it does; settings for which it would not be are refused.
+        """
+        if self.config.is_feature_conditioned:
+            raise ValueError(
+                "`assistant_model` must be a token-conditioned drafter in transformers' own loop, got a feature-conditioned one: "
+                "that loop never shows it the target's hidden states. Use hf_specdiff.generate(target, ..., "
+                "assistant_model=drafter), hf_specdiff.attach(target) or custom_generate=<the drafter's Hub repository>."
+            )
+        input_ids = inputs if input_ids is None else input_ids
+        do_sample = bool(generation_config is not None and generation_config.do_sample)
+        gamma = self.config.max_gamma if max_new_tokens is None else max_new_tokens
+        arguments = {"gamma": gamma, "acceptance": "ratio"}
+        steps = getattr(self.generation_config, "num_denoising_steps", None)
+        if steps is not None:
+            arguments["num_denoising_steps"] = min(steps, gamma)
+        generator = SpecDiffCandidateGenerator(
+            self,
+            speculation=resolve_speculation(arguments, self, do_sample=do_sample),
+            logits_processor=LogitsProcessorList(logits_processor or []),
+            model_kwargs={"attention_mask": attention_mask},
+            past_key_values=past_key_values,
+        )
+        sequences, scores = generator.get_candidates(input_ids)
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=tuple(scores.unbind(dim=1)),
+            past_key_values=generator.drafter.cache,
+        )

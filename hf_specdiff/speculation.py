@@ -1,0 +1,113 @@
+"""The arguments of speculation, their defaults, and which of them may be combined.
+
+Knows no tensors. Imported by the drafters, the loop and the entry.
+"""
+
+from dataclasses import dataclass
+from dataclasses import fields
+from dataclasses import replace
+from typing import Any
+
+from .denoising import REVEAL_ORDERS
+
+DRAFT_SHAPES = ("auto", "chain")
+ACCEPTANCES = ("auto", "match", "ratio", "block")
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """How to draft and how to accept, every choice made and checked.
+
+    Attributes:
+        gamma (`int`): tokens drafted per round, 1 to the drafter's `block_size - 1`.
+        num_denoising_steps (`int`): drafter passes per round, 1 to gamma.
+        reveal_order (`str`): `"confidence"` or `"left_to_right"`; with one denoising step both are the same.
+        draft_shape (`str`): `"chain"`.
+        draft_temperature (`float`): of the draft distribution; 0 drafts the most probable tokens.
+        acceptance (`str`): `"match"`, `"ratio"` or `"block"`.
+    """
+
+    gamma: int
+    num_denoising_steps: int = 1
+    reveal_order: str = "confidence"
+    draft_shape: str = "chain"
+    draft_temperature: float = 1.0
+    acceptance: str = "match"
+
+    @property
+    def reveals_in_order(self) -> bool:
+        """Whether a token is never drawn looking at a token to its right."""
+        return self.num_denoising_steps == 1 or self.reveal_order == "left_to_right"
+
+
+SPECULATION_ARGUMENTS = tuple(field.name for field in fields(SpeculationConfig))
+
+
+def resolve_speculation(arguments: dict[str, Any], drafter: Any, *, do_sample: bool) -> SpeculationConfig:
+    """Fill in defaults and refuse what is out of range or would not be lossless.
+
+    Args:
+        arguments (`dict[str, Any]`): what the user passed, by name; absent or `None` means the drafter's own default from its
+            `generation_config`, then the package's.
+        drafter (`SpecDiffDrafter`): has `config.block_size` and `generation_config`.
+        do_sample (`bool`): whether the target samples. A greedy target is met with greedy drafts.
+
+    Returns:
+        `SpeculationConfig`: complete; `"auto"` is replaced by what was picked.
+
+    Raises:
+        ValueError: for a value out of range or a rule that would not be lossless.
+        NotImplementedError: for a draft shape or a rule that this version does not have.
+    """
+    values = {name: _value(name, arguments, drafter) for name in SPECULATION_ARGUMENTS}
+    max_gamma = drafter.config.block_size - 1
+    gamma = _integer("gamma", max_gamma if values["gamma"] is None else values["gamma"], 1, max_gamma, "`block_size` - 1")
+    steps = 1 if values["num_denoising_steps"] is None else values["num_denoising_steps"]
+    steps = _integer("num_denoising_steps", steps, 1, gamma, "`gamma`")
+    order = _choice("reveal_order", values["reveal_order"] or "confidence", REVEAL_ORDERS)
+    _choice("draft_shape", values["draft_shape"] or "auto", DRAFT_SHAPES, planned=("samples", "tree"))
+    acceptance = _choice("acceptance", values["acceptance"] or "auto", ACCEPTANCES, planned=("self_selection",))
+    temperature = _temperature(1.0 if values["draft_temperature"] is None else values["draft_temperature"])
+    speculation = SpeculationConfig(gamma, steps, order, "chain", temperature if do_sample else 0.0, acceptance)
+    return _with_rule(speculation)
+
+
+def _with_rule(speculation: SpeculationConfig) -> SpeculationConfig:
+    """Replace `"auto"` by the rule that accepts most, and refuse a rule that would change the target's law."""
+    has_prefix_law = speculation.reveals_in_order or speculation.draft_temperature == 0
+    if speculation.acceptance == "auto":
+        is_drawn = speculation.draft_temperature > 0
+        return replace(speculation, acceptance="block" if is_drawn and has_prefix_law else "match")
+    if speculation.acceptance in ("ratio", "block") and not has_prefix_law:
+        raise ValueError(
+            f"`acceptance` must be 'match' when tokens are drawn out of order, got {speculation.acceptance!r} with "
+            f"`num_denoising_steps` {speculation.num_denoising_steps} and `reveal_order` 'confidence': a token drawn looking at "
+            "one to its right does not have the probability it was drawn with, given the accepted prefix, so the output would "
+            "not have the target's law. Pass acceptance='match', reveal_order='left_to_right' or num_denoising_steps=1."
+        )
+    return speculation
+
+
+def _value(name: str, arguments: dict[str, Any], drafter: Any) -> Any:
+    value = arguments.get(name)
+    return getattr(drafter.generation_config, name, None) if value is None else value
+
+
+def _integer(name: str, value: Any, low: int, high: int, high_name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"`{name}` must be an integer from {low} to {high} ({high_name}), got {value!r}.")
+    return value
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...], planned: tuple[str, ...] = ()) -> str:
+    if value in planned:
+        raise NotImplementedError(f"`{name}` {value!r} is not part of this version. Choose one of {', '.join(choices)}.")
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+    return value
+
+
+def _temperature(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+        raise ValueError(f"`draft_temperature` must be a finite number of at least 0, got {value!r}.")
+    return float(value)
