@@ -102,14 +102,21 @@ def make_corpus(num_problems: int, code_epochs: int) -> list[str]:
 
 
 def train_language_model(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, config: LlamaConfig, documents: list[str], *, learning_rate: float
+    folder: Path,
+    work: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    config: LlamaConfig,
+    documents: list[str],
+    *,
+    learning_rate: float,
 ) -> None:
     """Train a causal language model for one pass over the documents and save it in bfloat16.
 
     An interrupted run goes on from its last checkpoint.
 
     Args:
-        folder (`pathlib.Path`): where the model goes; checkpoints go to its `checkpoints` subfolder.
+        folder (`pathlib.Path`): where the model goes.
+        work (`pathlib.Path`): where the checkpoints go.
         tokenizer (`PreTrainedTokenizerFast`): the bundled tokenizer.
         config (`LlamaConfig`): the model's shape.
         documents (`list[str]`): the corpus.
@@ -117,9 +124,8 @@ def train_language_model(
     """
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
-    checkpoints = folder / "checkpoints"
     arguments = TrainingArguments(
-        output_dir=str(checkpoints),
+        output_dir=str(work),
         num_train_epochs=1,
         per_device_train_batch_size=16,
         learning_rate=learning_rate,
@@ -136,6 +142,5 @@ def train_language_model(
         dataloader_pin_memory=False,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=PackedDocuments(documents, tokenizer))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if work.is_dir() else None)
     model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -1,0 +1,33 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test style quality bench clean
+
+demo: $(STAMP)  ## the main job: plain generate, an AR assistant and our drafter, side by side
+	$(BIN)/hf-specdiff demo
+
+test: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest
+
+style: $(STAMP)  ## format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+quality: $(STAMP)  ## format, lint and types, nothing changed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## the figures of README.md's results table
+	$(BIN)/hf-specdiff demo --num-prompts 64 --output benchmarks/results/demo.json
+
+clean:
+	rm -rf $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $(STAMP)

@@ -1,0 +1,53 @@
+"""Loading what is bundled: no network, nothing trained here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
+
+PAIR = Path(__file__).parent / "pair"
+PROMPTS = Path(__file__).parent / "prompts"
+DRAFTERS = ("features", "tokens", "autoregressive")
+PROMPT_SETS = ("math", "code")
+
+
+def load_demo(drafter: str = "features") -> tuple[Any, Any, Any]:
+    """Load the bundled target, one of its drafters, and their tokenizer, in float32 on the CPU.
+
+    Args:
+        drafter (`str`): `"features"` (feature-conditioned), `"tokens"` (token-conditioned) or `"autoregressive"` (a plain small
+            causal model, for comparison).
+
+    Returns:
+        `tuple`: target (`LlamaForCausalLM`), drafter (`SpecDiffDrafter`, or `LlamaForCausalLM`), tokenizer.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if drafter not in DRAFTERS:
+        raise ValueError(f"`drafter` must be one of {', '.join(DRAFTERS)}, got {drafter!r}.")
+    target, assistant = (
+        AutoModelForCausalLM.from_pretrained(PAIR / name, dtype=torch.float32).eval() for name in ("target", drafter)
+    )
+    return target, assistant, AutoTokenizer.from_pretrained(PAIR / "target")
+
+
+def load_prompts(name: str) -> list[dict[str, str | None]]:
+    """Load a set of prompts that no bundled model has seen in training.
+
+    Args:
+        name (`str`): `"math"` (word problems) or `"code"` (beginnings of Python definitions).
+
+    Returns:
+        `list[dict]`: `{"prompt": str, "answer": str | None}`; the answer is the final number of a word problem.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in PROMPT_SETS:
+        raise ValueError(f"`name` must be one of {', '.join(PROMPT_SETS)}, got {name!r}.")
+    lines = (PROMPTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,148 @@
+"""How the bundled pair was made: `python -m hf_specdiff.demo.recipe OUTPUT`, under two hours on two cores.
+
+Every stage is skipped where its result exists, and goes on from its last checkpoint where it was interrupted.
+"""
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
+from transformers import LlamaConfig
+
+from hf_specdiff.demo.language_models import VOCAB_SIZE
+from hf_specdiff.demo.language_models import make_corpus
+from hf_specdiff.demo.language_models import train_language_model
+from hf_specdiff.demo.language_models import train_tokenizer
+from hf_specdiff.demo.language_models import training_definitions
+from hf_specdiff.demo.source_code import iter_definitions
+from hf_specdiff.demo.source_code import iter_modules
+from hf_specdiff.demo.word_problems import iter_problems
+from hf_specdiff.training.data import regenerate
+from hf_specdiff.training.pipeline import TrainingPlan
+from hf_specdiff.training.pipeline import fit_drafter
+from hf_specdiff.training.trainer import spread_layers
+
+NUM_CORPUS_PROBLEMS = 32_000
+NUM_CORPUS_CODE_EPOCHS = 2
+NUM_TRAINING_PROBLEMS = 5_000
+NUM_HELD_OUT = 96
+TARGET_LAYERS = 16
+MAX_LENGTH = 256
+
+
+def model_config(num_layers: int) -> LlamaConfig:
+    """Return a deep, narrow Llama: on a CPU it behaves most like a large model on a GPU, where more tokens in a pass cost little."""
+    return LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=48,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def code_prompt(definition: str, num_characters: int) -> str | None:
+    """Return the first lines of a definition, at least so many characters; `None` if less than a third of it is left."""
+    lines = definition.splitlines()
+    head = ""
+    for line in lines:
+        head = f"{head}\n{line}" if head else line
+        if len(head) >= num_characters:
+            return head if len(head) < 2 / 3 * len(definition) and len(head) < 3 * num_characters else None
+    return None
+
+
+def held_out_prompts() -> dict[str, list[dict[str, str | None]]]:
+    """Return both prompt sets; no problem and no module of theirs is in any training text."""
+    problems = itertools.islice(iter_problems(3, held_out=True), NUM_HELD_OUT)
+    heads = [
+        head
+        for path in iter_modules(held_out=True)
+        for definition in iter_definitions(path)
+        if (head := code_prompt(definition, 120)) is not None
+    ]
+    random.Random(3).shuffle(heads)
+    return {
+        "math": [{"prompt": problem.prompt, "answer": problem.answer} for problem in problems],
+        "code": [{"prompt": head, "answer": None} for head in heads[:NUM_HELD_OUT]],
+    }
+
+
+def training_prompts() -> list[str]:
+    """Return the prompts that the target continues for its drafters, none of them held out."""
+    problems = itertools.islice(iter_problems(2, held_out=False), NUM_TRAINING_PROBLEMS)
+    heads = [code_prompt(text, 90) for text in training_definitions()]
+    prompts = [problem.prompt for problem in problems] + [head for head in heads if head is not None]
+    random.Random(2).shuffle(prompts)
+    return prompts
+
+
+def drafter_plans() -> dict[str, TrainingPlan]:
+    """Return how each bundled drafter is trained."""
+    return {
+        "features": TrainingPlan(spread_layers(TARGET_LAYERS, 4), num_layers=3, num_epochs=8, num_anchors=12, learning_rate=2e-3),
+        "tokens": TrainingPlan(None, num_layers=4, num_epochs=8, num_anchors=10, learning_rate=2e-3),
+    }
+
+
+def make_language_model(name: str, num_layers: int, learning_rate: float, pair: Path, work: Path) -> None:
+    """Train the target or the assistant on the corpus, unless it is there."""
+    if (pair / name / "model.safetensors").is_file():
+        return
+    tokenizer = AutoTokenizer.from_pretrained(pair / "target")
+    documents = make_corpus(NUM_CORPUS_PROBLEMS, NUM_CORPUS_CODE_EPOCHS)
+    train_language_model(
+        pair / name, work / name, tokenizer, model_config(num_layers), documents, learning_rate=learning_rate
+    )
+
+
+def make_drafters(pair: Path, work: Path) -> None:
+    """Let the target continue the training prompts, and train both drafters on that text, unless they are there."""
+    tokenizer = AutoTokenizer.from_pretrained(pair / "target")
+    target = AutoModelForCausalLM.from_pretrained(pair / "target", dtype=torch.float32).eval()
+    sequences = regenerate(target, tokenizer, training_prompts(), work / "sequences", max_length=MAX_LENGTH, batch_size=128)
+    for name, plan in drafter_plans().items():
+        if (pair / name / "model.safetensors").is_file():
+            continue
+        if not fit_drafter(target, sequences, work / name, plan, mask_token_id=tokenizer.mask_token_id):
+            raise typer.Exit(130)
+        AutoModelForCausalLM.from_pretrained(work / name, dtype=torch.bfloat16).save_pretrained(pair / name)
+
+
+def make_pair(output: Path) -> None:
+    """Make tokenizer, target, prompts, drafters and assistant.
+
+    Args:
+        output (`pathlib.Path`): gets `pair` and `prompts`, laid out as they are bundled, and `work`.
+    """
+    pair, work, prompts = output / "pair", output / "work", output / "prompts"
+    prompts.mkdir(parents=True, exist_ok=True)
+    for name, records in held_out_prompts().items():
+        (prompts / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    if not (pair / "target" / "tokenizer.json").is_file():
+        train_tokenizer(pair / "target")
+    make_language_model("target", TARGET_LAYERS, 2e-3, pair, work)
+    make_drafters(pair, work)
+    make_language_model("autoregressive", 2, 4e-3, pair, work)
+
+
+def main(output: Annotated[Path, typer.Argument(help="folder for the pair, the prompts and the work in progress")]) -> None:
+    """Make the bundled pair from nothing."""
+    make_pair(output)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,164 @@
+"""From a target and prompts to a trained drafter on disk: what `hf-specdiff train` and the demo's recipe run."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_specdiff.training.data import Sequences
+from hf_specdiff.training.data import SequenceDataset
+from hf_specdiff.training.data import regenerate
+from hf_specdiff.training.trainer import SpecDiffTrainer
+from hf_specdiff.training.trainer import SpecDiffTrainingArguments
+from hf_specdiff.training.trainer import StopOnInterrupt
+from hf_specdiff.training.trainer import make_drafter_config
+from hf_specdiff.training.trainer import new_drafter
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """Everything that decides what a training run ends in.
+
+    Attributes:
+        target_layer_ids (`list[int]`, *optional*): layers to read; `None` for a token-conditioned drafter.
+        num_layers (`int`): layers of the drafter.
+        block_size (`int`): anchor and drafted tokens.
+        max_length (`int`): tokens of a training sequence.
+        num_epochs (`float`): passes over the sequences.
+        batch_size (`int`): sequences of a step.
+        num_anchors (`int`): windows of a sequence and step.
+        learning_rate (`float`): peak of the cosine schedule.
+        loss_decay (`float`): positions after which a position's weight has fallen by e.
+        seed (`int`): of weights, order and windows.
+        bf16 (`bool`): whether to compute in bfloat16 (weights stay in float32).
+        save_steps (`int`): steps between checkpoints.
+    """
+
+    target_layer_ids: list[int] | None
+    num_layers: int = 3
+    block_size: int = 16
+    max_length: int = 256
+    num_epochs: float = 4
+    batch_size: int = 16
+    num_anchors: int = 8
+    learning_rate: float = 1e-3
+    loss_decay: float = 7.0
+    seed: int = 0
+    bf16: bool = True
+    save_steps: int = 250
+
+
+def train_drafter(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    output: Path,
+    plan: TrainingPlan,
+    *,
+    mask_token_id: int,
+) -> bool:
+    """Regenerate, train, save; an interrupted call with the same arguments goes on where it stopped.
+
+    Args:
+        target (`transformers.PreTrainedModel`): frozen.
+        tokenizer (`PreTrainedTokenizerBase`): the target's, padding on the left.
+        prompts (`list[str]`): the target continues them, and the drafter learns from that text.
+        output (`pathlib.Path`): the drafter; work in progress goes to its `work` subfolder.
+        plan (`TrainingPlan`): all settings.
+        mask_token_id (`int`): see `SpecDiffConfig`.
+
+    Returns:
+        `bool`: whether the drafter is finished; false after Ctrl-C, with a checkpoint in `work`.
+
+    Raises:
+        ValueError: if `output` holds a run with other settings, or no prompt is usable.
+    """
+    work = output / "work"
+    _claim(work, plan)
+    sequences = regenerate(target, tokenizer, prompts, work / "sequences", max_length=plan.max_length)
+    return fit_drafter(target, sequences, output, plan, mask_token_id=mask_token_id)
+
+
+def fit_drafter(
+    target: PreTrainedModel, sequences: Sequences, output: Path, plan: TrainingPlan, *, mask_token_id: int
+) -> bool:
+    """Train on given sequences and save; the second half of `train_drafter`."""
+    work = output / "work"
+    _claim(work, plan)
+    checkpoints = work / "checkpoints"
+    config = make_drafter_config(
+        target,
+        mask_token_id=mask_token_id,
+        block_size=plan.block_size,
+        num_layers=plan.num_layers,
+        target_layer_ids=plan.target_layer_ids,
+    )
+    arguments = SpecDiffTrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=plan.num_epochs,
+        per_device_train_batch_size=plan.batch_size,
+        num_anchors=plan.num_anchors,
+        learning_rate=plan.learning_rate,
+        loss_decay=plan.loss_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=100,
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        seed=plan.seed,
+        bf16=plan.bf16,
+        use_cpu=target.device.type == "cpu",
+        save_steps=plan.save_steps,
+        save_total_limit=2,
+        logging_steps=25,
+        report_to="none",
+        dataloader_pin_memory=False,
+    )
+    interrupt = StopOnInterrupt()
+    trainer = SpecDiffTrainer(
+        target=target,
+        model=new_drafter(config, plan.seed),
+        args=arguments,
+        train_dataset=SequenceDataset(sequences, plan.max_length),
+        callbacks=[interrupt],
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
+    if interrupt.was_interrupted:
+        return False
+    _save_whole(trainer.model, output)
+    return True
+
+
+def _claim(work: Path, plan: TrainingPlan) -> None:
+    """Write down a run's settings, or refuse to mix two runs in one folder."""
+    path = work / "plan.json"
+    settings: dict[str, Any] = asdict(plan)
+    if path.is_file():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        changed = {name: (earlier.get(name), value) for name, value in settings.items() if earlier.get(name) != value}
+        if changed:
+            raise ValueError(
+                f"`output` must be a fresh folder or hold a run with the same settings, got {str(work.parent)!r} with other ones: "
+                f"{changed} (earlier, now). Pass the same settings to resume, or another folder."
+            )
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _save_whole(model: Any, output: Path) -> None:
+    """Save a model beside its place, then move its files in, the configuration last: a folder that loads is complete."""
+    partial = output / "work" / "finished"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, output / path.name)
+    partial.rmdir()

@@ -1,0 +1,208 @@
+"""Training a drafter for a frozen target, on `transformers.Trainer`.
+
+Letters: B batch, S sequence length, A windows per sequence, W block size, G = W - 1, V vocabulary, D hidden size.
+"""
+
+import signal
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers import Trainer
+from transformers import TrainerCallback
+from transformers import TrainerControl
+from transformers import TrainerState
+from transformers import TrainingArguments
+
+from hf_specdiff.configuration_specdiff import SpecDiffConfig
+from hf_specdiff.drafters import target_features
+from hf_specdiff.modeling_specdiff import SpecDiffDrafter
+from hf_specdiff.training.data import Windows
+from hf_specdiff.training.data import collate
+from hf_specdiff.training.data import sample_windows
+from hf_specdiff.training.data import window_attention_mask
+from hf_specdiff.training.losses import decayed_cross_entropy
+
+
+@dataclass
+class SpecDiffTrainingArguments(TrainingArguments):
+    """The host's training arguments and the drafter's own.
+
+    Attributes:
+        num_anchors (`int`): windows cut from each sequence and step.
+        loss_decay (`float`): positions after which a position's weight in the loss has fallen by e.
+    """
+
+    num_anchors: int = 8
+    loss_decay: float = 7.0
+
+    def __post_init__(self) -> None:
+        """Check the drafter's own arguments, then let the host check its own."""
+        if self.num_anchors < 1:
+            raise ValueError(f"`num_anchors` must be at least 1, got {self.num_anchors}.")
+        if not self.loss_decay > 0:
+            raise ValueError(f"`loss_decay` must be positive, got {self.loss_decay}.")
+        # Batches carry more than the model's own arguments.
+        self.remove_unused_columns = False
+        super().__post_init__()
+
+
+class SpecDiffTrainer(Trainer):
+    """Train a drafter on sequences of its target.
+
+    Each step cuts `num_anchors` random windows from every sequence, shows them all to the drafter in one pass under one mask,
+    and asks for the tokens behind the masks. The windows of a step depend on nothing but the seed, the step and the sequences,
+    so a resumed run sees the same ones.
+
+    Args:
+        target (`transformers.PreTrainedModel`): frozen; runs only for feature-conditioned drafters, once per batch.
+        **kwargs: of `transformers.Trainer`: `model` (the drafter), `args`, `train_dataset`, ...
+    """
+
+    def __init__(self, target: PreTrainedModel, **kwargs: Any) -> None:
+        super().__init__(data_collator=collate, **kwargs)
+        self.target = target.eval().requires_grad_(False)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of a batch; see `transformers.Trainer.compute_loss`."""
+        config: SpecDiffConfig = self.accelerator.unwrap_model(model).config
+        generator = torch.Generator().manual_seed(self._window_seed(inputs["indices"]))
+        windows = sample_windows(inputs, self.args.num_anchors, config.block_size, config.mask_token_id, generator)
+        forward = self._feature_logits if config.is_feature_conditioned else self._token_logits
+        logits = forward(model, config, inputs["input_ids"], windows)  # (B * A, G, V)
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        loss = decayed_cross_entropy(log_probs, windows.labels, self.args.loss_decay)
+        return (loss, {"log_probs": log_probs, "labels": windows.labels}) if return_outputs else loss
+
+    def _window_seed(self, indices: torch.Tensor) -> int:
+        step = self.state.global_step if self.model.training else 0
+        return hash((self.args.seed, step, *indices.tolist())) % 2**63
+
+    def _token_logits(self, model: Any, config: SpecDiffConfig, input_ids: torch.Tensor, windows: Windows) -> torch.Tensor:
+        """Return the logits `(B * A, G, V)` of a token-conditioned drafter: sequence and windows in one pass."""
+        length = input_ids.shape[1]
+        positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+        num_slots = windows.input_ids.shape[1]
+        outputs = model(
+            input_ids=torch.cat([input_ids, windows.input_ids], dim=1),
+            position_ids=torch.cat([positions, windows.position_ids], dim=1),
+            attention_mask=window_attention_mask(windows.anchors, length, config.block_size, context_queries=True),
+            logits_to_keep=num_slots,
+        )
+        return outputs.logits.unflatten(1, (-1, config.block_size)).flatten(0, 1)[:, 1:]
+
+    def _feature_logits(self, model: Any, config: SpecDiffConfig, input_ids: torch.Tensor, windows: Windows) -> torch.Tensor:
+        """Return the logits `(B * A, G, V)` of a feature-conditioned drafter: the sequence enters as target features."""
+        layer_ids = list(config.target_layer_ids or [])
+        length = input_ids.shape[1]
+        with torch.no_grad():
+            # Padding is on the right and attention causal, so the states of real tokens need no mask.
+            outputs = self.target(input_ids, use_cache=False, output_hidden_states=[i + 1 for i in layer_ids], logits_to_keep=1)
+            features = target_features(outputs.hidden_states, layer_ids, length)
+            noise = self.target.get_input_embeddings()(windows.input_ids)
+        positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+        states = model(
+            noise_embeds=noise,
+            context_hidden_states=features,
+            position_ids=torch.cat([positions, windows.position_ids], dim=1),
+            attention_mask=window_attention_mask(windows.anchors, length, config.block_size, context_queries=False),
+        ).last_hidden_state
+        states = states.unflatten(1, (-1, config.block_size)).flatten(0, 1)[:, 1:]
+        return self.target.get_output_embeddings()(states)
+
+
+class StopOnInterrupt(TrainerCallback):
+    """On Ctrl-C finish the step, save a checkpoint and stop; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.was_interrupted = False
+        self._previous: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take over the signal."""
+        self._previous = signal.signal(signal.SIGINT, self._interrupt)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop if the signal came."""
+        if self.was_interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Give the signal back."""
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.was_interrupted = True
+        signal.signal(signal.SIGINT, self._previous)
+
+
+def make_drafter_config(
+    target: PreTrainedModel,
+    *,
+    mask_token_id: int,
+    block_size: int = 16,
+    num_layers: int = 3,
+    target_layer_ids: list[int] | None = None,
+) -> SpecDiffConfig:
+    """Return the configuration of a drafter that fits a target: its widths, its vocabulary, its special ids.
+
+    Args:
+        target (`transformers.PreTrainedModel`): the target.
+        mask_token_id (`int`): an id that the target never writes.
+        block_size (`int`): anchor and drafted tokens.
+        num_layers (`int`): layers of the drafter.
+        target_layer_ids (`list[int]`, *optional*): layers to read; `None` for a token-conditioned drafter.
+
+    Returns:
+        `SpecDiffConfig`: of a fresh drafter.
+    """
+    config = target.config.get_text_config()
+    num_heads = config.num_attention_heads
+    return SpecDiffConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        tie_word_embeddings=target_layer_ids is None,
+        block_size=block_size,
+        mask_token_id=mask_token_id,
+        target_layer_ids=target_layer_ids,
+        num_target_layers=config.num_hidden_layers if target_layer_ids is not None else None,
+    )
+
+
+def spread_layers(num_target_layers: int, count: int) -> list[int]:
+    """Return `count` layers spread evenly from the second to the third-last, as published drafters read them.
+
+    Args:
+        num_target_layers (`int`): layers of the target.
+        count (`int`): layers to read, at most the target's.
+
+    Returns:
+        `list[int]`: 0-based, ascending, all different.
+
+    Source: arXiv:2602.06036, section 3.
+    """
+    last, first = max(num_target_layers - 3, 0), min(1, num_target_layers - 1)
+    spread = {round(first + (last - first) * i / max(count - 1, 1)) for i in range(count)}
+    others = (i for i in range(num_target_layers) if i not in spread)
+    while len(spread) < min(count, num_target_layers):
+        spread.add(next(others))
+    return sorted(spread)
+
+
+def new_drafter(config: SpecDiffConfig, seed: int) -> SpecDiffDrafter:
+    """Return a drafter with fresh weights that depend on the seed alone."""
+    torch.manual_seed(seed)
+    return SpecDiffDrafter(config)

@@ -1,0 +1,80 @@
+"""Tiny models that every test may use; none of them is ever changed."""
+
+import os
+
+# Before transformers is imported: no test may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers import LlamaForCausalLM
+
+from hf_specdiff import SpecDiffConfig
+from hf_specdiff import SpecDiffDrafter
+
+VOCAB_SIZE = 31
+MASK_TOKEN_ID = 30
+SPECIAL_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def make_target(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
+    """Return a random Llama whose greedy text does not settle into one token at once."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.6,
+        **{**SPECIAL_IDS, **overrides},
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_drafter(target_layer_ids: list[int] | None = None, seed: int = 0, **overrides: object) -> SpecDiffDrafter:
+    """Return a random drafter for `make_target`'s models."""
+    torch.manual_seed(seed)
+    fields = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "block_size": 6,
+        "mask_token_id": MASK_TOKEN_ID,
+        "initializer_range": 0.3,
+        "target_layer_ids": target_layer_ids,
+        **SPECIAL_IDS,
+        **overrides,
+    }
+    return SpecDiffDrafter(SpecDiffConfig(**fields)).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_target() -> LlamaForCausalLM:
+    return make_target()
+
+
+@pytest.fixture(scope="session")
+def token_drafter() -> SpecDiffDrafter:
+    return make_drafter()
+
+
+@pytest.fixture(scope="session")
+def feature_drafter() -> SpecDiffDrafter:
+    return make_drafter([0, 2])
+
+
+@pytest.fixture(params=["tokens", "features"])
+def drafter(request: pytest.FixtureRequest) -> SpecDiffDrafter:
+    return request.getfixturevalue("token_drafter" if request.param == "tokens" else "feature_drafter")
+
+
+@pytest.fixture()
+def prompt() -> torch.Tensor:
+    return torch.tensor([[1, 5, 9, 4, 7, 7, 3]])

@@ -1,0 +1,168 @@
+"""The trainer: its windows are those of decoding, its data are whole or absent, its runs resume."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LogitsProcessorList
+from transformers import TrainerCallback
+from transformers import TrainerState
+
+from hf_specdiff.drafters import make_drafter as put_around
+from hf_specdiff.speculation import SpeculationConfig
+from hf_specdiff.training.data import Sequences
+from hf_specdiff.training.data import SequenceDataset
+from hf_specdiff.training.data import collate
+from hf_specdiff.training.data import read_prompts
+from hf_specdiff.training.data import sample_windows
+from hf_specdiff.training.losses import decayed_cross_entropy
+from hf_specdiff.training.trainer import SpecDiffTrainer
+from hf_specdiff.training.trainer import SpecDiffTrainingArguments
+from hf_specdiff.training.trainer import spread_layers
+
+from .conftest import MASK_TOKEN_ID
+from .conftest import make_drafter
+from .conftest import make_target
+
+
+def make_sequences(num_sequences: int = 24, seed: int = 0) -> Sequences:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(10, 24, (num_sequences,), generator=generator).tolist()
+    sequences = [torch.randint(3, 29, (length,), generator=generator).tolist() for length in lengths]
+    return Sequences.from_lists(sequences, [3] * num_sequences)
+
+
+def make_trainer(folder: Path, drafter: torch.nn.Module, **arguments: object) -> SpecDiffTrainer:
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 3, "learning_rate": 1e-2, **arguments}
+    args = SpecDiffTrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, dataloader_pin_memory=False, **settings
+    )
+    return SpecDiffTrainer(make_target(), model=drafter, args=args, train_dataset=SequenceDataset(make_sequences(), 24))
+
+
+class KillAfter(TrainerCallback):
+    """Die without a word after some step, as a killed process does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        if state.global_step == self.step:
+            raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+def test_training_windows_give_the_logits_of_decoding(layers: list[int] | None, tmp_path: Path) -> None:
+    """A window inside the training mask is the window of a decoding round: same logits, to rounding."""
+    target, drafter = make_target(), make_drafter(layers)
+    trainer = make_trainer(tmp_path, drafter, num_anchors=3)
+    batch = collate([trainer.train_dataset[i] for i in range(4)])
+    with torch.no_grad():
+        _, outputs = trainer.compute_loss(drafter, batch, return_outputs=True)
+    seed = trainer._window_seed(batch["indices"])
+    windows = sample_windows(batch, 3, 6, MASK_TOKEN_ID, torch.Generator().manual_seed(seed))
+    for row in range(4):
+        for column in range(3):
+            anchor = int(windows.anchors[row, column])
+            text = batch["input_ids"][row : row + 1, : anchor + 1]
+            decoding = put_around(drafter, target, SpeculationConfig(5, draft_temperature=0.0), LogitsProcessorList())
+            features = None
+            if layers is not None:
+                with torch.no_grad():
+                    states = target(text[:, :-1], output_hidden_states=True).hidden_states
+                features = torch.cat([states[i + 1] for i in layers], dim=-1)
+            window = torch.tensor([[int(text[0, -1])] + [MASK_TOKEN_ID] * 5])
+            with torch.no_grad():
+                logits = decoding._window_logits(window, text, None, features)
+            torch.testing.assert_close(outputs["log_probs"][row * 3 + column], logits[0].log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_windows_hold_the_text_behind_their_anchor() -> None:
+    batch = collate([SequenceDataset(make_sequences(), 24)[i] for i in range(8)])
+    windows = sample_windows(batch, 5, 6, MASK_TOKEN_ID, torch.Generator().manual_seed(1))
+    labels = windows.labels.view(8, 5, 5)
+    ids = windows.input_ids.view(8, 5, 6)
+    for row in range(8):
+        text = batch["input_ids"][row, : batch["lengths"][row]].tolist()
+        for column in range(5):
+            anchor = int(windows.anchors[row, column])
+            assert batch["prompt_lengths"][row] <= anchor <= len(text) - 2
+            behind = text[anchor + 1 : anchor + 6]
+            assert labels[row, column].tolist() == behind + [-100] * (5 - len(behind))
+            assert ids[row, column].tolist() == [text[anchor]] + [MASK_TOKEN_ID] * 5
+
+
+def test_decayed_cross_entropy_equals_its_definition() -> None:
+    torch.manual_seed(0)
+    log_probs = torch.randn(3, 4, 7).log_softmax(-1)
+    labels = torch.tensor([[1, 2, 3, 4], [5, 6, -100, -100], [0, -100, -100, -100]])
+    total, weight_sum = 0.0, 0.0
+    for n in range(3):
+        for k in range(4):
+            if labels[n, k] != -100:
+                weight = float(torch.exp(torch.tensor(-k / 2.0)))
+                total -= weight * float(log_probs[n, k, labels[n, k]])
+                weight_sum += weight
+    assert float(decayed_cross_entropy(log_probs, labels, decay=2.0)) == pytest.approx(total / weight_sum, rel=1e-5)
+
+
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+def test_a_resumed_run_ends_in_the_weights_of_an_unbroken_one(layers: list[int] | None, tmp_path: Path) -> None:
+    unbroken = make_trainer(tmp_path / "unbroken", make_drafter(layers))
+    unbroken.train()
+    killed = make_trainer(tmp_path / "killed", make_drafter(layers))
+    killed.add_callback(KillAfter(5))
+    with pytest.raises(RuntimeError, match="killed"):
+        killed.train()
+    # What is in memory is lost; the checkpoint of step 3 is what is left.
+    resumed = make_trainer(tmp_path / "killed", make_drafter(layers, seed=7))
+    resumed.train(resume_from_checkpoint=True)
+    for name, weight in unbroken.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], weight, atol=0, rtol=0)
+
+
+def test_training_lowers_the_loss_and_leaves_the_target_alone(tmp_path: Path) -> None:
+    drafter = make_drafter([0, 2])
+    trainer = make_trainer(tmp_path, drafter, max_steps=40, save_steps=1000)
+    before = {name: weight.clone() for name, weight in trainer.target.state_dict().items()}
+    batch = collate([trainer.train_dataset[i] for i in range(16)])
+    drafter.eval()
+    with torch.no_grad():
+        first = float(trainer.compute_loss(drafter, batch))
+    trainer.train()
+    drafter.eval()
+    with torch.no_grad():
+        assert float(trainer.compute_loss(drafter, batch)) < 0.9 * first
+    for name, weight in trainer.target.state_dict().items():
+        assert torch.equal(weight, before[name])
+
+
+def test_sequences_survive_a_round_trip_and_a_join(tmp_path: Path) -> None:
+    first, second = make_sequences(3, seed=1), make_sequences(2, seed=2)
+    first.save(tmp_path / "a.safetensors")
+    assert not list(tmp_path.glob("*.partial"))
+    joined = Sequences.concatenate([Sequences.load(tmp_path / "a.safetensors"), second])
+    alone = [SequenceDataset(part, 24) for part in (first, second)]
+    texts = [dataset[i]["input_ids"].tolist() for dataset in alone for i in range(len(dataset))]
+    assert [item["input_ids"].tolist() for item in (SequenceDataset(joined, 24)[i] for i in range(5))] == texts
+
+
+def test_unusable_prompts_are_refused(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    for path, word in [(tmp_path / "none.txt", "does not exist"), (empty, "at least one"), (broken, "line 2")]:
+        with pytest.raises(ValueError, match=word):
+            read_prompts(path)
+    with pytest.raises(ValueError, match="longer than the context"):
+        SequenceDataset(Sequences.from_lists([[1, 2, 3]], [3]), 8)
+
+
+def test_spread_layers_are_ordered_and_different() -> None:
+    assert spread_layers(36, 5) == [1, 9, 17, 25, 33]
+    for num_layers in range(1, 12):
+        for count in range(1, num_layers + 1):
+            layers = spread_layers(num_layers, count)
+            assert len(set(layers)) == count
+            assert all(0 <= layer < num_layers for layer in layers)
