@@ -93,8 +93,9 @@ def ratio_num_accepted_law(
         `torch.Tensor` of shape `(B, G + 1)`.
     """
     accept = _ratios(draft_tokens, draft_probs, target_probs).clamp(max=1)
-    survive = torch.cat([torch.ones_like(accept[:, :1]), accept.cumprod(dim=1)], dim=1)  # (B, G + 1)
-    reject = torch.cat([1 - accept, torch.ones_like(accept[:, :1])], dim=1)
+    one = torch.ones_like(target_probs[:, 0, :1])  # (B, 1)
+    survive = torch.cat([one, accept.cumprod(dim=1)], dim=1)  # (B, G + 1)
+    reject = torch.cat([1 - accept, one], dim=1)
     return survive * reject
 
 
@@ -145,10 +146,10 @@ def block_num_accepted_law(
     denominator = excess + (1 - weights[:, :-1])
     # 0 / 0 means w_i = 1 and p = q: the next coin shows heads with probability 1, so this one is never asked.
     heads = torch.where(denominator > 0, excess / denominator.clamp(min=torch.finfo(excess.dtype).tiny), 1.0)
-    heads = torch.cat([torch.ones_like(heads[:, :1]), heads[:, 1:], weights[:, -1:]], dim=1)  # (B, G + 1)
-    tails_after = (1 - heads).flip(1).cumprod(dim=1).flip(1)  # (B, G + 1)
-    tails_after = torch.cat([tails_after[:, 1:], torch.ones_like(heads[:, :1])], dim=1)
-    return heads * tails_after
+    one = torch.ones_like(weights[:, :1])  # (B, 1)
+    heads = torch.cat([one, heads[:, 1:], weights[:, 1:][:, -1:]], dim=1)  # (B, G + 1)
+    tails_from = (1 - heads).flip(1).cumprod(dim=1).flip(1)  # (B, G + 1)
+    return heads * torch.cat([tails_from[:, 1:], one], dim=1)
 
 
 def block_bonus_law(
