@@ -6,6 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_specdiff.candidate_generator import SpecDiffCandidateGenerator
 from hf_specdiff.configuration_specdiff import SpecDiffConfig
+from hf_specdiff.demo.bundle import load_demo
+from hf_specdiff.demo.bundle import load_prompts
 from hf_specdiff.draft import SpeculationStats
 from hf_specdiff.generate import generate
 from hf_specdiff.modeling_specdiff import SpecDiffDrafter
@@ -17,6 +19,8 @@ __all__ = [
     "SpecDiffDrafter",
     "SpeculationStats",
     "generate",
+    "load_demo",
+    "load_prompts",
 ]
 
 AutoConfig.register("specdiff", SpecDiffConfig)

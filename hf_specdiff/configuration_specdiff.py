@@ -51,6 +51,8 @@ class SpecDiffConfig(Qwen3Config):
         return self.block_size - 1
 
     def _check_block(self) -> None:
+        if self.use_sliding_window:
+            raise ValueError("`use_sliding_window` must be False, got True: the drafter's context is not windowed.")
         if not isinstance(self.block_size, int) or self.block_size < 2:
             raise ValueError(
                 f"`block_size` must be an integer of at least 2 (the anchor and one drafted token), got {self.block_size!r}."

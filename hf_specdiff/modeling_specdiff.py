@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Cache
 from transformers import GenerationConfig
@@ -176,6 +177,30 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
         config.num_assistant_tokens = getattr(config, "gamma", None) or self.config.max_gamma
         config.num_assistant_tokens_schedule = "constant"
         config.assistant_confidence_threshold = 0.0
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a drafter; arguments and result as `transformers.PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: if a file is missing or broken, or the weights are not those of the configuration. The host would fill
+                missing weights with random ones.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must hold a whole drafter, got {str(pretrained_model_name_or_path)!r}: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
+        if info["missing_keys"]:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must hold all of the drafter's weights, got "
+                f"{str(pretrained_model_name_or_path)!r} without {sorted(info['missing_keys'])[:3]}. Is the file cut short, or the "
+                "configuration another drafter's?"
+            )
+        return (model, info) if wants_info else model
 
     def get_input_embeddings(self) -> nn.Module | None:
         """Return the drafter's own embedding; `None` if it uses the target's."""

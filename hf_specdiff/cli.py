@@ -1,0 +1,187 @@
+"""The command line: `hf-specdiff demo | generate | train`.
+
+Turns words into calls and errors into one line; everything else lives in the modules it calls.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
+from transformers import TextStreamer
+from transformers import logging
+
+from hf_specdiff.demo.show import run_demo
+from hf_specdiff.draft import SpeculationStats
+from hf_specdiff.generate import generate
+from hf_specdiff.training.data import read_prompts
+from hf_specdiff.training.pipeline import TrainingPlan
+from hf_specdiff.training.pipeline import train_drafter
+from hf_specdiff.training.trainer import spread_layers
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__, no_args_is_help=True)
+INTERRUPTED = 130
+
+
+@app.command("demo")
+def demo_command(
+    num_prompts: Annotated[int, typer.Option(help="held-out prompts of each set")] = 12,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures")] = None,
+) -> None:
+    """Run the bundled pair: plain generate, an AR assistant and our drafters, on the same held-out prompts."""
+    if not run_demo(num_prompts, output):
+        raise typer.Exit(1)
+
+
+@app.command("generate")
+def generate_command(
+    target: Annotated[str, typer.Argument(help="the target: a folder or a Hub repository")],
+    drafter: Annotated[str, typer.Argument(help="its drafter: a folder or a Hub repository")],
+    prompt: Annotated[str | None, typer.Option(help="the prompt")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="a text file, one prompt a line, or JSON lines")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    do_sample: Annotated[bool, typer.Option("--sample/--greedy")] = False,
+    temperature: Annotated[float | None, typer.Option(help="only with --sample")] = None,
+    gamma: Annotated[int | None, typer.Option(help="tokens drafted per round")] = None,
+    num_denoising_steps: Annotated[int | None, typer.Option(help="drafter passes per round")] = None,
+    acceptance: Annotated[str | None, typer.Option(help="match, ratio, block or auto")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "float32",
+    device_map: Annotated[str, typer.Option(help="as for from_pretrained")] = "auto",
+    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
+) -> None:
+    """Generate from any target with its drafter, streaming, with the statistics at the end."""
+    if (prompt is None) == (prompts_file is None):
+        raise ValueError("`--prompt` or `--prompts-file` must be given, one of them, got " + ("none." if prompt is None else "both."))
+    prompts = [prompt] if prompt is not None else read_prompts(prompts_file or Path())
+    model = load_model("target", target, dtype=dtype, device_map=device_map)
+    assistant = load_model("drafter", drafter, dtype=dtype, device_map=device_map)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    torch.manual_seed(seed)
+    sampling = {} if temperature is None else {"temperature": temperature}
+    all_stats = []
+    for text in prompts:
+        typer.echo(text, nl=False)
+        inputs = tokenizer(text, return_tensors="pt").to(model.device)
+        result = generate(
+            model,
+            **inputs,
+            assistant_model=assistant,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            gamma=gamma,
+            num_denoising_steps=num_denoising_steps,
+            acceptance=acceptance,
+            return_dict_in_generate=True,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )
+        typer.echo()
+        all_stats.append(result.speculation)
+    print_statistics(all_stats)
+
+
+@app.command("train")
+def train_command(
+    target: Annotated[str, typer.Argument(help="the target: a folder or a Hub repository")],
+    prompts: Annotated[Path, typer.Option(help="a text file, one prompt a line, or JSON lines with 'prompt' or 'text'")],
+    output: Annotated[Path, typer.Option(help="folder of the drafter; the same command resumes an interrupted run")],
+    conditioning: Annotated[str, typer.Option(help="features or tokens")] = "features",
+    num_target_layers: Annotated[int, typer.Option(help="target layers to read, for features")] = 5,
+    mask_token_id: Annotated[int | None, typer.Option(help="by default the tokenizer's mask token")] = None,
+    num_layers: Annotated[int, typer.Option(min=1)] = 3,
+    block_size: Annotated[int, typer.Option(min=2)] = 16,
+    max_length: Annotated[int, typer.Option(min=4, help="tokens of a training sequence")] = 512,
+    num_epochs: Annotated[float, typer.Option()] = 4,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    num_anchors: Annotated[int, typer.Option(min=1, help="windows of a sequence and step")] = 8,
+    learning_rate: Annotated[float, typer.Option()] = 1e-3,
+    loss_decay: Annotated[float, typer.Option(help="positions after which a position's weight has fallen by e")] = 7.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    save_steps: Annotated[int, typer.Option(min=1)] = 250,
+    bf16: Annotated[bool, typer.Option("--bf16/--float32")] = True,
+) -> None:
+    """Train a drafter for a target on the target's own continuations of the prompts; Ctrl-C saves, the same command resumes."""
+    if conditioning not in ("features", "tokens"):
+        raise ValueError(f"`--conditioning` must be features or tokens, got {conditioning!r}.")
+    texts = read_prompts(prompts)
+    model = load_model("target", target, dtype="float32", device_map="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(target, padding_side="left")
+    mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
+    if mask is None:
+        raise ValueError("`--mask-token-id` must be given where the tokenizer has no mask token, got none. Name an id never written.")
+    layers = spread_layers(model.config.get_text_config().num_hidden_layers, num_target_layers)
+    plan = TrainingPlan(
+        target_layer_ids=layers if conditioning == "features" else None,
+        num_layers=num_layers,
+        block_size=block_size,
+        max_length=max_length,
+        num_epochs=num_epochs,
+        batch_size=batch_size,
+        num_anchors=num_anchors,
+        learning_rate=learning_rate,
+        loss_decay=loss_decay,
+        seed=seed,
+        bf16=bf16,
+        save_steps=save_steps,
+    )
+    if not train_drafter(model, tokenizer, texts, output, plan, mask_token_id=mask):
+        typer.echo(f"Interrupted; a checkpoint is in {output / 'work' / 'checkpoints'}. The same command goes on from it.", err=True)
+        raise typer.Exit(INTERRUPTED)
+    typer.echo(f"The drafter is in {output}.")
+
+
+def load_model(role: str, name: str, *, dtype: str, device_map: str) -> Any:
+    """Load a model, or say in one line why not.
+
+    Args:
+        role (`str`): the argument's name, for the message.
+        name (`str`): folder or Hub repository.
+        dtype (`str`): as for `from_pretrained`.
+        device_map (`str`): as for `from_pretrained`.
+
+    Returns:
+        `transformers.PreTrainedModel`: in evaluation mode.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map).eval()
+    except OSError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(f"`{role}` must be a model folder or a Hub repository, got {name!r}: {first_line}") from error
+
+
+def print_statistics(all_stats: list[SpeculationStats]) -> None:
+    """Print one line on what speculation did over several calls."""
+    rounds = [count + 1 for stats in all_stats for row in stats.num_accepted for count in row]
+    num_tokens = sum(rounds) + len(all_stats)
+    seconds = {
+        name: sum(getattr(stats, f"{name}_seconds") for stats in all_stats) for name in ("total", "drafter", "target", "prefill")
+    }
+    rest = seconds["total"] - seconds["drafter"] - seconds["target"] - seconds["prefill"]
+    Console(stderr=True).print(
+        f"{num_tokens} tokens in {seconds['total']:.2f} s ({num_tokens / seconds['total']:.1f} tokens/s), {len(rounds)} rounds, "
+        f"{sum(rounds) / max(len(rounds), 1):.2f} tokens per round; drafter {seconds['drafter']:.2f} s, target "
+        f"{seconds['target']:.2f} s, prefill {seconds['prefill']:.2f} s, the rest {rest:.2f} s",
+        highlight=False,
+    )
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends in one line and exit code 2."""
+    logging.set_verbosity_error()
+    try:
+        app()
+    except (ValueError, TypeError, NotImplementedError) as error:
+        Console(stderr=True).print(f"hf-specdiff: {error}", style="red", highlight=False, markup=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

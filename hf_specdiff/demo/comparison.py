@@ -1,0 +1,149 @@
+"""The same prompts through several decoders, interleaved: what the demo measures and shows.
+
+Knows the bundled pair's decoders and how to time them. Knows nothing about the terminal.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
+
+import torch
+
+from hf_specdiff.demo.bundle import load_demo
+from hf_specdiff.generate import generate
+
+PLAIN = "plain generate"
+MAX_NEW_TOKENS = {"math": 200, "code": 128}
+
+# From the prompt's ids, the length limit and a streamer to the sequences and the tokens of each round after the prefill.
+Decoder = Callable[..., tuple[torch.Tensor, list[int]]]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one decoder did over many prompts.
+
+    Attributes:
+        seconds (`float`): wall-clock time, prefill included.
+        num_tokens (`int`): tokens written.
+        round_tokens (`list[int]`): tokens that each target pass after the prefill added.
+        num_identical (`int`): outputs equal to plain `generate`'s.
+        num_prompts (`int`): prompts seen.
+    """
+
+    seconds: float = 0.0
+    num_tokens: int = 0
+    round_tokens: list[int] = field(default_factory=list)
+    num_identical: int = 0
+    num_prompts: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens written over wall-clock time."""
+        return self.num_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Mean tokens that a target pass adds; 1 for plain decoding."""
+        return sum(self.round_tokens) / len(self.round_tokens) if self.round_tokens else 0.0
+
+
+class PassCounter:
+    """A streamer that writes down how many tokens the target's loop handed over at a time."""
+
+    def __init__(self, streamer: Any | None = None) -> None:
+        self.sizes: list[int] = []
+        self.streamer = streamer
+
+    def put(self, value: torch.Tensor) -> None:
+        """Count a piece and hand it on."""
+        self.sizes.append(value.numel())
+        if self.streamer is not None:
+            self.streamer.put(value)
+
+    def end(self) -> None:
+        """Hand the end on."""
+        if self.streamer is not None:
+            self.streamer.end()
+
+
+def demo_decoders() -> tuple[Any, dict[str, Decoder]]:
+    """Load the bundled models.
+
+    Returns:
+        `tuple`: the tokenizer, and the decoders by name, plain `generate` first.
+    """
+    target, features, tokenizer = load_demo("features")
+    tokens, autoregressive = load_demo("tokens")[1], load_demo("autoregressive")[1]
+
+    def host(assistant: Any | None) -> Decoder:
+        def decode(ids: torch.Tensor, max_new_tokens: int, streamer: Any | None = None) -> tuple[torch.Tensor, list[int]]:
+            counter = PassCounter(streamer)
+            sequences = target.generate(
+                ids, do_sample=False, max_new_tokens=max_new_tokens, assistant_model=assistant, streamer=counter
+            )
+            # The first piece is the prompt; with an assistant the loop hands over one piece per target pass.
+            return sequences, counter.sizes[1:]
+
+        return decode
+
+    def ours(drafter: Any) -> Decoder:
+        def decode(ids: torch.Tensor, max_new_tokens: int, streamer: Any | None = None) -> tuple[torch.Tensor, list[int]]:
+            output = generate(
+                target,
+                ids,
+                assistant_model=drafter,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                return_dict_in_generate=True,
+                streamer=streamer,
+            )
+            return output.sequences, [accepted[0] + 1 for accepted in output.speculation.num_accepted]
+
+        return decode
+
+    return tokenizer, {
+        PLAIN: host(None),
+        "transformers, AR assistant": host(autoregressive),
+        "transformers, our token drafter": host(tokens),
+        "hf_specdiff, token drafter": ours(tokens),
+        "hf_specdiff, feature drafter": ours(features),
+    }
+
+
+def compare(
+    decoders: dict[str, Decoder],
+    prompts: list[torch.Tensor],
+    max_new_tokens: int,
+    on_prompt: Callable[[], None] = lambda: None,
+) -> dict[str, Tally]:
+    """Run every prompt through every decoder, in turn, so that a drifting machine hits all alike.
+
+    Args:
+        decoders (`dict[str, Decoder]`): by name, plain `generate` first.
+        prompts (`list[torch.Tensor]`): ids, each `(1, L)` int64.
+        max_new_tokens (`int`): the length limit.
+        on_prompt (`Callable`): called after each prompt.
+
+    Returns:
+        `dict[str, Tally]`: by name.
+    """
+    tallies = {name: Tally() for name in decoders}
+    for decode in decoders.values():
+        decode(prompts[0], max_new_tokens)  # warm-up: the first call of a process allocates and selects kernels
+    for ids in prompts:
+        expected: torch.Tensor | None = None
+        for name, decode in decoders.items():
+            start = time.perf_counter()
+            sequences, round_tokens = decode(ids, max_new_tokens)
+            tally = tallies[name]
+            tally.seconds += time.perf_counter() - start
+            tally.num_tokens += sequences.shape[1] - ids.shape[1]
+            tally.round_tokens += round_tokens
+            expected = sequences if expected is None else expected
+            tally.num_identical += int(torch.equal(sequences, expected))
+            tally.num_prompts += 1
+        on_prompt()
+    return tallies
