@@ -1,4 +1,7 @@
-"""Write your own drafter: anything with a `draft` method can drive the loop; this one repeats what followed the anchor last time."""
+"""Write your own drafter: anything with a `draft` method can drive the loop.
+
+This one repeats what followed the anchor when it last occurred.
+"""
 
 import torch
 from transformers import GenerationMixin

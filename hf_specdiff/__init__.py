@@ -1,4 +1,7 @@
-"""Several times faster `generate` for Hugging Face causal language models, by discrete-diffusion drafting, without changing its output."""
+"""Several times faster `generate` for Hugging Face causal language models, by discrete-diffusion drafting.
+
+The output stays that of plain `generate`: the same tokens when greedy, the same law when sampling.
+"""
 
 from transformers import AutoConfig
 from transformers import AutoModel

@@ -77,9 +77,7 @@ def accept_by_block(draft: Draft, target_probs: torch.Tensor) -> Acceptance:
     return Acceptance(num_accepted, draw(block_bonus_law(draft.tokens, draft_probs, target_probs, num_accepted)))
 
 
-def ratio_num_accepted_law(
-    draft_tokens: torch.Tensor, draft_probs: torch.Tensor, target_probs: torch.Tensor
-) -> torch.Tensor:
+def ratio_num_accepted_law(draft_tokens: torch.Tensor, draft_probs: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
     """Return P(num_accepted = k | draft) under the ratio rule.
 
     With a_i = min(1, p_i(x_i) / q_i(x_i)): P(k) = a_1 ... a_k (1 - a_{k+1}) for k < G, and P(G) = a_1 ... a_G.
@@ -124,9 +122,7 @@ def block_weights(draft_tokens: torch.Tensor, draft_probs: torch.Tensor, target_
     return torch.stack(weights, dim=1)
 
 
-def block_num_accepted_law(
-    draft_tokens: torch.Tensor, draft_probs: torch.Tensor, target_probs: torch.Tensor
-) -> torch.Tensor:
+def block_num_accepted_law(draft_tokens: torch.Tensor, draft_probs: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
     """Return P(num_accepted = k | draft) under block verification.
 
     With S_i = sum_x max(w_i p_{i+1}(x) - q_{i+1}(x), 0), h_i = S_i / (S_i + 1 - w_i) for i < G and h_G = w_G, the accepted

@@ -22,8 +22,8 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
     Args:
         assistant_model (`SpecDiffDrafter`): the drafter, of either conditioning.
         speculation (`SpeculationConfig`): how to draft.
-        target (`transformers.PreTrainedModel`, *optional*): needed by a feature-conditioned drafter, which borrows its embedding
-            and head.
+        target (`transformers.PreTrainedModel`, *optional*): needed by a feature-conditioned drafter, which borrows its
+            embedding and head.
         logits_processor (`LogitsProcessorList`, *optional*): the target's processors.
         model_kwargs (`dict[str, Any]`, *optional*): of the target; the attention mask over left padding is read from it.
         max_length (`int`, *optional*): most tokens of the finished text.
@@ -32,7 +32,8 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
     Raises:
         ValueError: if the drafter is feature-conditioned and no target is given.
 
-    Lossless when: the loop compares tokens, or applies the ratio test to the returned scores and `speculation` has a prefix law.
+    Lossless when: the loop compares tokens, or applies the ratio test to the returned scores and `speculation` has a prefix
+    law.
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
     ) -> None:
         layer_ids = assistant_model.config.target_layer_ids
         if layer_ids is not None and target is None:
-            raise ValueError("`target` must be given for a feature-conditioned drafter, got None. Pass the model it drafts for.")
+            raise ValueError(
+                "`target` must be given for a feature-conditioned drafter, got None. Pass the model it drafts for."
+            )
         processors = LogitsProcessorList() if logits_processor is None else logits_processor
         self.drafter = make_drafter(assistant_model, target, speculation, processors, max_length)
         if past_key_values is not None:
@@ -90,7 +93,8 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
         features = None
         if self.requires_model_outputs:
             num_tokens = length - 1 if self._is_after_prefill else n_last_matches + 1
-            features = target_features(model_outputs.hidden_states, self.drafter.target_layer_ids, num_tokens)
+            hidden_states: Any = getattr(model_outputs, "hidden_states", None)
+            features = target_features(hidden_states, self.drafter.target_layer_ids, num_tokens)
             self._is_after_prefill = False
         draft = self.drafter.draft(input_ids, self._mask(length, model_kwargs), features)
         tokens = draft.tokens.to(input_ids.device)

@@ -56,7 +56,9 @@ def generate_command(
 ) -> None:
     """Generate from any target with its drafter, streaming, with the statistics at the end."""
     if (prompt is None) == (prompts_file is None):
-        raise ValueError("`--prompt` or `--prompts-file` must be given, one of them, got " + ("none." if prompt is None else "both."))
+        raise ValueError(
+            "`--prompt` or `--prompts-file` must be given, one of them, got " + ("none." if prompt is None else "both.")
+        )
     prompts = [prompt] if prompt is not None else read_prompts(prompts_file or Path())
     model = load_model("target", target, dtype=dtype, device_map=device_map)
     assistant = load_model("drafter", drafter, dtype=dtype, device_map=device_map)
@@ -113,7 +115,9 @@ def train_command(
     tokenizer = AutoTokenizer.from_pretrained(target, padding_side="left")
     mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
     if mask is None:
-        raise ValueError("`--mask-token-id` must be given where the tokenizer has no mask token, got none. Name an id never written.")
+        raise ValueError(
+            "`--mask-token-id` must be given where the tokenizer has no mask token, got none. Name an id never written."
+        )
     layers = spread_layers(model.config.get_text_config().num_hidden_layers, num_target_layers)
     plan = TrainingPlan(
         target_layer_ids=layers if conditioning == "features" else None,
@@ -130,7 +134,9 @@ def train_command(
         save_steps=save_steps,
     )
     if not train_drafter(model, tokenizer, texts, output, plan, mask_token_id=mask):
-        typer.echo(f"Interrupted; a checkpoint is in {output / 'work' / 'checkpoints'}. The same command goes on from it.", err=True)
+        typer.echo(
+            f"Interrupted; a checkpoint is in {output / 'work' / 'checkpoints'}. The same command goes on from it.", err=True
+        )
         raise typer.Exit(INTERRUPTED)
     typer.echo(f"The drafter is in {output}.")
 
@@ -162,13 +168,14 @@ def print_statistics(all_stats: list[SpeculationStats]) -> None:
     rounds = [count + 1 for stats in all_stats for row in stats.num_accepted for count in row]
     num_tokens = sum(rounds) + len(all_stats)
     seconds = {
-        name: sum(getattr(stats, f"{name}_seconds") for stats in all_stats) for name in ("total", "drafter", "target", "prefill")
+        name: sum(getattr(stats, f"{name}_seconds") for stats in all_stats)
+        for name in ("total", "drafter", "target", "prefill")
     }
     rest = seconds["total"] - seconds["drafter"] - seconds["target"] - seconds["prefill"]
     Console(stderr=True).print(
-        f"{num_tokens} tokens in {seconds['total']:.2f} s ({num_tokens / seconds['total']:.1f} tokens/s), {len(rounds)} rounds, "
-        f"{sum(rounds) / max(len(rounds), 1):.2f} tokens per round; drafter {seconds['drafter']:.2f} s, target "
-        f"{seconds['target']:.2f} s, prefill {seconds['prefill']:.2f} s, the rest {rest:.2f} s",
+        f"{num_tokens} tokens in {seconds['total']:.2f} s ({num_tokens / seconds['total']:.1f} tokens/s), "
+        f"{len(rounds)} rounds, {sum(rounds) / max(len(rounds), 1):.2f} tokens per round; "
+        f"drafter {seconds['drafter']:.2f} s, target {seconds['target']:.2f} s, prefill {seconds['prefill']:.2f} s, the rest {rest:.2f} s",
         highlight=False,
     )
 

@@ -3,6 +3,8 @@
 Knows the names and the legal values of a drafter's fields, nothing about tensors. Any file may import it.
 """
 
+from typing import Any
+
 from transformers import Qwen3Config
 
 
@@ -34,7 +36,7 @@ class SpecDiffConfig(Qwen3Config):
     target_layer_ids: list[int] | None = None
     num_target_layers: int | None = None
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         """Fill the host's defaults, then check the drafter's own fields."""
         super().__post_init__(**kwargs)
         self._check_block()

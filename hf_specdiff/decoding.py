@@ -149,7 +149,11 @@ def run(
         `SpecDiffGenerateOutput`: sequences, scores, logits, cache and statistics.
     """
     config = target.generation_config
-    watches = {"prefill": Stopwatch(input_ids.device), "draft": Stopwatch(input_ids.device), "verify": Stopwatch(input_ids.device)}
+    watches = {
+        "prefill": Stopwatch(input_ids.device),
+        "draft": Stopwatch(input_ids.device),
+        "verify": Stopwatch(input_ids.device),
+    }
     watches["prefill"].attach(target, "prefill")
     watches["draft"].attach(drafter, "draft")
     watches["verify"].attach(target, "verify")

@@ -40,7 +40,7 @@ class Drafter(Protocol):
         """Draft the tokens that follow `input_ids`.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(B, L)`, int64): the committed text. Calls of one generation only ever extend it.
+            input_ids (`torch.Tensor` of shape `(B, L)`, int64): the committed text; calls of one generation only extend it.
             attention_mask (`torch.Tensor` of shape `(B, L)`, int64, *optional*): 0 on left padding; `None`: no padding.
             features (`torch.Tensor` of shape `(B, n, K * D)`, *optional*): hidden states of the tokens that the target has
                 processed since the last call, in the order of the text; the anchor, the last token, is never among them.

@@ -14,9 +14,9 @@ from transformers import GenerationMixin
 from transformers import LogitsProcessorList
 from transformers import StoppingCriteriaList
 from transformers import StopStringCriteria
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation import SynthIDTextWatermarkLogitsProcessor
 from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
-from transformers.generation import GenerateDecoderOnlyOutput
 
 from .decoding import run
 from .drafters import make_drafter
@@ -44,8 +44,8 @@ def generate(
             `reveal_order` (`str`): `"confidence"` (default) or `"left_to_right"`, for more than one denoising step;
             `draft_shape` (`str`): `"chain"` or `"auto"` (default);
             `draft_temperature` (`float`): of the draft distribution, by default 1.0; 0 drafts the most probable tokens;
-            `acceptance` (`str`): `"match"`, `"ratio"`, `"block"` or `"auto"` (default: block where it is lossless and tokens are
-            drawn, else match).
+            `acceptance` (`str`): `"match"`, `"ratio"`, `"block"` or `"auto"` (default: block where it is lossless and
+            tokens are drawn, else match).
 
     Returns:
         What `model.generate` returns. With `return_dict_in_generate=True` the output also has `.speculation`, a
@@ -93,7 +93,7 @@ def generate(
 
 def _check_pair(model: Any, drafter: Any) -> None:
     """Refuse a drafter that was not made for this target."""
-    config = getattr(drafter, "config", None)
+    config: Any = getattr(drafter, "config", None)
     if getattr(config, "model_type", None) != "specdiff":
         raise TypeError(
             f"`assistant_model` must be a SpecDiffDrafter, got {type(drafter).__name__}. Load one with "
@@ -109,8 +109,8 @@ def _check_pair(model: Any, drafter: Any) -> None:
     target_config = model.config.get_text_config()
     if config.vocab_size != target_config.vocab_size:
         raise ValueError(
-            f"`assistant_model` must have the target's vocabulary of {target_config.vocab_size} tokens, got {config.vocab_size}. "
-            "Use a drafter that was made for this target."
+            f"`assistant_model` must have the target's vocabulary of {target_config.vocab_size} tokens, got "
+            f"{config.vocab_size}. Use a drafter that was made for this target."
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         own, theirs = getattr(config, name, None), getattr(target_config, name, None)
@@ -147,11 +147,14 @@ def _check_prompt(input_ids: torch.Tensor | None, drafter: Any) -> None:
     if input_ids is None:
         return
     if input_ids.shape[-1] == 0:
-        raise ValueError("`input_ids` must hold at least one token, got an empty prompt. Pass the bos token to start from nothing.")
+        raise ValueError(
+            "`input_ids` must hold at least one token, got an empty prompt. Pass the bos token to start from nothing."
+        )
     mask_token_id = drafter.config.mask_token_id
     if bool((input_ids == mask_token_id).any()):
         raise ValueError(
-            f"`input_ids` must not hold the drafter's mask id {mask_token_id}, which means 'not yet known'. Take it out of the prompt."
+            f"`input_ids` must not hold the drafter's mask id {mask_token_id}, which means 'not yet known'. "
+            "Take it out of the prompt."
         )
 
 
@@ -166,11 +169,13 @@ def _check_call(
         raise NotImplementedError(f"`num_beams` must be 1, got {config.num_beams}. Use plain model.generate for beam search.")
     if input_ids.shape[0] != 1:
         raise NotImplementedError(
-            f"`input_ids` must be one sequence and `num_return_sequences` 1, got {input_ids.shape[0]} sequences. Call generate once "
-            "for each prompt."
+            f"`input_ids` must be one sequence and `num_return_sequences` 1, got {input_ids.shape[0]} sequences. "
+            "Call generate once for each prompt."
         )
     if input_ids.shape[1] == 0:
-        raise ValueError("`input_ids` must hold at least one token, got an empty prompt (`inputs_embeds` cannot be drafted from).")
+        raise ValueError(
+            "`input_ids` must hold at least one token, got an empty prompt (`inputs_embeds` cannot be drafted from)."
+        )
     if not model_kwargs.get("use_cache", True) or model_kwargs.get("past_key_values") is None:
         raise ValueError("`use_cache` must be True, got False. Rounds build on the keys and values of the committed text.")
     if config.output_attentions or config.output_hidden_states:
@@ -180,8 +185,8 @@ def _check_call(
     for processor in processors:
         if isinstance(processor, STATEFUL_PROCESSORS):
             raise NotImplementedError(
-                f"`logits_processor` must be functions of ids and scores, got {type(processor).__name__}, which keeps a state that "
-                "rejected tokens would spoil. Leave its setting out or use plain model.generate."
+                f"`logits_processor` must be functions of ids and scores, got {type(processor).__name__}, which keeps a state "
+                "that rejected tokens would spoil. Leave its setting out or use plain model.generate."
             )
 
 

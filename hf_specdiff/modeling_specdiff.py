@@ -159,7 +159,7 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SpecDiffConfig) -> None:
         super().__init__(config)
         if config.is_feature_conditioned:
-            self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+            self.fc = nn.Linear(len(config.target_layer_ids or []) * config.hidden_size, config.hidden_size, bias=False)
             self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         else:
             num_embeddings = max(config.vocab_size, (config.mask_token_id or 0) + 1)
@@ -197,8 +197,8 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
         if info["missing_keys"]:
             raise ValueError(
                 f"`pretrained_model_name_or_path` must hold all of the drafter's weights, got "
-                f"{str(pretrained_model_name_or_path)!r} without {sorted(info['missing_keys'])[:3]}. Is the file cut short, or the "
-                "configuration another drafter's?"
+                f"{str(pretrained_model_name_or_path)!r} without {sorted(info['missing_keys'])[:3]}. Is the file cut short, or "
+                "the configuration another drafter's?"
             )
         return (model, info) if wants_info else model
 
@@ -252,8 +252,8 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
         if self.config.is_feature_conditioned:
             if noise_embeds is None:
                 raise ValueError(
-                    "`noise_embeds` must be given to a feature-conditioned drafter, got `input_ids` alone. It has no embedding of "
-                    "its own: use hf_specdiff.generate(target, ..., assistant_model=drafter)."
+                    "`noise_embeds` must be given to a feature-conditioned drafter, got `input_ids` alone. It has no embedding "
+                    "of its own: use hf_specdiff.generate(target, ..., assistant_model=drafter)."
                 )
             hidden_states, window_size = noise_embeds, noise_embeds.shape[1]
             context_states = None
@@ -302,18 +302,16 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
         implementation = self.config._attn_implementation or "eager"
         if "flash" in implementation:
             raise ValueError(
-                f"`attn_implementation` {implementation!r} reads no mask, and this pass needs one (padding, or context tokens of a "
-                "token-conditioned drafter). Load the drafter with attn_implementation='sdpa'."
+                f"`attn_implementation` {implementation!r} reads no mask, and this pass needs one (padding, or context tokens "
+                "of a token-conditioned drafter). Load the drafter with attn_implementation='sdpa'."
             )
         if implementation == "sdpa":
             return allowed
         # Eager and flex attention add the mask to the scores.
-        return torch.zeros_like(allowed, dtype=hidden_states.dtype).masked_fill(
-            ~allowed, torch.finfo(hidden_states.dtype).min
-        )
+        return torch.zeros_like(allowed, dtype=hidden_states.dtype).masked_fill(~allowed, torch.finfo(hidden_states.dtype).min)
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -348,8 +346,8 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
         """
         if self.config.is_feature_conditioned:
             raise ValueError(
-                "`assistant_model` must be a token-conditioned drafter in transformers' own loop, got a feature-conditioned one: "
-                "that loop never shows it the target's hidden states. Use hf_specdiff.generate(target, ..., "
+                "`assistant_model` must be a token-conditioned drafter in transformers' own loop, got a feature-conditioned "
+                "one: that loop never shows it the target's hidden states. Use hf_specdiff.generate(target, ..., "
                 "assistant_model=drafter), hf_specdiff.attach(target) or custom_generate=<the drafter's Hub repository>."
             )
         input_ids = inputs if input_ids is None else input_ids
@@ -367,6 +365,7 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
         )
         sequences, scores = generator.get_candidates(input_ids)
+        assert scores is not None  # without a length limit there is always a draft
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
             scores=tuple(scores.unbind(dim=1)),

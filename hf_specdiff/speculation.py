@@ -81,9 +81,9 @@ def _with_rule(speculation: SpeculationConfig) -> SpeculationConfig:
     if speculation.acceptance in ("ratio", "block") and not has_prefix_law:
         raise ValueError(
             f"`acceptance` must be 'match' when tokens are drawn out of order, got {speculation.acceptance!r} with "
-            f"`num_denoising_steps` {speculation.num_denoising_steps} and `reveal_order` 'confidence': a token drawn looking at "
-            "one to its right does not have the probability it was drawn with, given the accepted prefix, so the output would "
-            "not have the target's law. Pass acceptance='match', reveal_order='left_to_right' or num_denoising_steps=1."
+            f"`num_denoising_steps` {speculation.num_denoising_steps} and `reveal_order` 'confidence': a token drawn looking "
+            "at one to its right does not have the probability it was drawn with, given the accepted prefix, so the output "
+            "would not have the target's law. Pass acceptance='match', reveal_order='left_to_right' or num_denoising_steps=1."
         )
     return speculation
 

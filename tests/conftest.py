@@ -78,6 +78,6 @@ def drafter(request: pytest.FixtureRequest) -> SpecDiffDrafter:
     return request.getfixturevalue("token_drafter" if request.param == "tokens" else "feature_drafter")
 
 
-@pytest.fixture()
+@pytest.fixture
 def prompt() -> torch.Tensor:
     return torch.tensor([[1, 5, 9, 4, 7, 7, 3]])

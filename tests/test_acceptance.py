@@ -104,9 +104,7 @@ def left_to_right_drafts(vocab_size: int, gamma: int, seed: int) -> Drafts:
 
 def right_to_left_drafts(vocab_size: int, gamma: int, seed: int) -> Drafts:
     """Each token drawn given the ones to its right, and reported with the law it was really drawn from."""
-    return [
-        (draft[::-1], laws.flip(0), weight) for draft, laws, weight in left_to_right_drafts(vocab_size, gamma, seed + 3000)
-    ]
+    return [(draft[::-1], laws.flip(0), weight) for draft, laws, weight in left_to_right_drafts(vocab_size, gamma, seed + 3000)]
 
 
 def deterministic_drafts(vocab_size: int, gamma: int, seed: int) -> Drafts:
@@ -241,7 +239,9 @@ def test_num_accepted_laws_are_laws_in_float32(seed: int, gamma: int, vocab_size
     p = (sharpness * torch.randn(2, gamma + 1, vocab_size, generator=generator)).softmax(-1)
     q = p[:, :-1].clone() if same else (sharpness * torch.randn(2, gamma, vocab_size, generator=generator)).softmax(-1)
     tokens = (
-        torch.multinomial(q.flatten(0, 1), 1, generator=generator).view(2, gamma) if gamma else torch.zeros(2, 0, dtype=torch.long)
+        torch.multinomial(q.flatten(0, 1), 1, generator=generator).view(2, gamma)
+        if gamma
+        else torch.zeros(2, 0, dtype=torch.long)
     )
     for law in (ratio_num_accepted_law(tokens, q, p), block_num_accepted_law(tokens, q, p)):
         assert bool((law >= 0).all())

@@ -25,7 +25,7 @@ def call(target: torch.nn.Module, prompt: torch.Tensor, drafter: object, **kwarg
     return hf_specdiff.generate(target, prompt, assistant_model=drafter, max_new_tokens=8, **{"do_sample": False, **kwargs})
 
 
-@pytest.fixture()
+@pytest.fixture
 def silent_target(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
     """A target that must not run: errors come before any work."""
     target = make_target()

@@ -18,7 +18,19 @@ from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.demo.bundle import load_prompts
 
 TARGET, FEATURES = str(PAIR / "target"), str(PAIR / "features")
-TRAIN = ["--max-length", "128", "--num-layers", "1", "--batch-size", "4", "--num-anchors", "2", "--float32", "--save-steps", "4"]
+TRAIN = [
+    "--max-length",
+    "128",
+    "--num-layers",
+    "1",
+    "--batch-size",
+    "4",
+    "--num-anchors",
+    "2",
+    "--float32",
+    "--save-steps",
+    "4",
+]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -35,11 +47,15 @@ def write_prompts(path: Path, count: int) -> Path:
 def test_generate_streams_plain_generates_text_and_statistics(tmp_path: Path) -> None:
     target, _, tokenizer = hf_specdiff.load_demo()
     records = load_prompts("math")[:2]
-    result = run("generate", TARGET, FEATURES, "--prompts-file", str(write_prompts(tmp_path / "p.jsonl", 2)), "--max-new-tokens", "40")
+    result = run(
+        "generate", TARGET, FEATURES, "--prompts-file", str(write_prompts(tmp_path / "p.jsonl", 2)), "--max-new-tokens", "40"
+    )
     assert result.returncode == 0, result.stderr
     for record in records:
         ids = tokenizer(record["prompt"], return_tensors="pt").input_ids
-        text = tokenizer.decode(target.generate(ids, do_sample=False, max_new_tokens=40)[0, ids.shape[1] :], skip_special_tokens=True)
+        text = tokenizer.decode(
+            target.generate(ids, do_sample=False, max_new_tokens=40)[0, ids.shape[1] :], skip_special_tokens=True
+        )
         assert record["prompt"] + text in result.stdout
     assert "tokens per round" in result.stderr
 

@@ -166,7 +166,8 @@ def test_several_denoising_steps_preserve_the_law(
     drafter = drafter_for(None)
     plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
     ours = law_of(
-        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, gamma=2, **settings, **STEPPED[scheme]), monkeypatch
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, gamma=2, **settings, **STEPPED[scheme]),
+        monkeypatch,
     )
     assert distance(plain, ours) < TOLERANCE
 
@@ -223,9 +224,7 @@ def test_way_one_sampling_has_the_law_of_plain_generate(
     other = law_of(lambda: target.generate(PROMPT, temperature=1.5, **settings), monkeypatch)
     torch.manual_seed(0)
     total = 3_000
-    counts = Counter(
-        tuple(target.generate(PROMPT, assistant_model=drafter, **settings)[0].tolist()) for _ in range(total)
-    )
+    counts = Counter(tuple(target.generate(PROMPT, assistant_model=drafter, **settings)[0].tolist()) for _ in range(total))
 
     def excess(law: Counter) -> float:
         texts = [text for text in law if law[text] * total >= 5]

@@ -106,9 +106,7 @@ def test_context_is_causal_and_the_window_bidirectional() -> None:
     ],
 )
 @pytest.mark.parametrize("is_padded", [False, True])
-def test_attention_implementations_agree(
-    implementation: str, device: str, layers: list[int] | None, is_padded: bool
-) -> None:
+def test_attention_implementations_agree(implementation: str, device: str, layers: list[int] | None, is_padded: bool) -> None:
     reference = make_drafter(layers).to(device)
     reference.set_attn_implementation("sdpa")
     other = make_drafter(layers).to(device)
@@ -158,7 +156,9 @@ def test_cached_context_gives_the_states_of_an_uncached_pass() -> None:
     torch.testing.assert_close(stepwise.last_hidden_state[:, -6:], at_once, atol=1e-5, rtol=1e-4)
 
 
-def test_a_target_over_cpu_and_disk_gives_the_same_tokens(drafter: SpecDiffDrafter, prompt: torch.Tensor, tmp_path: Path) -> None:
+def test_a_target_over_cpu_and_disk_gives_the_same_tokens(
+    drafter: SpecDiffDrafter, prompt: torch.Tensor, tmp_path: Path
+) -> None:
     """Accelerate keeps some layers, the embedding and the head on disk; tensors move at the border."""
     expected = make_target().generate(prompt, do_sample=False, max_new_tokens=16)
     make_target().save_pretrained(tmp_path / "target")

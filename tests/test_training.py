@@ -10,8 +10,8 @@ from transformers import TrainerState
 
 from hf_specdiff.drafters import make_drafter as put_around
 from hf_specdiff.speculation import SpeculationConfig
-from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import SequenceDataset
+from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import collate
 from hf_specdiff.training.data import read_prompts
 from hf_specdiff.training.data import sample_windows

@@ -37,7 +37,7 @@ MAX_LENGTH = 256
 
 
 def model_config(num_layers: int) -> LlamaConfig:
-    """Return a deep, narrow Llama: on a CPU it behaves most like a large model on a GPU, where more tokens in a pass cost little."""
+    """Return a deep, narrow Llama: on a CPU it is most like a large model on a GPU, where more tokens in a pass cost little."""
     return LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=192,
@@ -93,7 +93,9 @@ def training_prompts() -> list[str]:
 def drafter_plans() -> dict[str, TrainingPlan]:
     """Return how each bundled drafter is trained."""
     return {
-        "features": TrainingPlan(spread_layers(TARGET_LAYERS, 4), num_layers=3, num_epochs=8, num_anchors=12, learning_rate=2e-3),
+        "features": TrainingPlan(
+            spread_layers(TARGET_LAYERS, 4), num_layers=3, num_epochs=8, num_anchors=12, learning_rate=2e-3
+        ),
         "tokens": TrainingPlan(None, num_layers=4, num_epochs=8, num_anchors=10, learning_rate=2e-3),
     }
 
@@ -104,9 +106,7 @@ def make_language_model(name: str, num_layers: int, learning_rate: float, pair: 
         return
     tokenizer = AutoTokenizer.from_pretrained(pair / "target")
     documents = make_corpus(NUM_CORPUS_PROBLEMS, NUM_CORPUS_CODE_EPOCHS)
-    train_language_model(
-        pair / name, work / name, tokenizer, model_config(num_layers), documents, learning_rate=learning_rate
-    )
+    train_language_model(pair / name, work / name, tokenizer, model_config(num_layers), documents, learning_rate=learning_rate)
 
 
 def make_drafters(pair: Path, work: Path) -> None:

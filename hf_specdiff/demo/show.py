@@ -5,6 +5,7 @@ import os
 import platform
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def run_demo(num_prompts: int, output: Path | None = None) -> bool:
         for task, texts in sets.items():
             bar = progress.add_task(f"{task} prompts", total=num_prompts)
             prompts = [tokenizer(text, return_tensors="pt").input_ids for text in texts[:num_prompts]]
-            results[task] = compare(decoders, prompts, MAX_NEW_TOKENS[task], lambda bar=bar: progress.advance(bar))
+            results[task] = compare(decoders, prompts, MAX_NEW_TOKENS[task], partial(progress.advance, bar))
     for task, tallies in results.items():
         console.print(table_of(task, tallies))
     everything = [tally for tallies in results.values() for tally in tallies.values()]

@@ -12,7 +12,17 @@ from pathlib import Path
 
 HELD_OUT_ONE_IN = 12
 # Tables, generated parsers and tests are no code that anyone would want completed.
-SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "__pycache__", "pydoc_data", "turtledemo"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "site-packages",
+    "__pycache__",
+    "pydoc_data",
+    "turtledemo",
+}
 
 
 def iter_modules(*, held_out: bool) -> Iterator[Path]:
@@ -50,6 +60,7 @@ def iter_definitions(path: Path, min_lines: int = 4) -> Iterator[str]:
         return
     lines = text.splitlines()
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.end_lineno is not None:
-            if node.end_lineno - node.lineno + 1 >= min_lines:
-                yield "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.end_lineno is None:
+            continue
+        if node.end_lineno - node.lineno + 1 >= min_lines:
+            yield "\n".join(lines[node.lineno - 1 : node.end_lineno])

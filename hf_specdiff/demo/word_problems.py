@@ -78,7 +78,8 @@ def _find(rng: random.Random, story: _Story, count: int) -> _Step:
     place = rng.choice(["in the garden", "at home", "under the bed", "at school", "in the old house"])
     return _Step(
         f"{story.subject} finds {n} more {story.items} {place}.",
-        f"{story.subject} finds {n} more {story.items} {place}, so now {story.pronoun} has {count} + {n} = {count + n} {story.items}.",
+        f"{story.subject} finds {n} more {story.items} {place}, "
+        f"so now {story.pronoun} has {count} + {n} = {count + n} {story.items}.",
         count + n,
     )
 
@@ -144,7 +145,8 @@ def _double(rng: random.Random, story: _Story, count: int) -> _Step | None:
         return None
     return _Step(
         f"Then {story.friend} doubles the number of {story.items}.",
-        f"{story.friend} doubles the number of {story.items}, so now {story.pronoun} has {count} * 2 = {2 * count} {story.items}.",
+        f"{story.friend} doubles the number of {story.items}, "
+        f"so now {story.pronoun} has {count} * 2 = {2 * count} {story.items}.",
         2 * count,
     )
 

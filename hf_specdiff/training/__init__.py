@@ -1,0 +1,1 @@
+"""Training drafters: data, objectives, trainer, and the pipeline that joins them."""

@@ -45,10 +45,14 @@ def _prompt_of(line: str, number: int, path: Path) -> str:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"`prompts` must be one JSON object a line, got {line[:40]!r} in line {number} of {str(path)!r}.") from error
+        raise ValueError(
+            f"`prompts` must be one JSON object a line, got {line[:40]!r} in line {number} of {str(path)!r}."
+        ) from error
     text = record.get("prompt", record.get("text")) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise ValueError(f"`prompts` must have a 'prompt' or 'text' field, got {line[:40]!r} in line {number} of {str(path)!r}.")
+        raise ValueError(
+            f"`prompts` must have a 'prompt' or 'text' field, got {line[:40]!r} in line {number} of {str(path)!r}."
+        )
     return text
 
 
@@ -192,7 +196,9 @@ def sample_windows(
     return Windows(window_ids.flatten(1), positions.flatten(1), labels.flatten(0, 1), anchors)
 
 
-def window_attention_mask(anchors: torch.Tensor, context_length: int, block_size: int, *, context_queries: bool) -> torch.Tensor:
+def window_attention_mask(
+    anchors: torch.Tensor, context_length: int, block_size: int, *, context_queries: bool
+) -> torch.Tensor:
     """Return who sees whom when many windows share one pass.
 
     Keys: the sequence, then all windows. Queries: all windows; with `context_queries` the sequence in front of them. A window
@@ -222,7 +228,14 @@ def window_attention_mask(anchors: torch.Tensor, context_length: int, block_size
 
 
 def regenerate(
-    target: Any, tokenizer: Any, prompts: list[str], folder: Path, *, max_length: int, batch_size: int = 64, shard_size: int = 512
+    target: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    folder: Path,
+    *,
+    max_length: int,
+    batch_size: int = 64,
+    shard_size: int = 512,
 ) -> Sequences:
     """Let the target continue the prompts, greedily; a drafter learns best from the text it will have to predict.
 

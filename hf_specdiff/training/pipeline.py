@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import SequenceDataset
+from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import regenerate
 from hf_specdiff.training.trainer import SpecDiffTrainer
 from hf_specdiff.training.trainer import SpecDiffTrainingArguments
@@ -86,9 +86,7 @@ def train_drafter(
     return fit_drafter(target, sequences, output, plan, mask_token_id=mask_token_id)
 
 
-def fit_drafter(
-    target: PreTrainedModel, sequences: Sequences, output: Path, plan: TrainingPlan, *, mask_token_id: int
-) -> bool:
+def fit_drafter(target: PreTrainedModel, sequences: Sequences, output: Path, plan: TrainingPlan, *, mask_token_id: int) -> bool:
     """Train on given sequences and save; the second half of `train_drafter`."""
     work = output / "work"
     _claim(work, plan)
@@ -144,8 +142,8 @@ def _claim(work: Path, plan: TrainingPlan) -> None:
         changed = {name: (earlier.get(name), value) for name, value in settings.items() if earlier.get(name) != value}
         if changed:
             raise ValueError(
-                f"`output` must be a fresh folder or hold a run with the same settings, got {str(work.parent)!r} with other ones: "
-                f"{changed} (earlier, now). Pass the same settings to resume, or another folder."
+                f"`output` must be a fresh folder or hold a run with the same settings, got {str(work.parent)!r} with other "
+                f"ones: {changed} (earlier, now). Pass the same settings to resume, or another folder."
             )
         return
     work.mkdir(parents=True, exist_ok=True)

@@ -71,6 +71,7 @@ class SpecDiffTrainer(Trainer):
         """Return the loss of a batch; see `transformers.Trainer.compute_loss`."""
         config: SpecDiffConfig = self.accelerator.unwrap_model(model).config
         generator = torch.Generator().manual_seed(self._window_seed(inputs["indices"]))
+        assert config.mask_token_id is not None  # a drafter without one cannot be trained
         windows = sample_windows(inputs, self.args.num_anchors, config.block_size, config.mask_token_id, generator)
         forward = self._feature_logits if config.is_feature_conditioned else self._token_logits
         logits = forward(model, config, inputs["input_ids"], windows)  # (B * A, G, V)
