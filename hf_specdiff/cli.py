@@ -175,7 +175,8 @@ def print_statistics(all_stats: list[SpeculationStats]) -> None:
     Console(stderr=True).print(
         f"{num_tokens} tokens in {seconds['total']:.2f} s ({num_tokens / seconds['total']:.1f} tokens/s), "
         f"{len(rounds)} rounds, {sum(rounds) / max(len(rounds), 1):.2f} tokens per round; "
-        f"drafter {seconds['drafter']:.2f} s, target {seconds['target']:.2f} s, prefill {seconds['prefill']:.2f} s, the rest {rest:.2f} s",
+        f"drafter {seconds['drafter']:.2f} s, target "
+        f"{seconds['target']:.2f} s, prefill {seconds['prefill']:.2f} s, the rest {rest:.2f} s",
         highlight=False,
     )
 
