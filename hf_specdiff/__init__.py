@@ -7,6 +7,8 @@ from transformers import AutoConfig
 from transformers import AutoModel
 from transformers import AutoModelForCausalLM
 
+from hf_specdiff.attach import attach
+from hf_specdiff.attach import detach
 from hf_specdiff.candidate_generator import SpecDiffCandidateGenerator
 from hf_specdiff.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.demo.bundle import load_demo
@@ -21,6 +23,8 @@ __all__ = [
     "SpecDiffConfig",
     "SpecDiffDrafter",
     "SpeculationStats",
+    "attach",
+    "detach",
     "generate",
     "load_demo",
     "load_prompts",

@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +15,6 @@ from hf_specdiff.demo.recipe import code_prompt
 from hf_specdiff.demo.recipe import training_prompts
 from hf_specdiff.demo.source_code import iter_modules
 from hf_specdiff.demo.word_problems import iter_problems
-
-README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture(scope="module", params=["features", "tokens"])
@@ -90,6 +87,16 @@ def test_the_pipeline_takes_the_token_drafter() -> None:
     prompt = hf_specdiff.load_prompts("math")[0]["prompt"]
     settings = {"do_sample": False, "max_new_tokens": 60, "return_full_text": False}
     plain = pipeline("text-generation", model=target, tokenizer=tokenizer)(prompt, **settings)
+    fast = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=drafter)(prompt, **settings)
+    assert fast == plain
+
+
+def test_the_pipeline_takes_the_feature_drafter_on_an_attached_target() -> None:
+    target, drafter, tokenizer = hf_specdiff.load_demo()
+    prompt = hf_specdiff.load_prompts("math")[0]["prompt"]
+    settings = {"do_sample": False, "max_new_tokens": 60}
+    plain = pipeline("text-generation", model=target, tokenizer=tokenizer)(prompt, **settings)
+    hf_specdiff.attach(target)
     fast = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=drafter)(prompt, **settings)
     assert fast == plain
 

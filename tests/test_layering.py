@@ -16,6 +16,7 @@ LEVELS = [
     {"candidate_generator", "target"},
     {"decoding", "modeling_specdiff"},
     {"generate"},
+    {"attach"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 HUB_FILES = [PACKAGE / f"{name}.py" for name in sorted(LEVEL_OF)]

@@ -16,6 +16,8 @@ def test_public_names() -> None:
         "SpecDiffConfig",
         "SpecDiffDrafter",
         "SpeculationStats",
+        "attach",
+        "detach",
         "generate",
         "load_demo",
         "load_prompts",
@@ -28,6 +30,8 @@ def test_public_names() -> None:
     ("function", "parameters"),
     [
         (hf_specdiff.generate, ["model", "inputs", "assistant_model", "kwargs"]),
+        (hf_specdiff.attach, ["model"]),
+        (hf_specdiff.detach, ["model"]),
         (hf_specdiff.load_demo, ["drafter"]),
         (hf_specdiff.load_prompts, ["name"]),
     ],

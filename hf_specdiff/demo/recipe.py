@@ -31,6 +31,7 @@ from hf_specdiff.training.trainer import spread_layers
 NUM_CORPUS_PROBLEMS = 32_000
 NUM_CORPUS_CODE_EPOCHS = 2
 NUM_TRAINING_PROBLEMS = 5_000
+NUM_TRAINING_PROMPTS = 5_120
 NUM_HELD_OUT = 96
 TARGET_LAYERS = 16
 MAX_LENGTH = 256
@@ -87,16 +88,16 @@ def training_prompts() -> list[str]:
     heads = [code_prompt(text, 90) for text in training_definitions()]
     prompts = [problem.prompt for problem in problems] + [head for head in heads if head is not None]
     random.Random(2).shuffle(prompts)
-    return prompts
+    return prompts[:NUM_TRAINING_PROMPTS]
 
 
 def drafter_plans() -> dict[str, TrainingPlan]:
     """Return how each bundled drafter is trained."""
     return {
         "features": TrainingPlan(
-            spread_layers(TARGET_LAYERS, 4), num_layers=3, num_epochs=8, num_anchors=12, learning_rate=2e-3
+            spread_layers(TARGET_LAYERS, 4), num_layers=3, num_epochs=11, num_anchors=12, learning_rate=2e-3
         ),
-        "tokens": TrainingPlan(None, num_layers=4, num_epochs=8, num_anchors=10, learning_rate=2e-3),
+        "tokens": TrainingPlan(None, num_layers=4, num_epochs=11, num_anchors=10, learning_rate=2e-3),
     }
 
 

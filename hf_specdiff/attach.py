@@ -1,0 +1,60 @@
+"""Let a target's own `generate` run the full loop, so that pipelines and everything else that calls it do.
+
+Knows how a method of one object is replaced and given back. Nobody imports it but the package's front.
+"""
+
+import inspect
+from functools import wraps
+from typing import Any
+
+from .generate import generate
+
+
+def attach(model: Any) -> Any:
+    """Make `model.generate(assistant_model=drafter)` run the full loop for diffusion drafters.
+
+    Every other call of `model.generate` is what it was. Only this object changes, not its class; attaching twice is attaching
+    once.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target.
+
+    Returns:
+        `transformers.PreTrainedModel`: the same object.
+
+    Raises:
+        TypeError: if the model cannot generate.
+    """
+    if not callable(getattr(type(model), "generate", None)):
+        raise TypeError(f"`model` must be a model that can generate, got {type(model).__name__}.")
+    detach(model)
+    plain_generate = model.generate
+    signature = inspect.signature(plain_generate)
+
+    @wraps(plain_generate)
+    def attached_generate(*args: Any, **kwargs: Any) -> Any:
+        drafter = kwargs.get("assistant_model")
+        is_ours = getattr(getattr(drafter, "config", None), "model_type", None) == "specdiff"
+        if not is_ours or kwargs.get("custom_generate") is not None or kwargs.get("speculation_type") is not None:
+            return plain_generate(*args, **kwargs)
+        # Positional arguments of the host's `generate` become named ones; its own keyword rest is laid flat.
+        named = signature.bind(*args, **kwargs).arguments
+        named |= named.pop("kwargs", {})
+        return generate(model, **named)
+
+    model.generate = attached_generate
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Undo `attach`; a model that was never attached stays as it is.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target.
+
+    Returns:
+        `transformers.PreTrainedModel`: the same object.
+    """
+    # The replaced method lives on the object; without it the class's own shows again.
+    vars(model).pop("generate", None)
+    return model
