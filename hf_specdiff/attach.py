@@ -7,7 +7,12 @@ import inspect
 from functools import wraps
 from typing import Any
 
+from transformers import GenerationMixin
+
 from .generate import generate
+
+# On the wrapper, under this name: the `generate` that the object itself carried before, or None where its class's own showed.
+REPLACED = "_hf_specdiff_replaced"
 
 
 def attach(model: Any) -> Any:
@@ -29,7 +34,7 @@ def attach(model: Any) -> Any:
         raise TypeError(f"`model` must be a model that can generate, got {type(model).__name__}.")
     detach(model)
     plain_generate = model.generate
-    signature = inspect.signature(plain_generate)
+    signature = inspect.signature(GenerationMixin.generate)
 
     @wraps(plain_generate)
     def attached_generate(*args: Any, **kwargs: Any) -> Any:
@@ -38,16 +43,18 @@ def attach(model: Any) -> Any:
         if not is_ours or kwargs.get("custom_generate") is not None or kwargs.get("speculation_type") is not None:
             return plain_generate(*args, **kwargs)
         # Positional arguments of the host's `generate` become named ones; its own keyword rest is laid flat.
-        named = signature.bind(*args, **kwargs).arguments
+        named = signature.bind(model, *args, **kwargs).arguments
+        named.pop("self")
         named |= named.pop("kwargs", {})
         return generate(model, **named)
 
+    setattr(attached_generate, REPLACED, vars(model).get("generate"))
     model.generate = attached_generate
     return model
 
 
 def detach(model: Any) -> Any:
-    """Undo `attach`; a model that was never attached stays as it is.
+    """Undo `attach`; a model that is not attached stays as it is.
 
     Args:
         model (`transformers.PreTrainedModel`): the target.
@@ -55,6 +62,10 @@ def detach(model: Any) -> Any:
     Returns:
         `transformers.PreTrainedModel`: the same object.
     """
-    # The replaced method lives on the object; without it the class's own shows again.
-    vars(model).pop("generate", None)
+    own = vars(model).get("generate")
+    if hasattr(own, REPLACED):
+        replaced = getattr(own, REPLACED)
+        del model.generate  # the class's own shows again
+        if replaced is not None:
+            model.generate = replaced
     return model

@@ -13,7 +13,7 @@ def check_can_roll_back(cache: Cache) -> None:
         cache (`transformers.Cache`): the target's cache, as `generate` prepared it.
 
     Raises:
-        ValueError: if the cache is compiled, quantized or keeps a recurrent state.
+        ValueError: if the cache is compiled or quantized. (A recurrent state is the model's to tell; see the entry's checks.)
     """
     name = type(cache).__name__
     if getattr(cache, "is_compileable", False) or "Static" in name:
@@ -22,11 +22,11 @@ def check_can_roll_back(cache: Cache) -> None:
             "back, and a static cache has no length to roll back."
         )
     layers = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
-    refused = sorted(layer for layer in layers if "Quantized" in layer or "LinearAttention" in layer or "Hqq" in layer)
+    refused = sorted(layer for layer in layers if "Quantized" in layer)
     if refused or "Quantized" in name:
         raise ValueError(
             f"`past_key_values` must be a cache whose tokens can be taken back, got {name} with layers "
-            f"{refused or sorted(layers)}. Use a dynamic cache, or a target without recurrent layers."
+            f"{refused or sorted(layers)}. Leave the argument out, or pass a DynamicCache."
         )
 
 

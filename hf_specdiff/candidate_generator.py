@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from transformers import Cache
+from transformers import GenerationConfig
 from transformers import LogitsProcessorList
 from transformers.generation import CandidateGenerator
 
-from .drafters import make_drafter
-from .drafters import target_features
-from .speculation import SpeculationConfig
+from .conditioning import layer_output_indices
+from .conditioning import make_drafter
+from .conditioning import target_features
+from .draft import Draft
+from .speculation import resolve_speculation
 
 
 class SpecDiffCandidateGenerator(CandidateGenerator):
@@ -21,29 +24,29 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
 
     Args:
         assistant_model (`SpecDiffDrafter`): the drafter, of either conditioning.
-        speculation (`SpeculationConfig`): how to draft.
-        target (`transformers.PreTrainedModel`, *optional*): needed by a feature-conditioned drafter, which borrows its
-            embedding and head.
+        generation_config (`GenerationConfig`): the target's, merged; says whether to sample, and where the text ends.
         logits_processor (`LogitsProcessorList`, *optional*): the target's processors.
         model_kwargs (`dict[str, Any]`, *optional*): of the target; the attention mask over left padding is read from it.
-        max_length (`int`, *optional*): most tokens of the finished text.
+        target (`transformers.PreTrainedModel`, *optional*): needed by a feature-conditioned drafter, which borrows its
+            embedding and head.
+        speculation (`dict[str, Any]`, *optional*): arguments of speculation by name; the drafter's defaults fill the rest.
         past_key_values (`transformers.Cache`, *optional*): context that an earlier generator of the same text has seen.
 
     Raises:
-        ValueError: if the drafter is feature-conditioned and no target is given.
+        ValueError: if the drafter is feature-conditioned and no target is given, or an argument of speculation is out of range.
 
-    Lossless when: the loop compares tokens, or applies the ratio test to the returned scores and `speculation` has a prefix
-    law.
+    Lossless when: the loop compares tokens where no scores come with the draft, and compares tokens or applies the ratio test
+    where they do, as the host's loop does.
     """
 
     def __init__(
         self,
         assistant_model: Any,
-        speculation: SpeculationConfig,
-        target: Any | None = None,
+        generation_config: GenerationConfig,
         logits_processor: LogitsProcessorList | None = None,
         model_kwargs: dict[str, Any] | None = None,
-        max_length: int | None = None,
+        target: Any | None = None,
+        speculation: dict[str, Any] | None = None,
         past_key_values: Cache | None = None,
     ) -> None:
         layer_ids = assistant_model.config.target_layer_ids
@@ -51,16 +54,17 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
             raise ValueError(
                 "`target` must be given for a feature-conditioned drafter, got None. Pass the model it drafts for."
             )
+        settings = resolve_speculation(speculation or {}, assistant_model, do_sample=bool(generation_config.do_sample))
         processors = LogitsProcessorList() if logits_processor is None else logits_processor
-        self.drafter = make_drafter(assistant_model, target, speculation, processors, max_length)
+        self.max_length = generation_config.max_length
+        self.drafter = make_drafter(assistant_model, target, settings, processors, self.max_length)
         if past_key_values is not None:
             self.drafter.cache = past_key_values
         self.vocab_size = assistant_model.config.vocab_size
-        self.max_length = max_length
+        self.eos_token_ids = _end_tokens(generation_config)
         self.attention_mask = (model_kwargs or {}).get("attention_mask")
         self.requires_model_outputs = layer_ids is not None
-        # Index i + 1 of the hidden states is the output of layer i; index 0 is the embedding.
-        self.model_kwargs_overrides = {} if layer_ids is None else {"output_hidden_states": [i + 1 for i in layer_ids]}
+        self.model_kwargs_overrides = {} if layer_ids is None else {"output_hidden_states": layer_output_indices(layer_ids)}
         self._is_after_prefill = True
 
     def get_candidates(
@@ -75,7 +79,7 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
         """Draft the tokens that follow `input_ids`.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(B, L)`, int64): the committed text.
+            input_ids (`torch.Tensor` of shape `(1, L)`, int64): the committed text.
             model_kwargs (`dict[str, Any]`, *optional*): of the target's next pass.
             model_outputs (`ModelOutput`, *optional*): of the target's last pass, with hidden states.
             is_first_iteration (`bool`): whether the target has not run yet; a feature-conditioned drafter then has nothing to
@@ -84,29 +88,42 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
             **kwargs: what else the host passes.
 
         Returns:
-            `tuple`: text and draft `(B, L + G)` int64, and the log-probabilities `(B, G, V)` float32 that the draft was drawn
-            from (a point mass for argmax drafts); `(input_ids, None)` when nothing is proposed.
+            `tuple`: text and draft `(1, L + G)` int64, and the log-probabilities `(1, G, V)` float32 that the draft was drawn
+            from (a point mass for argmax drafts). `None` instead of the latter where the draft has no prefix law, so that the
+            loop compares tokens; `(input_ids, None)` when nothing is proposed. A draft ends with its first end token.
         """
         length = input_ids.shape[1]
-        if (self.requires_model_outputs and is_first_iteration) or self._room(length) < 1:
+        has_room = self.max_length is None or length + 1 < self.max_length
+        if not has_room or (self.requires_model_outputs and is_first_iteration):
             return input_ids, None
         features = None
         if self.requires_model_outputs:
             num_tokens = length - 1 if self._is_after_prefill else n_last_matches + 1
             hidden_states: Any = getattr(model_outputs, "hidden_states", None)
-            features = target_features(hidden_states, self.drafter.target_layer_ids, num_tokens)
+            features = target_features(hidden_states, list(self.drafter.target_layer_ids or []), num_tokens)
             self._is_after_prefill = False
-        draft = self.drafter.draft(input_ids, self._mask(length, model_kwargs), features)
-        tokens = draft.tokens.to(input_ids.device)
-        return torch.cat([input_ids, tokens], dim=1), draft.scores(self.vocab_size)
+        draft = self._cut(self.drafter.draft(input_ids, self._mask(length, model_kwargs), features))
+        scores = draft.scores(self.vocab_size) if draft.has_prefix_law else None
+        return torch.cat([input_ids, draft.tokens.to(input_ids.device)], dim=1), scores
 
-    def _room(self, length: int) -> int:
-        """Return the tokens that may be drafted so that the target's own still fits."""
-        return 1 if self.max_length is None else self.max_length - length - 1
+    def _cut(self, draft: Draft) -> Draft:
+        """Return the draft up to its first end token: the loop of transformers 5.17 looks for one at the very end only."""
+        tokens = draft.tokens[0].tolist()
+        count = next((i for i, token in enumerate(tokens, 1) if token in self.eos_token_ids), len(tokens))
+        probs = None if draft.probs is None else draft.probs[:, :count]
+        return Draft(draft.tokens[:, :count], probs, draft.has_prefix_law)
 
     def _mask(self, length: int, model_kwargs: dict[str, Any] | None) -> torch.Tensor | None:
-        """Return the mask over left padding, as long as the text, `(B, L)`."""
+        """Return the mask over left padding, as long as the text, `(1, L)`."""
         mask = self.attention_mask if model_kwargs is None else model_kwargs.get("attention_mask")
         if mask is None:
             return None
         return torch.nn.functional.pad(mask, (0, length - mask.shape[1]), value=1)
+
+
+def _end_tokens(generation_config: GenerationConfig) -> set[int]:
+    """Return the end tokens of a generation."""
+    tokens = generation_config.eos_token_id
+    if tokens is None:
+        return set()
+    return {tokens} if isinstance(tokens, int) else set(torch.as_tensor(tokens).flatten().tolist())

@@ -4,6 +4,8 @@ Turns words into calls and errors into one line; everything else lives in the mo
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 import typer
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 from transformers import TextStreamer
@@ -62,7 +65,7 @@ def generate_command(
     prompts = [prompt] if prompt is not None else read_prompts(prompts_file or Path())
     model = load_model("target", target, dtype=dtype, device_map=device_map)
     assistant = load_model("drafter", drafter, dtype=dtype, device_map=device_map)
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer = load_tokenizer("target", target)
     torch.manual_seed(seed)
     sampling = {} if temperature is None else {"temperature": temperature}
     all_stats = []
@@ -112,15 +115,15 @@ def train_command(
         raise ValueError(f"`--conditioning` must be features or tokens, got {conditioning!r}.")
     texts = read_prompts(prompts)
     model = load_model("target", target, dtype="float32", device_map="auto").eval()
-    tokenizer = AutoTokenizer.from_pretrained(target, padding_side="left")
+    tokenizer = load_tokenizer("target", target)
     mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
     if mask is None:
         raise ValueError(
             "`--mask-token-id` must be given where the tokenizer has no mask token, got none. Name an id never written."
         )
-    layers = spread_layers(model.config.get_text_config().num_hidden_layers, num_target_layers)
+    num_available = model.config.get_text_config().num_hidden_layers
     plan = TrainingPlan(
-        target_layer_ids=layers if conditioning == "features" else None,
+        target_layer_ids=spread_layers(num_available, num_target_layers) if conditioning == "features" else None,
         num_layers=num_layers,
         block_size=block_size,
         max_length=max_length,
@@ -156,9 +159,22 @@ def load_model(role: str, name: str, *, dtype: str, device_map: str) -> Any:
     Raises:
         ValueError: if it cannot be loaded.
     """
-    try:
+    with _one_line(role, name):
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map).eval()
-    except OSError as error:
+
+
+def load_tokenizer(role: str, name: str) -> Any:
+    """Load a tokenizer that pads on the left; arguments and errors as `load_model`."""
+    with _one_line(role, name):
+        return AutoTokenizer.from_pretrained(name, padding_side="left")
+
+
+@contextmanager
+def _one_line(role: str, name: str) -> Iterator[None]:
+    """Turn what loading may raise into one line that names the argument."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(f"`{role}` must be a model folder or a Hub repository, got {name!r}: {first_line}") from error
 
@@ -186,7 +202,7 @@ def main() -> None:
     logging.set_verbosity_error()
     try:
         app()
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError) as error:
         Console(stderr=True).print(f"hf-specdiff: {error}", style="red", highlight=False, markup=False)
         sys.exit(2)
 

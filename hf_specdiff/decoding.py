@@ -122,7 +122,16 @@ def make_rule(acceptance: str, *, do_sample: bool) -> AcceptanceRule:
     if acceptance == "match":
         return lambda draft, scores: accept_by_match(draft.tokens, draw(to_probs(scores)))
     rule = {"ratio": accept_by_ratio, "block": accept_by_block}[acceptance]
-    return lambda draft, scores: rule(draft, to_probs(scores))
+
+    def accept(draft: Draft, scores: torch.Tensor) -> Acceptance:
+        if not draft.has_prefix_law:
+            raise ValueError(
+                f"`acceptance` must be 'match' for drafts without a prefix law, got {acceptance!r}. The drafter says that its "
+                "tokens do not have, given the accepted prefix, the probabilities they were drawn with."
+            )
+        return rule(draft, to_probs(scores))
+
+    return accept
 
 
 def run(

@@ -83,7 +83,7 @@ class Acceptance:
         Returns:
             `torch.Tensor` of shape `(B, num_accepted + 1)`, int64: accepted tokens, then the bonus token.
         """
-        num_accepted = int(self.num_accepted[0])  # device sync: the round's only one
+        num_accepted = int(self.num_accepted[0])  # device sync: the shape of what follows depends on it
         return torch.cat([draft_tokens[:, :num_accepted], self.bonus_token[:, None]], dim=1)
 
 

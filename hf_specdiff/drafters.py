@@ -1,11 +1,10 @@
-"""The drafter as a decoding loop knows it, and its implementations around a network.
+"""The drafter as a decoding loop knows it, and how a masked-diffusion network fills a window.
 
 Letters: B batch, L committed length, G drafted tokens, V vocabulary, D hidden size, K target layers read. Knows the network by
-duck typing only (a class loaded from the Hub is another class object than the installed one). Imported by the candidate
-generator and the loop.
+duck typing only (a class loaded from the Hub is another class object than the installed one). Imported by the conditionings
+and the loop.
 """
 
-from collections.abc import Callable
 from typing import Any
 from typing import Protocol
 
@@ -13,7 +12,6 @@ import torch
 from transformers import DynamicCache
 from transformers import LogitsProcessorList
 
-from .cache import roll_back
 from .denoising import reveal_by_confidence
 from .denoising import reveal_counts
 from .denoising import reveal_left_to_right
@@ -82,10 +80,8 @@ class DenoisingDrafter:
         self.target_layer_ids = network.config.target_layer_ids
         self.mask_token_id = network.config.mask_token_id
         self.cache = DynamicCache(config=network.config)
-        reveals_in_order = speculation.reveals_in_order
         # Out of order a position's prefix is not known yet, so processors that read it have nothing to read.
-        self.processors = logits_processor if reveals_in_order else prefix_free_part(logits_processor)
-        self.has_prefix_law = reveals_in_order or speculation.draft_temperature == 0
+        self.processors = logits_processor if speculation.reveals_in_order else prefix_free_part(logits_processor)
 
     @torch.no_grad()
     def draft(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, features: torch.Tensor | None) -> Draft:
@@ -100,7 +96,7 @@ class DenoisingDrafter:
         steps = reveal_counts(gamma, self.speculation.num_denoising_steps)
         if len(steps) == 1:
             tokens, probs = self._draw_in_order(input_ids, window[:, 1:1], logits)
-            return Draft(tokens, probs, self.has_prefix_law)
+            return Draft(tokens, probs, self.speculation.has_prefix_law)
         return self._denoise(input_ids, attention_mask, window, logits, steps)
 
     def _window_gamma(self, length: int) -> int:
@@ -130,7 +126,7 @@ class DenoisingDrafter:
         """
         tokens = window[:, 1:]  # a view: what is revealed is in the next pass's input
         revealed = torch.zeros_like(tokens, dtype=torch.bool)
-        laws = torch.zeros(*tokens.shape, logits.shape[-1], device=logits.device)
+        laws = torch.zeros(*tokens.shape, logits.shape[-1], device=logits.device, dtype=torch.float32)
         is_drawn = self.speculation.draft_temperature > 0
         for step, count in enumerate(steps):
             if step > 0:
@@ -140,7 +136,7 @@ class DenoisingDrafter:
             if probs is not None:
                 laws[chosen] = probs[chosen]
             revealed |= chosen
-        return Draft(tokens.clone(), laws if is_drawn else None, self.has_prefix_law)
+        return Draft(tokens.clone(), laws if is_drawn else None, self.speculation.has_prefix_law)
 
     def _reveal(
         self, input_ids: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor, revealed: torch.Tensor, count: int
@@ -232,141 +228,8 @@ class DenoisingDrafter:
         positions = torch.arange(anchor - num_new, anchor + window_size, device=input_ids.device)[None]
         if attention_mask is None:
             return positions, None
-        first_key = anchor - num_new - self.cache.get_seq_length()
-        key_mask = torch.nn.functional.pad(attention_mask, (0, window_size - 1), value=1)[:, first_key:]
+        num_keys = self.cache.get_seq_length() + num_new + window_size
+        # Counted from the end: the mask may be longer than the text, where only new tokens were passed to a filled cache.
+        key_mask = torch.nn.functional.pad(attention_mask, (0, window_size - 1), value=1)[:, -num_keys:]
         num_padding = (attention_mask == 0).sum(dim=1, keepdim=True)
         return (positions - num_padding).clamp(min=0), key_mask
-
-
-class TokenDrafter(DenoisingDrafter):
-    """Draft from the committed tokens alone: they attend causally and are cached, the window attends to everything.
-
-    Source: arXiv:2408.05636.
-    """
-
-    def _window_logits(
-        self,
-        window: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        features: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Run the network over the uncached context and the window; see `DenoisingDrafter._window_logits`."""
-        new_context = input_ids[:, self.cache.get_seq_length() : -1]
-        window_size = window.shape[1]
-        position_ids, key_mask = self._layout(input_ids, attention_mask, new_context.shape[1], window_size)
-        outputs = self.network(
-            input_ids=torch.cat([new_context, window], dim=1),
-            attention_mask=key_mask,
-            position_ids=position_ids,
-            past_key_values=self.cache,
-            window_size=window_size,
-            logits_to_keep=window_size - 1,
-        )
-        roll_back(self.cache, window_size)
-        return outputs.logits
-
-
-class FeatureDrafter(DenoisingDrafter):
-    """Draft from the target's hidden states: extra keys and values in every layer; the target's embedding and head.
-
-    Args:
-        network (`SpecDiffDrafter`): the network.
-        speculation (`SpeculationConfig`): as `DenoisingDrafter`.
-        logits_processor (`LogitsProcessorList`): as `DenoisingDrafter`.
-        max_length (`int`, *optional*): as `DenoisingDrafter`.
-        embed (`Callable`): the target's input embedding, ids to vectors.
-        head (`Callable`): the target's output embedding, hidden states to logits.
-
-    Source: arXiv:2602.06036, section 3.
-    """
-
-    def __init__(
-        self,
-        network: Any,
-        speculation: SpeculationConfig,
-        logits_processor: LogitsProcessorList,
-        max_length: int | None = None,
-        *,
-        embed: Callable[[torch.Tensor], torch.Tensor],
-        head: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        super().__init__(network, speculation, logits_processor, max_length)
-        self.embed = embed
-        self.head = head
-
-    def _window_logits(
-        self,
-        window: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        features: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Run the network over the new features and the window; see `DenoisingDrafter._window_logits`."""
-        device, dtype = self.network.device, self.network.dtype
-        num_new = 0 if features is None else features.shape[1]
-        position_ids, key_mask = self._layout(input_ids, attention_mask, num_new, window.shape[1])
-        outputs = self.network(
-            noise_embeds=self.embed(window).to(device=device, dtype=dtype),
-            context_hidden_states=None if features is None else features.to(device=device, dtype=dtype),
-            attention_mask=key_mask,
-            position_ids=position_ids,
-            past_key_values=self.cache,
-        )
-        roll_back(self.cache, window.shape[1])
-        return self.head(outputs.last_hidden_state[:, 1:]).to(device)
-
-
-def target_features(hidden_states: tuple[torch.Tensor, ...], layer_ids: list[int], num_tokens: int) -> torch.Tensor:
-    """Join the hidden states that condition a drafter.
-
-    Args:
-        hidden_states (`tuple[torch.Tensor, ...]`): of the target's last pass; index `i + 1` is the output of layer `i`, each
-            `(B, at least num_tokens, D)`. Entries that are not read may be `None`.
-        layer_ids (`list[int]`): K layers, counted from 0.
-        num_tokens (`int`): tokens of the pass that were committed; the rest were rejected.
-
-    Returns:
-        `torch.Tensor` of shape `(B, num_tokens, K * D)`, on the device of the last layer read.
-    """
-    states = [hidden_states[i + 1][:, :num_tokens] for i in layer_ids]
-    # A sharded target leaves its layers' outputs on several devices.
-    return torch.cat([state.to(states[-1].device) for state in states], dim=-1)
-
-
-def make_drafter(
-    network: Any,
-    target: Any,
-    speculation: SpeculationConfig,
-    logits_processor: LogitsProcessorList,
-    max_length: int | None = None,
-) -> TokenDrafter | FeatureDrafter:
-    """Put the drafter that fits a network's conditioning around it.
-
-    Args:
-        network (`SpecDiffDrafter`): the network.
-        target (`transformers.PreTrainedModel`, *optional*): lends a feature-conditioned drafter its embedding and head; may be
-            sharded or offloaded by accelerate. A token-conditioned one does not need it.
-        speculation (`SpeculationConfig`): how to draft.
-        logits_processor (`LogitsProcessorList`): the target's.
-        max_length (`int`, *optional*): most tokens of the finished text.
-
-    Returns:
-        `TokenDrafter` or `FeatureDrafter`: fresh, with an empty context cache.
-    """
-    if network.config.target_layer_ids is None:
-        return TokenDrafter(network, speculation, logits_processor, max_length)
-    embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
-    return FeatureDrafter(
-        network,
-        speculation,
-        logits_processor,
-        max_length,
-        embed=lambda ids: embedding(_beside(ids, embedding.weight)),
-        head=lambda states: head(_beside(states, head.weight).to(head.weight.dtype)),
-    )
-
-
-def _beside(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Move a tensor to a weight's device. Offloaded weights are on "meta": accelerate's hook moves the inputs itself."""
-    return tensor if weight.device.type == "meta" else tensor.to(weight.device)

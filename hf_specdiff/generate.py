@@ -15,12 +15,14 @@ from transformers import LogitsProcessorList
 from transformers import StoppingCriteriaList
 from transformers import StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerationMode
 from transformers.generation import SynthIDTextWatermarkLogitsProcessor
 from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from .conditioning import make_drafter
 from .decoding import run
-from .drafters import make_drafter
 from .speculation import SPECULATION_ARGUMENTS
+from .speculation import check_prompt
 from .speculation import resolve_speculation
 from .stopping import StopCheck
 from .target import Target
@@ -30,7 +32,7 @@ STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierF
 
 
 def generate(
-    model: Any, inputs: torch.Tensor | None = None, *, assistant_model: Any, **kwargs: Any
+    model: Any, inputs: torch.Tensor | None = None, *, assistant_model: Any = None, **kwargs: Any
 ) -> GenerateDecoderOnlyOutput | torch.Tensor:
     """Generate what `model.generate` would, several times faster.
 
@@ -53,8 +55,8 @@ def generate(
 
     Raises:
         TypeError: if `assistant_model` is no drafter.
-        ValueError: if target and drafter do not fit, or an argument is out of range or would not be lossless.
-        NotImplementedError: for batches, beams and models whose state cannot be rolled back.
+        ValueError: if target and drafter do not fit, or an argument is out of range or would not be lossless; for batches,
+            beams and models whose state cannot be rolled back.
 
     Lossless when: always; what would not be is refused. Greedy tokens equal `model.generate`'s in float32; in lower precision
     near-ties can flip, as they do between any two batch shapes. Processors and criteria must be functions of ids and scores.
@@ -63,8 +65,10 @@ def generate(
         # A drafter loaded from a Hub repository that also holds this file gets it as its `generate`.
         return type(model).generate(model, inputs, **kwargs)
     _check_pair(model, assistant_model)
-    _check_prompt(inputs if inputs is not None else kwargs.get("input_ids"), assistant_model)
-    arguments = {name: kwargs.pop(name) for name in SPECULATION_ARGUMENTS if name in kwargs}
+    prompt = inputs if inputs is not None else kwargs.get("input_ids")
+    if prompt is not None:
+        check_prompt(prompt, assistant_model.config.mask_token_id)
+    arguments = _pop_speculation(kwargs)
     streamer = kwargs.pop("streamer", None)
     kwargs = _with_stop_strings(model, kwargs)
 
@@ -91,6 +95,13 @@ def generate(
     return GenerationMixin.generate(model, inputs, streamer=streamer, custom_generate=speculative_loop, **kwargs)
 
 
+def _pop_speculation(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take the arguments of speculation out of `kwargs`, or find them on the generation config that was passed."""
+    config = kwargs.get("generation_config")
+    found = {name: getattr(config, name, None) for name in SPECULATION_ARGUMENTS}
+    return found | {name: kwargs.pop(name) for name in SPECULATION_ARGUMENTS if name in kwargs}
+
+
 def _check_pair(model: Any, drafter: Any) -> None:
     """Refuse a drafter that was not made for this target."""
     config: Any = getattr(drafter, "config", None)
@@ -100,9 +111,9 @@ def _check_pair(model: Any, drafter: Any) -> None:
             "AutoModelForCausalLM.from_pretrained after `import hf_specdiff`, or pass other assistants to model.generate."
         )
     if model.config.is_encoder_decoder:
-        raise NotImplementedError(f"`model` must be a decoder-only language model, got {type(model).__name__}.")
+        raise ValueError(f"`model` must be a decoder-only language model, got {type(model).__name__}.")
     if getattr(model, "_is_stateful", False):
-        raise NotImplementedError(
+        raise ValueError(
             f"`model` must be able to take tokens back, got {type(model).__name__}, which keeps a recurrent state. "
             "Use plain model.generate for it."
         )
@@ -119,8 +130,6 @@ def _check_pair(model: Any, drafter: Any) -> None:
                 f"`assistant_model` must have the target's `{name}` {theirs}, got {own}. Use a drafter that was made for this "
                 "target, or correct the drafter's config."
             )
-    if config.mask_token_id is None:
-        raise ValueError("`assistant_model` must have a `mask_token_id` in its config, got None.")
     _check_layers(model, target_config, config)
 
 
@@ -142,22 +151,6 @@ def _check_layers(model: Any, target_config: Any, config: Any) -> None:
         raise ValueError(f"`model` must have a language-modelling head, got {type(model).__name__}.")
 
 
-def _check_prompt(input_ids: torch.Tensor | None, drafter: Any) -> None:
-    """Refuse a prompt that is empty or holds the mask."""
-    if input_ids is None:
-        return
-    if input_ids.shape[-1] == 0:
-        raise ValueError(
-            "`input_ids` must hold at least one token, got an empty prompt. Pass the bos token to start from nothing."
-        )
-    mask_token_id = drafter.config.mask_token_id
-    if bool((input_ids == mask_token_id).any()):
-        raise ValueError(
-            f"`input_ids` must not hold the drafter's mask id {mask_token_id}, which means 'not yet known'. "
-            "Take it out of the prompt."
-        )
-
-
 def _check_call(
     input_ids: torch.Tensor,
     processors: LogitsProcessorList,
@@ -166,9 +159,15 @@ def _check_call(
 ) -> None:
     """Refuse what the loop does not do, before any pass; the host has merged all settings by now."""
     if config.num_beams > 1:
-        raise NotImplementedError(f"`num_beams` must be 1, got {config.num_beams}. Use plain model.generate for beam search.")
+        raise ValueError(f"`num_beams` must be 1, got {config.num_beams}. Use plain model.generate for beam search.")
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"`generation_config` must ask for greedy decoding or sampling, got {mode.value}. Use plain model.generate for it, "
+            "or clear the settings that ask for it."
+        )
     if input_ids.shape[0] != 1:
-        raise NotImplementedError(
+        raise ValueError(
             f"`input_ids` must be one sequence and `num_return_sequences` 1, got {input_ids.shape[0]} sequences. "
             "Call generate once for each prompt."
         )
@@ -179,12 +178,12 @@ def _check_call(
     if not model_kwargs.get("use_cache", True) or model_kwargs.get("past_key_values") is None:
         raise ValueError("`use_cache` must be True, got False. Rounds build on the keys and values of the committed text.")
     if config.output_attentions or config.output_hidden_states:
-        raise NotImplementedError(
+        raise ValueError(
             "`output_attentions` and `output_hidden_states` must be False, got True. Use plain model.generate for them."
         )
     for processor in processors:
         if isinstance(processor, STATEFUL_PROCESSORS):
-            raise NotImplementedError(
+            raise ValueError(
                 f"`logits_processor` must be functions of ids and scores, got {type(processor).__name__}, which keeps a state "
                 "that rejected tokens would spoil. Leave its setting out or use plain model.generate."
             )
@@ -198,6 +197,12 @@ def _with_stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if stop_strings is None and config is not None and config.stop_strings is not None:
         kwargs["generation_config"] = config = deepcopy(config)
         stop_strings, config.stop_strings = config.stop_strings, None
+    if stop_strings is None and model.generation_config.stop_strings is not None:
+        raise ValueError(
+            f"`stop_strings` must be passed to this call, got {model.generation_config.stop_strings!r} in "
+            "model.generation_config, whose tokenizer a custom loop is never handed. "
+            "Set that one to None and pass stop_strings= and tokenizer= here."
+        )
     if stop_strings is None:
         return kwargs
     if tokenizer is None:

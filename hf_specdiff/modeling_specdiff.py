@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from .candidate_generator import SpecDiffCandidateGenerator
 from .configuration_specdiff import SpecDiffConfig
-from .speculation import resolve_speculation
+from .speculation import check_prompt
 
 
 @dataclass
@@ -174,7 +174,7 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
     def _set_assistant_defaults(self) -> None:
         """Tell the host's stock loop to ask for one whole window per round, always."""
         config = self.generation_config
-        config.num_assistant_tokens = getattr(config, "gamma", None) or self.config.max_gamma
+        config.num_assistant_tokens = self.config.max_gamma
         config.num_assistant_tokens_schedule = "constant"
         config.assistant_confidence_threshold = 0.0
 
@@ -190,6 +190,8 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
         try:
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and "mismatch" not in str(error):
+                raise  # out of memory, for one, says nothing about the files
             raise ValueError(
                 f"`pretrained_model_name_or_path` must hold a whole drafter, got {str(pretrained_model_name_or_path)!r}: "
                 f"{' '.join(str(error).split())[:300]}"
@@ -310,6 +312,13 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
         # Eager and flex attention add the mask to the scores.
         return torch.zeros_like(allowed, dtype=hidden_states.dtype).masked_fill(~allowed, torch.finfo(hidden_states.dtype).min)
 
+    def _window_arguments(self, max_new_tokens: int | None) -> dict[str, Any]:
+        """Return the arguments of speculation for a window of at most so many tokens, to be met with the ratio rule."""
+        most = self.config.max_gamma if max_new_tokens is None else max_new_tokens
+        gamma = min(most, getattr(self.generation_config, "gamma", None) or most)
+        steps = getattr(self.generation_config, "num_denoising_steps", None) or 1
+        return {"gamma": gamma, "num_denoising_steps": min(steps, gamma), "acceptance": "ratio"}
+
     @torch.no_grad()
     def generate(
         self,
@@ -340,7 +349,8 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
             was really drawn from, a point mass for argmax drafts) and `past_key_values`.
 
         Raises:
-            ValueError: for a feature-conditioned drafter, which this loop never shows the target.
+            ValueError: for a feature-conditioned drafter, which this loop never shows the target; for an empty prompt or one
+                that holds the mask; for settings that would not be lossless.
 
         Lossless when: the host applies the ratio test to `scores`, as it does; settings for which it would not be are refused.
         """
@@ -351,21 +361,20 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
                 "assistant_model=drafter), hf_specdiff.attach(target) or custom_generate=<the drafter's Hub repository>."
             )
         input_ids = inputs if input_ids is None else input_ids
-        do_sample = bool(generation_config is not None and generation_config.do_sample)
-        gamma = self.config.max_gamma if max_new_tokens is None else max_new_tokens
-        arguments = {"gamma": gamma, "acceptance": "ratio"}
-        steps = getattr(self.generation_config, "num_denoising_steps", None)
-        if steps is not None:
-            arguments["num_denoising_steps"] = min(steps, gamma)
+        if input_ids is None or input_ids.shape[-1] == 0:
+            raise ValueError("`input_ids` must hold at least one token, got none.")
+        if past_key_values is None:
+            check_prompt(input_ids, self.config.mask_token_id)
         generator = SpecDiffCandidateGenerator(
             self,
-            speculation=resolve_speculation(arguments, self, do_sample=do_sample),
+            generation_config or GenerationConfig(),
             logits_processor=LogitsProcessorList(logits_processor or []),
             model_kwargs={"attention_mask": attention_mask},
+            speculation=self._window_arguments(max_new_tokens),
             past_key_values=past_key_values,
         )
         sequences, scores = generator.get_candidates(input_ids)
-        assert scores is not None  # without a length limit there is always a draft
+        assert scores is not None  # the ratio rule was asked for, so a draft without a prefix law has been refused
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
             scores=tuple(scores.unbind(dim=1)),

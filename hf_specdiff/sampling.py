@@ -43,8 +43,8 @@ def prefix_free_part(processors: LogitsProcessorList) -> LogitsProcessorList:
 
 
 def to_float(logits: torch.Tensor) -> torch.Tensor:
-    """Return logits in at least float32, as the host does before any processor; float64 stays."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+    """Return logits in float32, as the host does before any processor."""
+    return logits.float()
 
 
 def process_rows(
@@ -60,7 +60,7 @@ def process_rows(
         logits (`torch.Tensor` of shape `(B, R, V)`): raw logits of the rows.
 
     Returns:
-        `torch.Tensor` of shape `(B, R, V)`, float32 (float64 stays).
+        `torch.Tensor` of shape `(B, R, V)`, float32.
     """
     logits = to_float(logits)
     if not processors:

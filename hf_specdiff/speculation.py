@@ -39,6 +39,11 @@ class SpeculationConfig:
         """Whether a token is never drawn looking at a token to its right."""
         return self.num_denoising_steps == 1 or self.reveal_order == "left_to_right"
 
+    @property
+    def has_prefix_law(self) -> bool:
+        """Whether, given the accepted prefix, each token has the law it is said to be drawn from (see `Draft`)."""
+        return self.reveals_in_order or self.draft_temperature == 0
+
 
 SPECULATION_ARGUMENTS = tuple(field.name for field in fields(SpeculationConfig))
 
@@ -56,8 +61,8 @@ def resolve_speculation(arguments: dict[str, Any], drafter: Any, *, do_sample: b
         `SpeculationConfig`: complete; `"auto"` is replaced by what was picked.
 
     Raises:
-        ValueError: for a value out of range or a rule that would not be lossless.
-        NotImplementedError: for a draft shape or a rule that this version does not have.
+        ValueError: for a value out of range, a rule that would not be lossless, or a shape or rule that this version does not
+            have.
     """
     values = {name: _value(name, arguments, drafter) for name in SPECULATION_ARGUMENTS}
     max_gamma = drafter.config.block_size - 1
@@ -72,13 +77,37 @@ def resolve_speculation(arguments: dict[str, Any], drafter: Any, *, do_sample: b
     return _with_rule(speculation)
 
 
+def check_prompt(input_ids: Any, mask_token_id: int | None) -> None:
+    """Refuse a prompt that is empty or holds the mask, and a drafter without a mask.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(B, L)`, int64): the prompt.
+        mask_token_id (`int`, *optional*): the drafter's.
+
+    Raises:
+        ValueError: if so.
+    """
+    if mask_token_id is None:
+        raise ValueError(
+            "`assistant_model` must have a `mask_token_id` in its config, got None. Set the id it was trained with."
+        )
+    if input_ids.shape[-1] == 0:
+        raise ValueError(
+            "`input_ids` must hold at least one token, got an empty prompt. Pass the bos token to start from nothing."
+        )
+    if bool((input_ids == mask_token_id).any()):
+        raise ValueError(
+            f"`input_ids` must not hold the drafter's mask id {mask_token_id}, which means 'not yet known'. "
+            "Take it out of the prompt."
+        )
+
+
 def _with_rule(speculation: SpeculationConfig) -> SpeculationConfig:
     """Replace `"auto"` by the rule that accepts most, and refuse a rule that would change the target's law."""
-    has_prefix_law = speculation.reveals_in_order or speculation.draft_temperature == 0
     if speculation.acceptance == "auto":
         is_drawn = speculation.draft_temperature > 0
-        return replace(speculation, acceptance="block" if is_drawn and has_prefix_law else "match")
-    if speculation.acceptance in ("ratio", "block") and not has_prefix_law:
+        return replace(speculation, acceptance="block" if is_drawn and speculation.has_prefix_law else "match")
+    if speculation.acceptance in ("ratio", "block") and not speculation.has_prefix_law:
         raise ValueError(
             f"`acceptance` must be 'match' when tokens are drawn out of order, got {speculation.acceptance!r} with "
             f"`num_denoising_steps` {speculation.num_denoising_steps} and `reveal_order` 'confidence': a token drawn looking "
@@ -101,7 +130,7 @@ def _integer(name: str, value: Any, low: int, high: int, high_name: str) -> int:
 
 def _choice(name: str, value: Any, choices: tuple[str, ...], planned: tuple[str, ...] = ()) -> str:
     if value in planned:
-        raise NotImplementedError(f"`{name}` {value!r} is not part of this version. Choose one of {', '.join(choices)}.")
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)} in this version, got {value!r}, which is yet to come.")
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
     return value

@@ -8,8 +8,6 @@ from transformers import EosTokenCriteria
 from transformers import MaxLengthCriteria
 from transformers import StoppingCriteriaList
 
-CLOSED_FORM_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
-
 
 class StopCheck:
     """Ask the stopping criteria after every token, as plain decoding does, though the tokens come in windows.
@@ -21,8 +19,13 @@ class StopCheck:
     """
 
     def __init__(self, criteria: StoppingCriteriaList, *, keep_scores: bool) -> None:
-        self.criteria = criteria
         self.scores: tuple[torch.Tensor, ...] | None = () if keep_scores else None
+        # Two criteria that nearly every call has are known in closed form; a subclass of theirs may mean something else.
+        lengths = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
+        self.max_length = min(lengths) if lengths else None
+        ends = [criterion.eos_token_id.flatten().tolist() for criterion in criteria if type(criterion) is EosTokenCriteria]
+        self.eos_token_ids = {token for ids in ends for token in ids}
+        self.others = [criterion for criterion in criteria if type(criterion) not in (MaxLengthCriteria, EosTokenCriteria)]
 
     def cut(self, input_ids: torch.Tensor, new_tokens: torch.Tensor, scores: torch.Tensor) -> tuple[int, bool]:
         """Return how many of the new tokens plain decoding would have written before it stopped.
@@ -35,13 +38,14 @@ class StopCheck:
         Returns:
             `tuple[int, bool]`: tokens to keep, 1 to n, and whether the text ends there.
         """
-        num_tokens, has_stopped = self._cut_in_closed_form(input_ids.shape[1], new_tokens)
-        earlier = self.scores
-        others = [criterion for criterion in self.criteria if type(criterion) not in CLOSED_FORM_CRITERIA]
-        text = torch.cat([input_ids, new_tokens], dim=1) if others else input_ids
-        for kept in range(1, num_tokens + 1) if others else ():
+        length, earlier = input_ids.shape[1], self.scores
+        num_tokens, has_stopped = self._cut_in_closed_form(length, new_tokens)
+        text = torch.cat([input_ids, new_tokens], dim=1) if self.others else input_ids
+        for kept in range(1, num_tokens + 1) if self.others else ():
             seen = None if earlier is None else earlier + scores[:, :kept].unbind(dim=1)
-            if any(bool(criterion(text[:, : input_ids.shape[1] + kept], seen).all()) for criterion in others):
+            # Every criterion is asked each time, as the host's list does: one may count its calls.
+            answers = [bool(criterion(text[:, : length + kept], seen).all()) for criterion in self.others]
+            if any(answers):
                 num_tokens, has_stopped = kept, True
                 break
         if earlier is not None:
@@ -49,16 +53,9 @@ class StopCheck:
         return num_tokens, has_stopped
 
     def _cut_in_closed_form(self, length: int, new_tokens: torch.Tensor) -> tuple[int, bool]:
-        """Apply the two criteria that nearly every call has, without a call per token."""
-        num_tokens, has_stopped = new_tokens.shape[1], False
-        for criterion in self.criteria:
-            if type(criterion) is MaxLengthCriteria:
-                first_stop = max(1, criterion.max_length - length)
-            elif type(criterion) is EosTokenCriteria:
-                hits = torch.isin(new_tokens[0], criterion.eos_token_id.to(new_tokens.device)).nonzero()
-                first_stop = int(hits[0]) + 1 if len(hits) else num_tokens + 1
-            else:
-                continue
-            if first_stop <= num_tokens:
-                num_tokens, has_stopped = first_stop, True
-        return num_tokens, has_stopped
+        """Apply the length limit and the end tokens, without a call per token."""
+        room = new_tokens.shape[1] if self.max_length is None else max(1, self.max_length - length)
+        for index, token in enumerate(new_tokens[0, :room].tolist(), 1):
+            if token in self.eos_token_ids:
+                return index, True
+        return min(room, new_tokens.shape[1]), self.max_length is not None and room <= new_tokens.shape[1]

@@ -12,7 +12,10 @@ from transformers import GenerationConfig
 from .cache import check_can_roll_back
 from .cache import roll_back
 from .cache import start_recording
-from .drafters import target_features
+from .conditioning import layer_output_indices
+from .conditioning import target_features
+
+TOKEN_TYPE_NAMES = ("token_type_ids", "mm_token_type_ids")
 
 
 class Target:
@@ -39,8 +42,7 @@ class Target:
         self.model_kwargs = model_kwargs
         self.layer_ids = layer_ids
         if layer_ids is not None:
-            # Index i + 1 of the hidden states is the output of layer i; the host then keeps no others.
-            self.model_kwargs["output_hidden_states"] = [i + 1 for i in layer_ids]
+            self.model_kwargs["output_hidden_states"] = layer_output_indices(layer_ids)
         check_can_roll_back(model_kwargs["past_key_values"])
         self._outputs: Any = None
 
@@ -116,15 +118,27 @@ class Target:
 
     def _advance(self, outputs: Any, num_tokens: int, num_states: int | None) -> torch.Tensor | None:
         """Let mask and positions grow with the text, and read the drafter's features off the pass."""
+        token_types = {
+            name: self.model_kwargs[name]
+            for name in TOKEN_TYPE_NAMES
+            if name in self.model_kwargs and self.model_kwargs[name] is not None
+        }
         self.model_kwargs = self.model._update_model_kwargs_for_generation(
             outputs, self.model_kwargs, is_encoder_decoder=False, num_new_tokens=num_tokens
         )
+        # For several tokens the host copies the types of as many earlier ones; plain decoding repeats the last one's.
+        self.model_kwargs |= {name: _repeat_last(types, num_tokens) for name, types in token_types.items()}
         if self.layer_ids is None:
             return None
         states = outputs.hidden_states
         if num_states is None:
-            num_states = states[self.layer_ids[0] + 1].shape[1]
+            num_states = states[layer_output_indices(self.layer_ids)[0]].shape[1]
         return target_features(states, self.layer_ids, num_states)
+
+
+def _repeat_last(types: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Return token types `(B, L)` longer by `num_tokens` times their last column."""
+    return torch.cat([types, types[:, -1:].expand(-1, num_tokens)], dim=1)
 
 
 def _extended(model_kwargs: dict[str, Any], num_tokens: int) -> dict[str, Any]:
@@ -133,6 +147,9 @@ def _extended(model_kwargs: dict[str, Any], num_tokens: int) -> dict[str, Any]:
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if mask is not None:
         kwargs["attention_mask"] = torch.nn.functional.pad(mask, (0, num_tokens), value=1)
+    for name in TOKEN_TYPE_NAMES:
+        if kwargs.get(name) is not None:
+            kwargs[name] = _repeat_last(kwargs[name], num_tokens)
     if positions is not None:
         steps = torch.arange(1, num_tokens + 1, device=positions.device)
         kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + steps], dim=-1)

@@ -37,6 +37,17 @@ def test_attached_generate_leaves_other_calls_alone(drafter: SpecDiffDrafter, pr
     assert hf_specdiff.detach(target) is target
 
 
+def test_a_generate_of_the_objects_own_is_given_back(drafter: SpecDiffDrafter, prompt: torch.Tensor) -> None:
+    target = make_target()
+    own = target.generate = lambda *args, **kwargs: "own"
+    hf_specdiff.detach(target)
+    assert target.generate is own
+    hf_specdiff.attach(target)
+    assert target.generate(prompt) == "own"
+    assert torch.is_tensor(target.generate(prompt, assistant_model=drafter, **SETTINGS))
+    assert hf_specdiff.detach(target).generate is own
+
+
 def test_attach_refuses_what_cannot_generate() -> None:
     with pytest.raises(TypeError, match="can generate"):
         hf_specdiff.attach(torch.nn.Linear(2, 2))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 from transformers import LlamaForCausalLM
 from transformers import StaticCache
 from transformers import T5Config
@@ -13,7 +14,6 @@ import hf_specdiff
 from hf_specdiff import SpecDiffCandidateGenerator
 from hf_specdiff import SpecDiffConfig
 from hf_specdiff import SpecDiffDrafter
-from hf_specdiff.speculation import SpeculationConfig
 
 from .conftest import MASK_TOKEN_ID
 from .conftest import VOCAB_SIZE
@@ -47,17 +47,19 @@ def silent_target(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
         ({"num_denoising_steps": 0}, ValueError, ["`num_denoising_steps`", "0"]),
         ({"reveal_order": "random"}, ValueError, ["`reveal_order`", "left_to_right", "random"]),
         ({"acceptance": "typical"}, ValueError, ["`acceptance`", "block", "typical"]),
-        ({"acceptance": "self_selection"}, NotImplementedError, ["`acceptance`", "self_selection"]),
-        ({"draft_shape": "tree"}, NotImplementedError, ["`draft_shape`", "tree"]),
+        ({"acceptance": "self_selection"}, ValueError, ["`acceptance`", "self_selection"]),
+        ({"draft_shape": "tree"}, ValueError, ["`draft_shape`", "tree"]),
         ({"draft_shape": "star"}, ValueError, ["`draft_shape`", "star"]),
         ({"draft_temperature": -1.0}, ValueError, ["`draft_temperature`", "-1.0"]),
         ({"draft_temperature": float("nan")}, ValueError, ["`draft_temperature`", "nan"]),
-        ({"num_beams": 2}, NotImplementedError, ["`num_beams`", "2", "beam search"]),
-        ({"num_return_sequences": 2, "do_sample": True}, NotImplementedError, ["`num_return_sequences`", "2 sequences"]),
+        ({"num_beams": 2}, ValueError, ["`num_beams`", "2", "beam search"]),
+        ({"num_return_sequences": 2, "do_sample": True}, ValueError, ["`num_return_sequences`", "2 sequences"]),
         ({"cache_implementation": "static"}, ValueError, ["`cache_implementation`", "Static"]),
         ({"use_cache": False}, ValueError, ["`use_cache`", "False"]),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, NotImplementedError, ["`output_hidden_states`"]),
-        ({"guidance_scale": 2.0}, NotImplementedError, ["`logits_processor`", "Guidance"]),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, ValueError, ["`output_hidden_states`"]),
+        ({"penalty_alpha": 0.6, "top_k": 4}, ValueError, ["`generation_config`", "contrastive"]),
+        ({"prompt_lookup_num_tokens": 3}, ValueError, ["`generation_config`", "assisted"]),
+        ({"guidance_scale": 2.0}, ValueError, ["`logits_processor`", "Guidance"]),
         ({"num_asistant_tokens": 3}, ValueError, ["num_asistant_tokens"]),
     ],
     ids=lambda value: next(iter(value.items())).__repr__() if isinstance(value, dict) else None,
@@ -79,7 +81,7 @@ def test_static_cache_objects_are_refused(silent_target: LlamaForCausalLM, promp
 
 
 def test_batches_are_refused(silent_target: LlamaForCausalLM, prompt: torch.Tensor) -> None:
-    with pytest.raises(NotImplementedError, match="one sequence"):
+    with pytest.raises(ValueError, match="one sequence"):
         call(silent_target, prompt.repeat(2, 1), make_drafter())
 
 
@@ -111,7 +113,7 @@ def test_an_assistant_that_is_no_drafter_is_refused(silent_target: LlamaForCausa
 
 def test_encoder_decoder_targets_are_refused(prompt: torch.Tensor) -> None:
     config = T5Config(vocab_size=VOCAB_SIZE, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    with pytest.raises(NotImplementedError, match="decoder-only"):
+    with pytest.raises(ValueError, match="decoder-only"):
         call(T5ForConditionalGeneration(config), prompt, make_drafter())
 
 
@@ -131,9 +133,30 @@ def test_way_one_refuses_settings_that_would_not_be_lossless(prompt: torch.Tenso
         make_target().generate(prompt, assistant_model=drafter, do_sample=True, max_new_tokens=8)
 
 
+def test_way_one_refuses_a_mask_in_the_prompt_and_a_drafter_without_one() -> None:
+    with pytest.raises(ValueError, match="mask id"):
+        make_target().generate(torch.tensor([[1, MASK_TOKEN_ID]]), assistant_model=make_drafter(), max_new_tokens=4)
+    with pytest.raises(ValueError, match="`mask_token_id`"):
+        make_target().generate(torch.tensor([[1, 4]]), assistant_model=make_drafter(mask_token_id=None), max_new_tokens=4)
+
+
+def test_settings_on_a_passed_generation_config_count(silent_target: LlamaForCausalLM, prompt: torch.Tensor) -> None:
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, gamma=99)
+    with pytest.raises(ValueError, match="`gamma`"):
+        hf_specdiff.generate(silent_target, prompt, generation_config=config, assistant_model=make_drafter())
+
+
+def test_stop_strings_of_the_models_own_config_are_refused(silent_target: LlamaForCausalLM, prompt: torch.Tensor) -> None:
+    silent_target.generation_config.stop_strings = ["a"]
+    with pytest.raises(ValueError, match="must be passed to this call"):
+        call(silent_target, prompt, make_drafter())
+
+
 def test_a_candidate_generator_needs_the_target_for_features() -> None:
     with pytest.raises(ValueError, match="`target` must be given"):
-        SpecDiffCandidateGenerator(make_drafter([0]), SpeculationConfig(3))
+        SpecDiffCandidateGenerator(make_drafter([0]), GenerationConfig())
+    with pytest.raises(ValueError, match="`gamma` must be"):
+        SpecDiffCandidateGenerator(make_drafter(), GenerationConfig(), speculation={"gamma": 6})
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,13 @@ def test_demo_compares_all_decoders_and_writes_its_figures(tmp_path: Path) -> No
     path = tmp_path / "demo.json"
     result = CliRunner().invoke(app, ["demo", "--num-prompts", "1", "--output", str(path)])
     assert result.exit_code == 0, result.output
-    assert "identical: 10/10" in result.output
+    assert "identical: 8/8" in result.output
     record = json.loads(path.read_text())
     assert len(record["rows"]) == 10
+    for times in record["rounds"]:
+        parts = [times[name] for name in ("target_pass", "drafter_pass", "between")]
+        assert min(parts) > 0
+        assert times["between_share"] == pytest.approx(times["between"] / sum(parts))
     for row in record["rows"]:
         assert row["num_identical"] == row["num_prompts"] == 1
         rounds = sum(row["histogram"])

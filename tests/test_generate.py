@@ -4,8 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers import GPT2Config
+from transformers import Lfm2Config
 from transformers import LlamaForCausalLM
 from transformers import LogitsProcessor
+from transformers import LogitsProcessorList
 from transformers import MistralConfig
 from transformers import Qwen3Config
 from transformers import StoppingCriteria
@@ -13,8 +15,10 @@ from transformers import StoppingCriteria
 import hf_specdiff
 from hf_specdiff import SpecDiffCandidateGenerator
 from hf_specdiff import SpecDiffDrafter
+from hf_specdiff.conditioning import make_drafter as put_around
 from hf_specdiff.speculation import SpeculationConfig
 
+from .conftest import MASK_TOKEN_ID
 from .conftest import SPECIAL_IDS
 from .conftest import VOCAB_SIZE
 from .conftest import make_drafter
@@ -34,7 +38,7 @@ class PerfectDrafter:
             return 50.0 * torch.nn.functional.one_hot(tokens, VOCAB_SIZE).float()[None]
 
         for name in ("TokenDrafter", "FeatureDrafter"):
-            monkeypatch.setattr(f"hf_specdiff.drafters.{name}._window_logits", logits_of)
+            monkeypatch.setattr(f"hf_specdiff.conditioning.{name}._window_logits", logits_of)
 
 
 def plain(target: LlamaForCausalLM, prompt: torch.Tensor, **kwargs: object) -> torch.Tensor:
@@ -127,25 +131,76 @@ def test_prompts_of_one_token_and_repeated_calls(tiny_target: LlamaForCausalLM, 
             assert torch.equal(ours(tiny_target, prompt, drafter, max_new_tokens=20), expected)
 
 
+def pad_left(prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    padded = torch.cat([torch.zeros(1, count, dtype=torch.long), prompt], dim=1)
+    return padded, (torch.arange(padded.shape[1]) >= count).long()[None]
+
+
 def test_left_padding_changes_nothing(tiny_target: LlamaForCausalLM, drafter: SpecDiffDrafter, prompt: torch.Tensor) -> None:
-    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt], dim=1)
-    mask = (torch.arange(padded.shape[1]) >= 3).long()[None]
-    without = hf_specdiff.generate(
-        tiny_target, prompt, assistant_model=drafter, do_sample=False, max_new_tokens=20, return_dict_in_generate=True
+    padded, mask = pad_left(prompt, 3)
+    without = ours(tiny_target, prompt, drafter, max_new_tokens=20)
+    result = ours(tiny_target, padded, drafter, attention_mask=mask, max_new_tokens=20)
+    assert torch.equal(result, plain(tiny_target, padded, attention_mask=mask, max_new_tokens=20))
+    assert torch.equal(result[:, 3:], without)
+
+
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+def test_the_drafter_does_not_see_padding(layers: list[int] | None, prompt: torch.Tensor) -> None:
+    """Round by round the window's logits are those without padding; a drafter that saw it would draft something else."""
+    padded, mask = pad_left(prompt, 3)
+    features = None if layers is None else torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
+    window = torch.tensor([[3] + [MASK_TOKEN_ID] * 5])
+    logits = []
+    for ids, key_mask, states in (
+        (prompt, None, features),
+        (padded, mask, None if features is None else torch.nn.functional.pad(features, (0, 0, 3, 0), value=7.0)),
+    ):
+        put = put_around(
+            make_drafter(layers), make_target(), SpeculationConfig(5, draft_temperature=0.0), LogitsProcessorList()
+        )
+        with torch.no_grad():
+            put._window_logits(window, ids, key_mask, states)
+            logits.append(put._window_logits(window, ids, key_mask, None))
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_filled_cache_is_gone_on_from(
+    drafter: SpecDiffDrafter, prompt: torch.Tensor, is_whole: bool, is_padded: bool
+) -> None:
+    """A second turn that passes the first one's cache, with the whole text or with the new tokens alone."""
+    target = make_target(eos_token_id=None)
+    drafter = make_drafter(drafter.config.target_layer_ids, eos_token_id=None)
+    first, mask = pad_left(prompt, 2 if is_padded else 0)
+    turns = []
+    for call in (plain, lambda model, ids, **kwargs: ours(model, ids, drafter, **kwargs)):
+        output = call(target, first, attention_mask=mask, max_new_tokens=6, return_dict_in_generate=True)
+        text = torch.cat([output.sequences, torch.tensor([[4, 9]])], dim=1)
+        full_mask = torch.nn.functional.pad(mask, (0, 8), value=1)
+        ids = text if is_whole else text[:, output.past_key_values.get_seq_length() :]
+        more = call(target, ids, attention_mask=full_mask, past_key_values=output.past_key_values, max_new_tokens=9)
+        turns.append(more[:, ids.shape[1] :])
+    assert torch.equal(turns[0], turns[1])
+
+
+def test_token_types_go_on_with_the_last_ones(drafter: SpecDiffDrafter, prompt: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=16, n_head=2, n_layer=3, n_positions=128, vocab_size=VOCAB_SIZE, initializer_range=0.6, **SPECIAL_IDS
     )
-    result = hf_specdiff.generate(
-        tiny_target,
-        padded,
-        attention_mask=mask,
-        assistant_model=drafter,
-        do_sample=False,
-        max_new_tokens=20,
-        return_dict_in_generate=True,
-    )
-    assert torch.equal(result.sequences, plain(tiny_target, padded, attention_mask=mask, max_new_tokens=20))
-    assert torch.equal(result.sequences[:, 3:], without.sequences)
-    # The drafter sees past the padding too: it makes the same drafts.
-    assert result.speculation.num_accepted == without.speculation.num_accepted
+    target = AutoModelForCausalLM.from_config(config).eval()
+    types = torch.tensor([[3, 3, 3, 3, 3, 3, 4]])
+    expected = plain(target, prompt, token_type_ids=types, max_new_tokens=20)
+    assert torch.equal(ours(target, prompt, drafter, token_type_ids=types, max_new_tokens=20), expected)
+
+
+def test_a_drafter_that_holds_this_file_as_its_generate_stays_a_drafter(
+    token_drafter: SpecDiffDrafter, prompt: torch.Tensor
+) -> None:
+    """As the host calls it where a Hub repository holds drafter and strategy in one."""
+    expected = token_drafter.generate(input_ids=prompt, max_new_tokens=4).sequences
+    assert torch.equal(hf_specdiff.generate(token_drafter, input_ids=prompt, max_new_tokens=4), expected)
 
 
 def test_way_one_with_left_padding(tiny_target: LlamaForCausalLM, token_drafter: SpecDiffDrafter, prompt: torch.Tensor) -> None:
@@ -186,11 +241,10 @@ class LoopWithOurCandidates(LlamaForCausalLM):
     def _get_candidate_generator(self, generation_config: object, assistant_model: object, **kwargs: object) -> object:
         return SpecDiffCandidateGenerator(
             assistant_model,
-            SpeculationConfig(5, draft_temperature=0.0),
-            target=self,
+            generation_config,
             logits_processor=kwargs["logits_processor"],
             model_kwargs=kwargs["model_kwargs"],
-            max_length=generation_config.max_length,
+            target=self,
         )
 
 
@@ -243,10 +297,6 @@ def test_cache_after_rounds_equals_a_clean_forward(
 
 def test_drafter_cache_gives_the_logits_of_an_uncached_pass(prompt: torch.Tensor) -> None:
     """Context taken in piece by piece, windows rolled back: the same window logits as all at once."""
-    from transformers import LogitsProcessorList
-
-    from hf_specdiff.drafters import make_drafter as put_around
-
     target, speculation = make_target(), SpeculationConfig(5, draft_temperature=0.0)
     for layers in (None, [0, 2]):
         network = make_drafter(layers)
@@ -312,11 +362,18 @@ class BanAfterRepeat(LogitsProcessor):
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_processors_see_the_true_prefix(drafter: SpecDiffDrafter, prompt: torch.Tensor, settings: dict) -> None:
+def test_processors_see_the_true_prefix(
+    monkeypatch: pytest.MonkeyPatch, drafter: SpecDiffDrafter, prompt: torch.Tensor, settings: dict
+) -> None:
+    """Drafts that are right up to the third or the last token, so that rows deep in the window need their own prefix."""
     for seed in range(3):
         target = make_target(seed)
         expected = plain(target, prompt, max_new_tokens=24, **settings)
         assert torch.equal(ours(target, prompt, drafter, max_new_tokens=24, **settings), expected)
+        for num_right in (3, 5):
+            with monkeypatch.context() as patch:
+                PerfectDrafter.patch(patch, expected, num_right)
+                assert torch.equal(ours(target, prompt, drafter, max_new_tokens=24, **settings), expected)
 
 
 @pytest.mark.parametrize(
@@ -325,8 +382,9 @@ def test_processors_see_the_true_prefix(drafter: SpecDiffDrafter, prompt: torch.
         Qwen3Config(head_dim=8, use_sliding_window=True, sliding_window=8, max_window_layers=1),
         MistralConfig(head_dim=8, sliding_window=8),
         GPT2Config(n_embd=16, n_head=2, n_layer=3, n_positions=128),
+        Lfm2Config(layer_types=["conv", "full_attention", "conv"], conv_L_cache=3),
     ],
-    ids=["qwen3-sliding-layers", "mistral-sliding", "gpt2-learned-positions"],
+    ids=["qwen3-sliding-layers", "mistral-sliding", "gpt2-learned-positions", "lfm2-convolutions"],
 )
 def test_greedy_equality_on_other_architectures(drafter: SpecDiffDrafter, prompt: torch.Tensor, config: object) -> None:
     torch.manual_seed(0)
@@ -334,7 +392,9 @@ def test_greedy_equality_on_other_architectures(drafter: SpecDiffDrafter, prompt
     if config.model_type == "gpt2":
         shape = {"vocab_size": VOCAB_SIZE, **SPECIAL_IDS}
     else:
-        shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": None}
+        shape |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+        if config.model_type == "qwen3":
+            shape["layer_types"] = None  # to be made anew for three layers
     config = type(config)(**{**config.to_diff_dict(), **shape, "initializer_range": 0.6})
     target = AutoModelForCausalLM.from_config(config).eval()
     expected = plain(target, prompt, max_new_tokens=30)

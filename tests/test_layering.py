@@ -13,6 +13,7 @@ LEVELS = [
     {"draft", "cache", "configuration_specdiff", "denoising", "stopwatch"},
     {"sampling", "speculation", "stopping"},
     {"acceptance", "drafters"},
+    {"conditioning"},
     {"candidate_generator", "target"},
     {"decoding", "modeling_specdiff"},
     {"generate"},

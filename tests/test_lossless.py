@@ -10,11 +10,22 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from transformers import GenerationConfig
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 
 import hf_specdiff
+from hf_specdiff import SpecDiffCandidateGenerator
 from hf_specdiff import SpecDiffDrafter
+from hf_specdiff import drafters
+from hf_specdiff.decoding import make_rule
+from hf_specdiff.decoding import run
+from hf_specdiff.draft import Draft
+from hf_specdiff.sampling import draw
+from hf_specdiff.sampling import draw_from_scores
+from hf_specdiff.speculation import SpeculationConfig
+from hf_specdiff.stopping import StopCheck
+from hf_specdiff.target import Target
 
 from .conftest import make_drafter
 
@@ -140,14 +151,15 @@ STEPPED = {
 }
 
 
-@pytest.mark.parametrize("layers", [None, [0, 1]], ids=["tokens", "features"])
-@pytest.mark.parametrize("processors", PROCESSORS)
+@pytest.mark.parametrize(
+    ("layers", "processors"),
+    [(None, name) for name in PROCESSORS] + [([0, 1], "none"), ([0, 1], "all")],
+    ids=[f"tokens-{name}" for name in PROCESSORS] + ["features-none", "features-all"],
+)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_sampling_preserves_the_law_of_plain_generate(
     scheme: str, processors: str, layers: list[int] | None, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if layers is not None and processors not in ("none", "all"):
-        processors = "all"
     settings = {"max_new_tokens": 3, "do_sample": True, **PROCESSORS[processors]}
     drafter = drafter_for(layers)
     plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
@@ -172,10 +184,46 @@ def test_several_denoising_steps_preserve_the_law(
     assert distance(plain, ours) < TOLERANCE
 
 
+class GuessingDrafter:
+    """A user's own drafter: draws two tokens from laws that depend on the text's length; knows no network."""
+
+    target_layer_ids = None
+
+    def draft(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, features: torch.Tensor | None) -> Draft:
+        generator = torch.Generator().manual_seed(input_ids.shape[1])
+        probs = torch.randn(1, 2, 4, generator=generator).softmax(-1)
+        return Draft(draw(probs), probs, has_prefix_law=True)
+
+
+@pytest.mark.parametrize("rule", ["match", "ratio", "block"])
+def test_your_own_drafter_preserves_the_law(rule: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put your drafter in the place of this one: it may propose past the length limit, and it may be as wrong as it likes."""
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        state = Target(model, generation_config, model_kwargs, GuessingDrafter.target_layer_ids)
+        stop = StopCheck(stopping_criteria, keep_scores=False)
+        settings = SpeculationConfig(gamma=2, acceptance=rule)
+        return run(state, GuessingDrafter(), settings, stop, logits_processor, input_ids).sequences
+
+    settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 0}
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    ours = law_of(lambda: target.generate(PROMPT, custom_generate=loop, **settings), monkeypatch)
+    assert distance(plain, ours) < TOLERANCE
+
+
+def test_a_rule_that_needs_a_prefix_law_refuses_drafts_without_one() -> None:
+    draft = Draft(torch.tensor([[1, 2]]), torch.full((1, 2, 4), 0.25), has_prefix_law=False)
+    for name in ("ratio", "block"):
+        with pytest.raises(ValueError, match="prefix law"):
+            make_rule(name, do_sample=True)(draft, torch.zeros(1, 3, 4))
+    generator = SpecDiffCandidateGenerator(
+        drafter_for(None), GenerationConfig(do_sample=True), speculation={"num_denoising_steps": 2, "acceptance": "match"}
+    )
+    assert generator.get_candidates(PROMPT)[1] is None
+
+
 def test_control_a_wrong_rule_is_seen(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same check must fail where the draft's law is not the one its tokens were drawn from."""
-    from hf_specdiff import drafters
-    from hf_specdiff.sampling import draw_from_scores
 
     def sharpened(scores: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         tokens, probs = draw_from_scores(scores, temperature)

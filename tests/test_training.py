@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config
+from transformers import GPT2LMHeadModel
 from transformers import LogitsProcessorList
 from transformers import TrainerCallback
 from transformers import TrainerState
 
-from hf_specdiff.drafters import make_drafter as put_around
+from hf_specdiff.conditioning import make_drafter as put_around
 from hf_specdiff.speculation import SpeculationConfig
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences
@@ -16,8 +18,10 @@ from hf_specdiff.training.data import collate
 from hf_specdiff.training.data import read_prompts
 from hf_specdiff.training.data import sample_windows
 from hf_specdiff.training.losses import decayed_cross_entropy
+from hf_specdiff.training.pipeline import last_whole_checkpoint
 from hf_specdiff.training.trainer import SpecDiffTrainer
 from hf_specdiff.training.trainer import SpecDiffTrainingArguments
+from hf_specdiff.training.trainer import make_drafter_config
 from hf_specdiff.training.trainer import spread_layers
 
 from .conftest import MASK_TOKEN_ID
@@ -145,6 +149,21 @@ def test_sequences_survive_a_round_trip_and_a_join(tmp_path: Path) -> None:
     alone = [SequenceDataset(part, 24) for part in (first, second)]
     texts = [dataset[i]["input_ids"].tolist() for dataset in alone for i in range(len(dataset))]
     assert [item["input_ids"].tolist() for item in (SequenceDataset(joined, 24)[i] for i in range(5))] == texts
+
+
+def test_a_checkpoint_cut_short_is_passed_over(tmp_path: Path) -> None:
+    for step in (3, 6, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-6" / "trainer_state.json").write_text('{"global_st')
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert last_whole_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_drafters_fit_targets_of_other_shapes() -> None:
+    config = make_drafter_config(GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=2, vocab_size=31)), mask_token_id=3)
+    assert (config.hidden_size, config.intermediate_size, config.head_dim) == (16, 64, 8)
 
 
 def test_unusable_prompts_are_refused(tmp_path: Path) -> None:

@@ -69,6 +69,95 @@ class PassCounter:
             self.streamer.end()
 
 
+class PassClock:
+    """Add up the time that some modules' forward passes take; a pass inside another one is counted once.
+
+    Args:
+        modules (`list[torch.nn.Module]`): to time, inside `with`.
+    """
+
+    def __init__(self, modules: list[torch.nn.Module]) -> None:
+        self.modules = modules
+        self.seconds = 0.0
+        self._depth = 0
+        self._start = 0.0
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "PassClock":
+        for module in self.modules:
+            self._hooks.append(module.register_forward_pre_hook(self._begin))
+            self._hooks.append(module.register_forward_hook(self._end))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin(self, *arguments: Any) -> None:
+        if self._depth == 0:
+            self._start = time.perf_counter()
+        self._depth += 1
+
+    def _end(self, *arguments: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.seconds += time.perf_counter() - self._start
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTimes:
+    """Where the time of a round goes, in seconds, the mean over many rounds.
+
+    Attributes:
+        target_pass (`float`): the target's forward.
+        drafter_pass (`float`): the drafter's, with the embedding and the head that it borrows.
+        between (`float`): everything else: our code, and the host's preparation of inputs.
+    """
+
+    target_pass: float
+    drafter_pass: float
+    between: float
+
+    @property
+    def between_share(self) -> float:
+        """The part of a round spent outside the two forward passes."""
+        return self.between / (self.target_pass + self.drafter_pass + self.between)
+
+
+def measure_rounds(kind: str, prompts: list[str], max_new_tokens: int) -> RoundTimes:
+    """Time the parts of a round of the bundled pair, greedy, on top of the comparison.
+
+    Args:
+        kind (`str`): `"features"` or `"tokens"`.
+        prompts (`list[str]`): texts.
+        max_new_tokens (`int`): the length limit.
+
+    Returns:
+        `RoundTimes`: means over all rounds, prefills left out.
+    """
+    target, drafter, tokenizer = load_demo(kind)
+    lent = [target.get_input_embeddings(), target.get_output_embeddings()]
+    total = prefill = 0.0
+    num_rounds = 0
+    target_clock, clock = PassClock([target]), PassClock([target, drafter, *lent])
+    with target_clock, clock:
+        for text in prompts:
+            output = generate(
+                target,
+                tokenizer(text, return_tensors="pt").input_ids,
+                assistant_model=drafter,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                return_dict_in_generate=True,
+            )
+            total += output.speculation.total_seconds
+            prefill += output.speculation.prefill_seconds
+            num_rounds += output.speculation.num_rounds
+    drafter_pass = clock.seconds - target_clock.seconds
+    between = total - clock.seconds
+    return RoundTimes((target_clock.seconds - prefill) / num_rounds, drafter_pass / num_rounds, between / num_rounds)
+
+
 def demo_decoders() -> tuple[Any, dict[str, Decoder]]:
     """Load the bundled models.
 

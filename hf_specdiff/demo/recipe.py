@@ -68,12 +68,13 @@ def code_prompt(definition: str, num_characters: int) -> str | None:
 
 def held_out_prompts() -> dict[str, list[dict[str, str | None]]]:
     """Return both prompt sets; no problem and no module of theirs is in any training text."""
+    seen = "\n".join(training_definitions())
     problems = itertools.islice(iter_problems(3, held_out=True), NUM_HELD_OUT)
     heads = [
         head
         for path in iter_modules(held_out=True)
         for definition in iter_definitions(path)
-        if (head := code_prompt(definition, 120)) is not None
+        if (head := code_prompt(definition, 120)) is not None and head not in seen  # some code stands in two modules
     ]
     random.Random(3).shuffle(heads)
     return {

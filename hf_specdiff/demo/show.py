@@ -28,9 +28,11 @@ from hf_specdiff.demo.bundle import PROMPT_SETS
 from hf_specdiff.demo.bundle import load_prompts
 from hf_specdiff.demo.comparison import MAX_NEW_TOKENS
 from hf_specdiff.demo.comparison import PLAIN
+from hf_specdiff.demo.comparison import RoundTimes
 from hf_specdiff.demo.comparison import Tally
 from hf_specdiff.demo.comparison import compare
 from hf_specdiff.demo.comparison import demo_decoders
+from hf_specdiff.demo.comparison import measure_rounds
 
 OURS = "hf_specdiff, feature drafter"
 
@@ -69,6 +71,7 @@ def show_side_by_side(console: Console, tokenizer: Any, decoders: dict[str, Any]
         recordings[name] = Recording()
         decoders[name](ids, MAX_NEW_TOKENS["math"], recordings[name])
     console.print(Panel(Text(prompt), title="one held-out prompt", border_style="dim"))
+    console.print("Both were decoded just now, one after the other; they are replayed side by side at their true speed.")
 
     def frame(now: float) -> Columns:
         width = max(30, (console.width - 2) // 2)
@@ -141,17 +144,25 @@ def run_demo(num_prompts: int, output: Path | None = None) -> bool:
             results[task] = compare(decoders, prompts, MAX_NEW_TOKENS[task], partial(progress.advance, bar))
     for task, tallies in results.items():
         console.print(table_of(task, tallies))
-    everything = [tally for tallies in results.values() for tally in tallies.values()]
+    rounds = {kind: measure_rounds(kind, sets["math"][:num_prompts], MAX_NEW_TOKENS["math"]) for kind in ("features", "tokens")}
+    for kind, times in rounds.items():
+        console.print(
+            f"a round of math, {kind}: target pass {1e3 * times.target_pass:.2f} ms, drafter pass "
+            f"{1e3 * times.drafter_pass:.2f} ms, everything between them {100 * times.between_share:.1f} %",
+            highlight=False,
+        )
+    # Plain generate is what the others are compared with.
+    everything = [tally for tallies in results.values() for name, tally in tallies.items() if name != PLAIN]
     num_identical = sum(tally.num_identical for tally in everything)
     num_outputs = sum(tally.num_prompts for tally in everything)
     console.print(f"identical: {num_identical}/{num_outputs}")
     if output is not None:
-        write_results(output, results)
+        write_results(output, results, rounds)
         console.print(f"figures written to {output}")
     return num_identical == num_outputs
 
 
-def write_results(path: Path, results: dict[str, dict[str, Tally]]) -> None:
+def write_results(path: Path, results: dict[str, dict[str, Tally]], rounds: dict[str, RoundTimes]) -> None:
     """Write figures and their conditions to a JSON file, beside it first."""
     record = {
         "conditions": {
@@ -164,6 +175,10 @@ def write_results(path: Path, results: dict[str, dict[str, Tally]]) -> None:
             "settings": "greedy, float32, batch 1, gamma 15, one denoising step",
             "command": f"hf-specdiff demo --num-prompts {next(iter(results['math'].values())).num_prompts} --output {path}",
         },
+        "rounds": [
+            {"task": "math", "drafter": kind, **asdict(times), "between_share": times.between_share}
+            for kind, times in rounds.items()
+        ],
         "rows": [
             {
                 "task": task,

@@ -33,7 +33,10 @@ def read_prompts(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise ValueError(f"`prompts` must be a text or JSON-lines file, got {str(path)!r}, which does not exist.")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`prompts` must be a text file in UTF-8, got {str(path)!r}: {error}.") from error
     prompts = [_prompt_of(line, number, path) for number, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
@@ -256,6 +259,8 @@ def regenerate(
     Raises:
         ValueError: if no prompt leaves room for a continuation.
     """
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any id serves
     encoded = [ids for ids in tokenizer(prompts)["input_ids"] if 0 < len(ids) <= max_length - 2]
     if not encoded:
         raise ValueError(f"`prompts` must leave room for a continuation within {max_length} tokens, got none that does.")
@@ -274,13 +279,15 @@ def _continue_all(
     target: Any, tokenizer: Any, prompts: list[list[int]], max_length: int, batch_size: int
 ) -> tuple[list[list[int]], list[int]]:
     """Return the continued prompts and the prompts' lengths, in an order by length (padding costs time)."""
+    ends = target.generation_config.eos_token_id
+    end_tokens = {ends} if isinstance(ends, int) else set(ends or [])
     sequences, prompt_lengths = [], []
     for batch in _batches(sorted(prompts, key=len), batch_size):
         inputs = tokenizer.pad({"input_ids": batch}, return_tensors="pt").to(target.device)
         width = inputs["input_ids"].shape[1]
         output = target.generate(**inputs, max_new_tokens=max_length - width, do_sample=False)
         for prompt, row in zip(batch, output[:, width:].tolist(), strict=True):
-            end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+            end = next((i for i, token in enumerate(row, 1) if token in end_tokens), len(row))
             sequences.append(prompt + row[:end])
             prompt_lengths.append(len(prompt))
     return sequences, prompt_lengths

@@ -1,10 +1,8 @@
 """Training objectives: pure functions of the drafter's log-probabilities, the target's tokens and a mask.
 
 Letters: N windows, G drafted tokens, V vocabulary. Knows no model. Alignment objectives (streak, chain, first-error focal,
-D-PACE, total variation, forward KL) belong into `OBJECTIVES` beside the one that is here.
+D-PACE, total variation, forward KL) belong here, functions of the same arguments beside the one there is.
 """
-
-from collections.abc import Callable
 
 import torch
 
@@ -42,6 +40,3 @@ def decayed_cross_entropy(log_probs: torch.Tensor, labels: torch.Tensor, decay: 
     picked = log_probs.gather(2, labels.clamp(min=0)[:, :, None]).squeeze(2)
     weights = position_weights(labels.shape[1], decay, log_probs.device) * has_label
     return -(weights * picked).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
-
-
-OBJECTIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"ce": decayed_cross_entropy}

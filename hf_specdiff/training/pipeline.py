@@ -1,5 +1,6 @@
 """From a target and prompts to a trained drafter on disk: what `hf-specdiff train` and the demo's recipe run."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_specdiff.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import regenerate
@@ -80,17 +82,37 @@ def train_drafter(
     Raises:
         ValueError: if `output` holds a run with other settings, or no prompt is usable.
     """
+    _training_setup(target, output, plan, mask_token_id)  # a mistake in the plan is found before the work
     work = output / "work"
-    _claim(work, plan)
+    digest = hashlib.sha256("\0".join(prompts).encode()).hexdigest()
+    _claim(work, {**asdict(plan), "mask_token_id": mask_token_id, "target": target.name_or_path, "prompts": digest})
     sequences = regenerate(target, tokenizer, prompts, work / "sequences", max_length=plan.max_length)
     return fit_drafter(target, sequences, output, plan, mask_token_id=mask_token_id)
 
 
 def fit_drafter(target: PreTrainedModel, sequences: Sequences, output: Path, plan: TrainingPlan, *, mask_token_id: int) -> bool:
-    """Train on given sequences and save; the second half of `train_drafter`."""
-    work = output / "work"
-    _claim(work, plan)
-    checkpoints = work / "checkpoints"
+    """Train on given sequences and save; the second half of `train_drafter`, which describes arguments and result."""
+    config, arguments = _training_setup(target, output, plan, mask_token_id)
+    interrupt = StopOnInterrupt()
+    trainer = SpecDiffTrainer(
+        target=target,
+        model=new_drafter(config, plan.seed),
+        args=arguments,
+        train_dataset=SequenceDataset(sequences, plan.max_length),
+        callbacks=[interrupt],
+    )
+    with interrupt:
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(Path(str(arguments.output_dir))))
+    if interrupt.was_interrupted:
+        return False
+    _save_whole(trainer.model, output)
+    return True
+
+
+def _training_setup(
+    target: PreTrainedModel, output: Path, plan: TrainingPlan, mask_token_id: int
+) -> tuple[SpecDiffConfig, SpecDiffTrainingArguments]:
+    """Turn a plan into the drafter's configuration and the trainer's arguments, both checked."""
     config = make_drafter_config(
         target,
         mask_token_id=mask_token_id,
@@ -99,7 +121,7 @@ def fit_drafter(target: PreTrainedModel, sequences: Sequences, output: Path, pla
         target_layer_ids=plan.target_layer_ids,
     )
     arguments = SpecDiffTrainingArguments(
-        output_dir=str(checkpoints),
+        output_dir=str(output / "work" / "checkpoints"),
         num_train_epochs=plan.num_epochs,
         per_device_train_batch_size=plan.batch_size,
         num_anchors=plan.num_anchors,
@@ -118,25 +140,33 @@ def fit_drafter(target: PreTrainedModel, sequences: Sequences, output: Path, pla
         report_to="none",
         dataloader_pin_memory=False,
     )
-    interrupt = StopOnInterrupt()
-    trainer = SpecDiffTrainer(
-        target=target,
-        model=new_drafter(config, plan.seed),
-        args=arguments,
-        train_dataset=SequenceDataset(sequences, plan.max_length),
-        callbacks=[interrupt],
-    )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
-    if interrupt.was_interrupted:
-        return False
-    _save_whole(trainer.model, output)
-    return True
+    return config, arguments
 
 
-def _claim(work: Path, plan: TrainingPlan) -> None:
-    """Write down a run's settings, or refuse to mix two runs in one folder."""
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint that was written to its end, and remove newer ones that were not.
+
+    The host writes a checkpoint's files in place, `trainer_state.json` last, and resumes from the highest number.
+
+    Args:
+        folder (`pathlib.Path`): of the checkpoints; need not exist.
+
+    Returns:
+        `str`, *optional*: a checkpoint's folder; `None` if there is none.
+    """
+    while folder.is_dir() and (newest := get_last_checkpoint(folder)) is not None:
+        try:
+            json.loads((Path(newest) / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(newest)
+            continue
+        return newest
+    return None
+
+
+def _claim(work: Path, settings: dict[str, Any]) -> None:
+    """Write down all that decides a run's result, or refuse to mix two runs in one folder."""
     path = work / "plan.json"
-    settings: dict[str, Any] = asdict(plan)
     if path.is_file():
         earlier = json.loads(path.read_text(encoding="utf-8"))
         changed = {name: (earlier.get(name), value) for name, value in settings.items() if earlier.get(name) != value}

@@ -16,8 +16,9 @@ from transformers import TrainerControl
 from transformers import TrainerState
 from transformers import TrainingArguments
 
+from hf_specdiff.conditioning import layer_output_indices
+from hf_specdiff.conditioning import target_features
 from hf_specdiff.configuration_specdiff import SpecDiffConfig
-from hf_specdiff.drafters import target_features
 from hf_specdiff.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.training.data import Windows
 from hf_specdiff.training.data import collate
@@ -74,7 +75,9 @@ class SpecDiffTrainer(Trainer):
         assert config.mask_token_id is not None  # a drafter without one cannot be trained
         windows = sample_windows(inputs, self.args.num_anchors, config.block_size, config.mask_token_id, generator)
         forward = self._feature_logits if config.is_feature_conditioned else self._token_logits
-        logits = forward(model, config, inputs["input_ids"], windows)  # (B * A, G, V)
+        # The host puts autocast around the model that it trains only; the target's pass is the larger part of a step.
+        with self.accelerator.autocast():
+            logits = forward(model, config, inputs["input_ids"], windows)  # (B * A, G, V)
         log_probs = torch.log_softmax(logits.float(), dim=-1)
         loss = decayed_cross_entropy(log_probs, windows.labels, self.args.loss_decay)
         return (loss, {"log_probs": log_probs, "labels": windows.labels}) if return_outputs else loss
@@ -102,7 +105,8 @@ class SpecDiffTrainer(Trainer):
         length = input_ids.shape[1]
         with torch.no_grad():
             # Padding is on the right and attention causal, so the states of real tokens need no mask.
-            outputs = self.target(input_ids, use_cache=False, output_hidden_states=[i + 1 for i in layer_ids], logits_to_keep=1)
+            indices = layer_output_indices(layer_ids)
+            outputs = self.target.get_decoder()(input_ids, use_cache=False, output_hidden_states=indices)
             features = target_features(outputs.hidden_states, layer_ids, length)
             noise = self.target.get_input_embeddings()(windows.input_ids)
         positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
@@ -117,24 +121,23 @@ class SpecDiffTrainer(Trainer):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """On Ctrl-C finish the step, save a checkpoint and stop; a second Ctrl-C stops at once."""
+    """Inside `with`, Ctrl-C finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.was_interrupted = False
         self._previous: Any = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take over the signal."""
+    def __enter__(self) -> "StopOnInterrupt":
         self._previous = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop if the signal came."""
         if self.was_interrupted:
             control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Give the signal back."""
-        signal.signal(signal.SIGINT, self._previous)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.was_interrupted = True
@@ -166,7 +169,7 @@ def make_drafter_config(
     return SpecDiffConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or num_heads,
@@ -193,12 +196,17 @@ def spread_layers(num_target_layers: int, count: int) -> list[int]:
     Returns:
         `list[int]`: 0-based, ascending, all different.
 
+    Raises:
+        ValueError: if there are not so many layers.
+
     Source: arXiv:2602.06036, section 3.
     """
+    if not 1 <= count <= num_target_layers:
+        raise ValueError(f"`count` must be from 1 to the target's {num_target_layers} layers, got {count}.")
     last, first = max(num_target_layers - 3, 0), min(1, num_target_layers - 1)
     spread = {round(first + (last - first) * i / max(count - 1, 1)) for i in range(count)}
     others = (i for i in range(num_target_layers) if i not in spread)
-    while len(spread) < min(count, num_target_layers):
+    while len(spread) < count:
         spread.add(next(others))
     return sorted(spread)
 

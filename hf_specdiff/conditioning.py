@@ -1,0 +1,166 @@
+"""What conditions a drafter: the committed tokens, or hidden states of the target.
+
+Letters: B batch, L committed length, G drafted tokens, V vocabulary, D hidden size, K target layers read. Knows the network's
+two ways to be called and what the target lends. Imported by the candidate generator, the target and the entry.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.utils import output_capturing
+
+from .cache import roll_back
+from .drafters import DenoisingDrafter
+from .speculation import SpeculationConfig
+
+# A list given as `output_hidden_states` selects among all hidden states, the embedding's first, in transformers 5.23; in 5.17
+# it selects among the layers' outputs. What comes back is indexed alike.
+FIRST_LAYER_INDEX = 1 if hasattr(output_capturing, "selected_hidden_states") else 0
+
+
+class TokenDrafter(DenoisingDrafter):
+    """Draft from the committed tokens alone: they attend causally and are cached, the window attends to everything.
+
+    Source: arXiv:2408.05636.
+    """
+
+    def _window_logits(
+        self,
+        window: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        features: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run the network over the uncached context and the window; see `DenoisingDrafter._window_logits`."""
+        new_context = input_ids[:, self.cache.get_seq_length() : -1]
+        window_size = window.shape[1]
+        position_ids, key_mask = self._layout(input_ids, attention_mask, new_context.shape[1], window_size)
+        outputs = self.network(
+            input_ids=torch.cat([new_context, window], dim=1),
+            attention_mask=key_mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            window_size=window_size,
+            logits_to_keep=window_size - 1,
+        )
+        roll_back(self.cache, window_size)
+        return outputs.logits
+
+
+class FeatureDrafter(DenoisingDrafter):
+    """Draft from the target's hidden states: extra keys and values in every layer; the target's embedding and head.
+
+    Args:
+        network (`SpecDiffDrafter`): the network.
+        speculation (`SpeculationConfig`): as `DenoisingDrafter`.
+        logits_processor (`LogitsProcessorList`): as `DenoisingDrafter`.
+        max_length (`int`, *optional*): as `DenoisingDrafter`.
+        embed (`Callable`): the target's input embedding, ids to vectors.
+        head (`Callable`): the target's output embedding, hidden states to logits.
+
+    Source: arXiv:2602.06036, section 3.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        speculation: SpeculationConfig,
+        logits_processor: LogitsProcessorList,
+        max_length: int | None = None,
+        *,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        head: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        super().__init__(network, speculation, logits_processor, max_length)
+        self.embed = embed
+        self.head = head
+
+    def _window_logits(
+        self,
+        window: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        features: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run the network over the new features and the window; see `DenoisingDrafter._window_logits`."""
+        device, dtype = self.network.device, self.network.dtype
+        num_new = 0 if features is None else features.shape[1]
+        position_ids, key_mask = self._layout(input_ids, attention_mask, num_new, window.shape[1])
+        outputs = self.network(
+            noise_embeds=self.embed(window).to(device=device, dtype=dtype),
+            context_hidden_states=None if features is None else features.to(device=device, dtype=dtype),
+            attention_mask=key_mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+        )
+        roll_back(self.cache, window.shape[1])
+        return self.head(outputs.last_hidden_state[:, 1:]).to(device)
+
+
+def layer_output_indices(layer_ids: list[int]) -> list[int]:
+    """Return what to pass as `output_hidden_states` so that the host keeps just these layers' outputs.
+
+    Args:
+        layer_ids (`list[int]`): layers, counted from 0.
+
+    Returns:
+        `list[int]`: their indices in the hidden states that come back.
+    """
+    return [layer_id + FIRST_LAYER_INDEX for layer_id in layer_ids]
+
+
+def target_features(hidden_states: tuple[torch.Tensor, ...], layer_ids: list[int], num_tokens: int) -> torch.Tensor:
+    """Join the hidden states that condition a drafter.
+
+    Args:
+        hidden_states (`tuple[torch.Tensor, ...]`): of the target's last pass, asked for with `layer_output_indices`; each
+            `(B, at least num_tokens, D)`. Entries that are not read may be `None`.
+        layer_ids (`list[int]`): K layers, counted from 0.
+        num_tokens (`int`): tokens of the pass that were committed; the rest were rejected.
+
+    Returns:
+        `torch.Tensor` of shape `(B, num_tokens, K * D)`, on the device of the last layer read.
+    """
+    states = [hidden_states[index][:, :num_tokens] for index in layer_output_indices(layer_ids)]
+    # A sharded target leaves its layers' outputs on several devices.
+    return torch.cat([state.to(states[-1].device) for state in states], dim=-1)
+
+
+def make_drafter(
+    network: Any,
+    target: Any,
+    speculation: SpeculationConfig,
+    logits_processor: LogitsProcessorList,
+    max_length: int | None = None,
+) -> TokenDrafter | FeatureDrafter:
+    """Put the drafter that fits a network's conditioning around it.
+
+    Args:
+        network (`SpecDiffDrafter`): the network.
+        target (`transformers.PreTrainedModel`, *optional*): lends a feature-conditioned drafter its embedding and head; may be
+            sharded or offloaded by accelerate. A token-conditioned one does not need it.
+        speculation (`SpeculationConfig`): how to draft.
+        logits_processor (`LogitsProcessorList`): the target's.
+        max_length (`int`, *optional*): most tokens of the finished text.
+
+    Returns:
+        `TokenDrafter` or `FeatureDrafter`: fresh, with an empty context cache.
+    """
+    if network.config.target_layer_ids is None:
+        return TokenDrafter(network, speculation, logits_processor, max_length)
+    embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
+    return FeatureDrafter(
+        network,
+        speculation,
+        logits_processor,
+        max_length,
+        embed=lambda ids: embedding(_beside(ids, embedding.weight)),
+        head=lambda states: head(_beside(states, head.weight).to(head.weight.dtype)),
+    )
+
+
+def _beside(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Move a tensor to a weight's device. Offloaded weights are on "meta": accelerate's hook moves the inputs itself."""
+    return tensor if weight.device.type == "meta" else tensor.to(weight.device)
