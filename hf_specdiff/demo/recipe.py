@@ -23,7 +23,9 @@ from hf_specdiff.demo.language_models import training_definitions
 from hf_specdiff.demo.source_code import iter_definitions
 from hf_specdiff.demo.source_code import iter_modules
 from hf_specdiff.demo.word_problems import iter_problems
+from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import regenerate
+from hf_specdiff.training.data import sequences_of_texts
 from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import fit_drafter
 from hf_specdiff.training.trainer import spread_layers
@@ -96,9 +98,9 @@ def drafter_plans() -> dict[str, TrainingPlan]:
     """Return how each bundled drafter is trained."""
     return {
         "features": TrainingPlan(
-            spread_layers(TARGET_LAYERS, 4), num_layers=3, num_epochs=11, num_anchors=12, learning_rate=2e-3
+            spread_layers(TARGET_LAYERS, 4), num_layers=3, num_epochs=2.2, num_anchors=16, learning_rate=2e-3
         ),
-        "tokens": TrainingPlan(None, num_layers=4, num_epochs=11, num_anchors=10, learning_rate=2e-3),
+        "tokens": TrainingPlan(None, num_layers=4, num_epochs=2.2, num_anchors=10, learning_rate=2e-3),
     }
 
 
@@ -112,10 +114,14 @@ def make_language_model(name: str, num_layers: int, learning_rate: float, pair: 
 
 
 def make_drafters(pair: Path, work: Path) -> None:
-    """Let the target continue the training prompts, and train both drafters on that text, unless they are there."""
+    """Train both drafters, unless they are there, on the target's own continuations and on code as it stands.
+
+    Word problems are so regular that few continuations teach them; a few thousand continued beginnings are too little code.
+    """
     tokenizer = AutoTokenizer.from_pretrained(pair / "target")
     target = AutoModelForCausalLM.from_pretrained(pair / "target", dtype=torch.float32).eval()
-    sequences = regenerate(target, tokenizer, training_prompts(), work / "sequences", max_length=MAX_LENGTH, batch_size=128)
+    continued = regenerate(target, tokenizer, training_prompts(), work / "sequences", max_length=MAX_LENGTH, batch_size=128)
+    sequences = Sequences.concatenate([continued, sequences_of_texts(tokenizer, training_definitions(), MAX_LENGTH)])
     for name, plan in drafter_plans().items():
         if (pair / name / "model.safetensors").is_file():
             continue

@@ -230,6 +230,25 @@ def window_attention_mask(
     return mask[:, None]
 
 
+def sequences_of_texts(tokenizer: Any, texts: list[str], max_length: int) -> Sequences:
+    """Take texts as they are, cut into pieces; anchors may stand anywhere but on the first token.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the target's.
+        texts (`list[str]`): documents; an end-of-text token is put after each.
+        max_length (`int`): tokens of a piece; a rest of fewer than 32 is left out.
+
+    Returns:
+        `Sequences`: the pieces.
+    """
+    pieces = []
+    for ids in tokenizer(texts)["input_ids"]:
+        ids = [*ids, tokenizer.eos_token_id]
+        pieces += [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    pieces = [piece for piece in pieces if len(piece) >= 32]
+    return Sequences.from_lists(pieces, [1] * len(pieces))
+
+
 def regenerate(
     target: Any,
     tokenizer: Any,
