@@ -106,6 +106,9 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
         scores = draft.scores(self.vocab_size) if draft.has_prefix_law else None
         return torch.cat([input_ids, draft.tokens.to(input_ids.device)], dim=1), scores
 
+    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Change nothing: every draft is a whole window. (The base class of transformers 5.17 raises here.)"""
+
     def _cut(self, draft: Draft) -> Draft:
         """Return the draft up to its first end token: the loop of transformers 5.17 looks for one at the very end only."""
         tokens = draft.tokens[0].tolist()

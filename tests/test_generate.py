@@ -382,7 +382,7 @@ def test_processors_see_the_true_prefix(
         Qwen3Config(head_dim=8, use_sliding_window=True, sliding_window=8, max_window_layers=1),
         MistralConfig(head_dim=8, sliding_window=8),
         GPT2Config(n_embd=16, n_head=2, n_layer=3, n_positions=128),
-        Lfm2Config(layer_types=["conv", "full_attention", "conv"], conv_L_cache=3),
+        Lfm2Config(num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], conv_L_cache=3),
     ],
     ids=["qwen3-sliding-layers", "mistral-sliding", "gpt2-learned-positions", "lfm2-convolutions"],
 )

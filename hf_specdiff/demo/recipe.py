@@ -104,12 +104,13 @@ def drafter_plans() -> dict[str, TrainingPlan]:
     }
 
 
-def make_language_model(name: str, num_layers: int, learning_rate: float, pair: Path, work: Path) -> None:
-    """Train the target or the assistant on the corpus, unless it is there."""
+def make_language_model(name: str, num_layers: int, learning_rate: float, corpus_share: float, pair: Path, work: Path) -> None:
+    """Train the target or the assistant on the corpus or the first part of it, unless it is there."""
     if (pair / name / "model.safetensors").is_file():
         return
     tokenizer = AutoTokenizer.from_pretrained(pair / "target")
     documents = make_corpus(NUM_CORPUS_PROBLEMS, NUM_CORPUS_CODE_EPOCHS)
+    documents = documents[: int(corpus_share * len(documents))]
     train_language_model(pair / name, work / name, tokenizer, model_config(num_layers), documents, learning_rate=learning_rate)
 
 
@@ -142,9 +143,9 @@ def make_pair(output: Path) -> None:
         (prompts / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     if not (pair / "target" / "tokenizer.json").is_file():
         train_tokenizer(pair / "target")
-    make_language_model("target", TARGET_LAYERS, 2e-3, pair, work)
+    make_language_model("target", TARGET_LAYERS, 2e-3, 1.0, pair, work)
     make_drafters(pair, work)
-    make_language_model("autoregressive", 2, 4e-3, pair, work)
+    make_language_model("autoregressive", 2, 4e-3, 0.5, pair, work)
 
 
 def main(output: Annotated[Path, typer.Argument(help="folder for the pair, the prompts and the work in progress")]) -> None:
