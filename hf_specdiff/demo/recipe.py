@@ -6,6 +6,7 @@ Every stage is skipped where its result exists, and goes on from its last checkp
 import itertools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -94,13 +95,13 @@ def training_prompts() -> list[str]:
     return prompts[:NUM_TRAINING_PROMPTS]
 
 
-def drafter_plans() -> dict[str, TrainingPlan]:
-    """Return how each bundled drafter is trained."""
+def drafter_plans() -> dict[str, tuple[TrainingPlan, TrainingPlan]]:
+    """Return how each bundled drafter is trained: on continuations and code as it stands, then on continuations alone."""
+    features = TrainingPlan(spread_layers(TARGET_LAYERS, 4), num_layers=3, num_epochs=0.9, num_anchors=16, learning_rate=2e-3)
+    tokens = TrainingPlan(None, num_layers=4, num_epochs=1.1, num_anchors=10, learning_rate=2e-3)
     return {
-        "features": TrainingPlan(
-            spread_layers(TARGET_LAYERS, 4), num_layers=3, num_epochs=2.2, num_anchors=16, learning_rate=2e-3
-        ),
-        "tokens": TrainingPlan(None, num_layers=4, num_epochs=2.2, num_anchors=10, learning_rate=2e-3),
+        "features": (features, replace(features, num_epochs=4.4, learning_rate=1.5e-3)),
+        "tokens": (tokens, replace(tokens, num_epochs=4.4, learning_rate=1.5e-3)),
     }
 
 
@@ -115,20 +116,25 @@ def make_language_model(name: str, num_layers: int, learning_rate: float, corpus
 
 
 def make_drafters(pair: Path, work: Path) -> None:
-    """Train both drafters, unless they are there, on the target's own continuations and on code as it stands.
+    """Train both drafters, unless they are there.
 
-    Word problems are so regular that few continuations teach them; a few thousand continued beginnings are too little code.
+    The target's own continuations are what a drafter must predict, but a few thousand of them are too little code to learn a
+    language from, so code as it stands comes first.
     """
     tokenizer = AutoTokenizer.from_pretrained(pair / "target")
     target = AutoModelForCausalLM.from_pretrained(pair / "target", dtype=torch.float32).eval()
     continued = regenerate(target, tokenizer, training_prompts(), work / "sequences", max_length=MAX_LENGTH, batch_size=128)
-    sequences = Sequences.concatenate([continued, sequences_of_texts(tokenizer, training_definitions(), MAX_LENGTH)])
-    for name, plan in drafter_plans().items():
+    mixed = Sequences.concatenate([continued, sequences_of_texts(tokenizer, training_definitions(), MAX_LENGTH)])
+    for name, plans in drafter_plans().items():
         if (pair / name / "model.safetensors").is_file():
             continue
-        if not fit_drafter(target, sequences, work / name, plan, mask_token_id=tokenizer.mask_token_id):
-            raise typer.Exit(130)
-        AutoModelForCausalLM.from_pretrained(work / name, dtype=torch.bfloat16).save_pretrained(pair / name)
+        start_from = None
+        for stage, (plan, sequences) in enumerate(zip(plans, (mixed, continued), strict=True), 1):
+            output = work / f"{name}-{stage}"
+            if not fit_drafter(target, sequences, output, plan, mask_token_id=tokenizer.mask_token_id, start_from=start_from):
+                raise typer.Exit(130)
+            start_from = output
+        AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.bfloat16).save_pretrained(pair / name)
 
 
 def make_pair(output: Path) -> None:

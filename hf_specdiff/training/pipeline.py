@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_specdiff.configuration_specdiff import SpecDiffConfig
+from hf_specdiff.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import regenerate
@@ -90,13 +91,33 @@ def train_drafter(
     return fit_drafter(target, sequences, output, plan, mask_token_id=mask_token_id)
 
 
-def fit_drafter(target: PreTrainedModel, sequences: Sequences, output: Path, plan: TrainingPlan, *, mask_token_id: int) -> bool:
-    """Train on given sequences and save; the second half of `train_drafter`, which describes arguments and result."""
+def fit_drafter(
+    target: PreTrainedModel,
+    sequences: Sequences,
+    output: Path,
+    plan: TrainingPlan,
+    *,
+    mask_token_id: int,
+    start_from: Path | None = None,
+) -> bool:
+    """Train on given sequences and save; the second half of `train_drafter`.
+
+    Args:
+        target (`transformers.PreTrainedModel`): frozen.
+        sequences (`Sequences`): what to learn from.
+        output (`pathlib.Path`): the drafter; checkpoints go to its `work` subfolder.
+        plan (`TrainingPlan`): all settings.
+        mask_token_id (`int`): see `SpecDiffConfig`.
+        start_from (`pathlib.Path`, *optional*): a drafter of the same shape to go on from; by default a fresh one.
+
+    Returns:
+        `bool`: whether the drafter is finished; false after Ctrl-C, with a checkpoint in `work`.
+    """
     config, arguments = _training_setup(target, output, plan, mask_token_id)
     interrupt = StopOnInterrupt()
     trainer = SpecDiffTrainer(
         target=target,
-        model=new_drafter(config, plan.seed),
+        model=new_drafter(config, plan.seed) if start_from is None else SpecDiffDrafter.from_pretrained(start_from),
         args=arguments,
         train_dataset=SequenceDataset(sequences, plan.max_length),
         callbacks=[interrupt],
