@@ -200,7 +200,7 @@ def test_a_drafter_that_holds_this_file_as_its_generate_stays_a_drafter(
 ) -> None:
     """As the host calls it where a Hub repository holds drafter and strategy in one."""
     expected = token_drafter.generate(input_ids=prompt, max_new_tokens=4).sequences
-    assert torch.equal(hf_specdiff.generate(token_drafter, input_ids=prompt, max_new_tokens=4), expected)
+    assert torch.equal(hf_specdiff.generate(token_drafter, input_ids=prompt, max_new_tokens=4).sequences, expected)
 
 
 def test_way_one_with_left_padding(tiny_target: LlamaForCausalLM, token_drafter: SpecDiffDrafter, prompt: torch.Tensor) -> None:
