@@ -188,6 +188,18 @@ def test_several_denoising_steps_preserve_the_law(
     assert distance(plain, ours) < TOLERANCE
 
 
+@pytest.mark.parametrize("scheme", ["ratio", "block", "auto", "hot-drafts", "argmax-drafts"])
+def test_windows_of_two_tokens_preserve_the_law(scheme: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long enough for two drafted tokens and a bonus token in one round."""
+    settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 2, "repetition_penalty": 1.3}
+    drafter = drafter_for(None)
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    ours = law_of(
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, **settings, **SCHEMES[scheme]), monkeypatch
+    )
+    assert distance(plain, ours) < TOLERANCE
+
+
 class GuessingDrafter:
     """A user's own drafter: draws two tokens from laws that depend on the text's length; knows no network."""
 
