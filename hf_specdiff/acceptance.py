@@ -34,8 +34,8 @@ def accept_by_match(draft_tokens: torch.Tensor, target_tokens: torch.Tensor) -> 
     Source: sample-and-match, as in arXiv:2602.06036; equal to point-mass rejection for deterministic drafts.
     """
     matches = draft_tokens == target_tokens[:, :-1]
-    num_accepted = matches.long().cumprod(dim=1).sum(dim=1)
-    return Acceptance(num_accepted, _row(target_tokens, num_accepted))
+    num_accepted = matches.cumprod(dim=1).sum(dim=1)
+    return Acceptance(num_accepted, target_tokens.gather(1, num_accepted[:, None]).squeeze(1))
 
 
 def accept_by_ratio(draft: Draft, target_probs: torch.Tensor) -> Acceptance:

@@ -163,4 +163,5 @@ def make_drafter(
 
 def _beside(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Move a tensor to a weight's device. Offloaded weights are on "meta": accelerate's hook moves the inputs itself."""
-    return tensor if weight.device.type == "meta" else tensor.to(weight.device)
+    device = weight.device
+    return tensor if tensor.device == device or device.type == "meta" else tensor.to(device)

@@ -184,7 +184,7 @@ class DenoisingDrafter:
         """Return processed float32 logits `(B, n, V)` in which the mask id cannot be drafted."""
         logits = to_float(logits)
         if self.mask_token_id < logits.shape[-1]:
-            logits = logits.index_fill(-1, torch.tensor([self.mask_token_id], device=logits.device), -torch.inf)
+            logits[..., self.mask_token_id] = -torch.inf  # in place: they are the drafter's own, fresh from a pass
         return process_rows(self.processors, input_ids, draft_tokens, logits) if self.processors else logits
 
     def _window_logits(

@@ -130,6 +130,7 @@ def run_demo(num_prompts: int, output: Path | None = None) -> bool:
     if not 1 <= num_prompts <= available:
         raise ValueError(f"`num_prompts` must be from 1 to {available}, the prompts of a set, got {num_prompts}.")
     console = Console()
+    transformers.logging.disable_progress_bar()
     tokenizer, decoders = demo_decoders()
     console.print(
         f"A target, its diffusion drafters and an autoregressive assistant, on {torch.get_num_threads()} CPU threads, float32."
