@@ -1,8 +1,10 @@
-"""Training objectives: pure functions of the drafter's log-probabilities, the target's tokens and a mask.
+"""Training objectives: pure functions of the drafter's log-probabilities and the target's tokens.
 
-Letters: N windows, G drafted tokens, V vocabulary. Knows no model. Alignment objectives (streak, chain, first-error focal,
-D-PACE, total variation, forward KL) belong here, functions of the same arguments beside the one there is.
+Letters: N windows, G drafted tokens, V vocabulary; q_j is the probability that the drafter gave the target's token at position j.
+Knows no model. A position past the text's end has the label -100 and takes part in nothing.
 """
+
+from collections.abc import Mapping
 
 import torch
 
@@ -25,18 +27,169 @@ def position_weights(gamma: int, decay: float, device: torch.device | None = Non
     return torch.exp(-torch.arange(gamma, dtype=torch.float32, device=device) / decay)
 
 
-def decayed_cross_entropy(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) -> torch.Tensor:
-    """Return sum_k w_k CE_k / sum_k w_k over all positions that have a label.
+def cross_entropy(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = float("inf")) -> torch.Tensor:
+    """Return -mean_j log q_j over all positions that have a label.
 
     Args:
         log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.
-        labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens; -100 past the text's end.
-        decay (`float`): see `position_weights`.
+        labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens.
+        decay (`float`): weighs positions, see `position_weights`.
 
     Returns:
         `torch.Tensor`: a scalar, in nats; 0 if no position has a label.
     """
+    picked, has_label = _picked(log_probs, labels)
+    return -_mean(picked, position_weights(labels.shape[1], decay, log_probs.device) * has_label)
+
+
+def decayed_cross_entropy(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) -> torch.Tensor:
+    """Return -sum_j w_j log q_j / sum_j w_j over all positions that have a label, w as in `position_weights`.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.
+        labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens.
+        decay (`float`): see `position_weights`.
+
+    Returns:
+        `torch.Tensor`: a scalar, in nats; 0 if no position has a label.
+
+    Source: arXiv:2602.06036, section 4.
+    """
+    return cross_entropy(log_probs, labels, decay)
+
+
+def streak(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) -> torch.Tensor:
+    """Return -mean over windows of sum_m prod_{j<=m} q_j: minus the expected accepted length of a sampled draft.
+
+    Its gradient at a late position is the product of all earlier probabilities, so it vanishes for an untrained drafter: use it
+    beside a cross-entropy, not alone.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.
+        labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens.
+        decay (`float`): takes no part.
+
+    Returns:
+        `torch.Tensor`: a scalar, in tokens.
+
+    Source: SpecDiff-2, arXiv:2511.00606, Eq. 6; the same sum beside a cross-entropy is the chain term of arXiv:2606.11552.
+    """
+    picked, has_label = _picked(log_probs, labels)
+    return -(picked.cumsum(1).exp() * has_label).sum(1).mean()
+
+
+def log_streak(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) -> torch.Tensor:
+    """Return -sum_j s_j log q_j / sum_j s_j with s_j = prod_{i<j} q_i held fixed: each position as often as it is reached.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.
+        labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens.
+        decay (`float`): takes no part.
+
+    Returns:
+        `torch.Tensor`: a scalar, in nats.
+
+    Source: the surrogate in the code published with arXiv:2511.00606.
+    """
+    picked, has_label = _picked(log_probs, labels)
+    reached = (picked.cumsum(1) - picked).exp().detach()
+    return -_mean(picked, reached * has_label)
+
+
+def first_error_focal(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) -> torch.Tensor:
+    """Return the mean over windows of -w_j log q_j at the first position j whose most probable token is wrong.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.
+        labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens.
+        decay (`float`): of w, see `position_weights`.
+
+    Returns:
+        `torch.Tensor`: a scalar, in nats; windows without an error count as 0.
+
+    Source: arXiv:2606.11552.
+    """
+    picked, has_label = _picked(log_probs, labels)
+    wrong = (log_probs.argmax(-1) != labels) & has_label
+    first = wrong & (wrong.cumsum(1) == 1)
+    return -(first * position_weights(labels.shape[1], decay, log_probs.device) * picked).sum(1).mean()
+
+
+def dpace(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0, smoothing: float = 0.5) -> torch.Tensor:
+    """Return -mean over windows of sum_j w_j log q_j / sum_j w_j with w_j = sum_{m>=j} prod_{i<=m} a_i held fixed.
+
+    a_i = (1 - smoothing) q_i + smoothing; without smoothing w_j is the streak's derivative by log q_j. So a window's weight lies
+    where its accepted length is decided: early in hard text, everywhere in easy text. Each window is scaled to weigh the same,
+    or easy text, whose weights sum to much more, would drown the hard.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.
+        labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens.
+        decay (`float`): takes no part.
+        smoothing (`float`): from 0 (the streak's own weights) to 1 (linear decay).
+
+    Returns:
+        `torch.Tensor`: a scalar, in nats.
+
+    Source: D-PACE, arXiv:2605.18810.
+    """
+    picked, has_label = _picked(log_probs, labels)
+    confidence = ((1 - smoothing) * picked.detach().exp() + smoothing) * has_label
+    weights = confidence.cumprod(1).flip(1).cumsum(1).flip(1)
+    per_window = weights.sum(1, keepdim=True)
+    return -_mean(picked, weights / per_window.clamp(min=torch.finfo(weights.dtype).tiny))
+
+
+OBJECTIVES = {
+    "ce": cross_entropy,
+    "decayed_ce": decayed_cross_entropy,
+    "streak": streak,
+    "log_streak": log_streak,
+    "focal": first_error_focal,
+    "dpace": dpace,
+}
+
+
+def combined_loss(
+    log_probs: torch.Tensor, labels: torch.Tensor, weights: Mapping[str, float], decay: float = 7.0
+) -> torch.Tensor:
+    """Return the weighted sum of several objectives.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.
+        labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens.
+        weights (`Mapping[str, float]`): a weight for each of some of the names in `OBJECTIVES`.
+        decay (`float`): see `position_weights`.
+
+    Returns:
+        `torch.Tensor`: a scalar.
+    """
+    terms = [weight * OBJECTIVES[name](log_probs, labels, decay) for name, weight in weights.items()]
+    return torch.stack(terms).sum()
+
+
+def next_token_cross_entropy(logits: torch.Tensor, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Return the mean of -log p(next token) over sequences padded on the right.
+
+    Args:
+        logits (`torch.Tensor` of shape `(N, S, V)`): at every token.
+        input_ids (`torch.Tensor` of shape `(N, S)`, int64): the sequences.
+        lengths (`torch.Tensor` of shape `(N,)`, int64): tokens of each without padding.
+
+    Returns:
+        `torch.Tensor`: a scalar, in nats.
+    """
+    is_text = torch.arange(1, input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+    labels = input_ids[:, 1:].masked_fill(~is_text, IGNORED)
+    return cross_entropy(torch.log_softmax(logits[:, :-1].float(), dim=-1), labels)
+
+
+def _picked(log_probs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log q_j, 0 where there is no label, and where there is one; both `(N, G)`."""
     has_label = labels != IGNORED
     picked = log_probs.gather(2, labels.clamp(min=0)[:, :, None]).squeeze(2)
-    weights = position_weights(labels.shape[1], decay, log_probs.device) * has_label
-    return -(weights * picked).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    return picked.masked_fill(~has_label, 0.0), has_label
+
+
+def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return (weights * values).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import asdict
 from dataclasses import dataclass
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ class TrainingPlan:
         batch_size (`int`): sequences of a step.
         num_anchors (`int`): windows of a sequence and step.
         learning_rate (`float`): peak of the cosine schedule.
-        loss_decay (`float`): positions after which a position's weight has fallen by e.
+        loss_weights (`dict[str, float]`): the weight of each objective, see `SpecDiffTrainingArguments`.
+        loss_decay (`float`): positions after which a position's weight in `decayed_ce` and `focal` has fallen by e.
+        context_weight (`float`): weight of next-token prediction on the context, token-conditioned drafters only.
         seed (`int`): of weights, order and windows.
         bf16 (`bool`): whether to compute in bfloat16 (weights stay in float32).
         save_steps (`int`): steps between checkpoints.
@@ -52,7 +55,9 @@ class TrainingPlan:
     batch_size: int = 16
     num_anchors: int = 8
     learning_rate: float = 1e-3
+    loss_weights: dict[str, float] = field(default_factory=lambda: {"decayed_ce": 1.0})
     loss_decay: float = 7.0
+    context_weight: float = 0.0
     seed: int = 0
     bf16: bool = True
     save_steps: int = 250
@@ -147,7 +152,9 @@ def _training_setup(
         per_device_train_batch_size=plan.batch_size,
         num_anchors=plan.num_anchors,
         learning_rate=plan.learning_rate,
+        loss_weights=dict(plan.loss_weights),
         loss_decay=plan.loss_decay,
+        context_weight=plan.context_weight,
         lr_scheduler_type="cosine",
         warmup_steps=100,
         weight_decay=0.01,

@@ -5,6 +5,7 @@ Letters: B batch, S sequence length, A windows per sequence, W block size, G = W
 
 import signal
 from dataclasses import dataclass
+from dataclasses import field
 from types import FrameType
 from typing import Any
 
@@ -24,7 +25,9 @@ from hf_specdiff.training.data import Windows
 from hf_specdiff.training.data import collate
 from hf_specdiff.training.data import sample_windows
 from hf_specdiff.training.data import window_attention_mask
-from hf_specdiff.training.losses import decayed_cross_entropy
+from hf_specdiff.training.losses import OBJECTIVES
+from hf_specdiff.training.losses import combined_loss
+from hf_specdiff.training.losses import next_token_cross_entropy
 
 
 @dataclass
@@ -33,11 +36,16 @@ class SpecDiffTrainingArguments(TrainingArguments):
 
     Attributes:
         num_anchors (`int`): windows cut from each sequence and step.
-        loss_decay (`float`): positions after which a position's weight in the loss has fallen by e.
+        loss_weights (`dict[str, float]`): the weight of each objective, by its name in `hf_specdiff.training.losses.OBJECTIVES`.
+        loss_decay (`float`): positions after which a position's weight in `decayed_ce` and `focal` has fallen by e.
+        context_weight (`float`): weight of next-token prediction on the context, for token-conditioned drafters: what a window
+            reads of the text before it is learnt from every token, not only through windows.
     """
 
     num_anchors: int = 8
+    loss_weights: dict[str, float] = field(default_factory=lambda: {"decayed_ce": 1.0})
     loss_decay: float = 7.0
+    context_weight: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the drafter's own arguments, then let the host check its own."""
@@ -45,6 +53,13 @@ class SpecDiffTrainingArguments(TrainingArguments):
             raise ValueError(f"`num_anchors` must be at least 1, got {self.num_anchors}.")
         if not self.loss_decay > 0:
             raise ValueError(f"`loss_decay` must be positive, got {self.loss_decay}.")
+        if not self.context_weight >= 0:
+            raise ValueError(f"`context_weight` must be at least 0, got {self.context_weight}.")
+        unknown = sorted(set(self.loss_weights) - set(OBJECTIVES))
+        if unknown or not self.loss_weights or not all(weight > 0 for weight in self.loss_weights.values()):
+            raise ValueError(
+                f"`loss_weights` must give some of {', '.join(OBJECTIVES)} a positive weight, got {self.loss_weights!r}."
+            )
         # Batches carry more than the model's own arguments.
         self.remove_unused_columns = False
         super().__post_init__()
@@ -74,30 +89,42 @@ class SpecDiffTrainer(Trainer):
         generator = torch.Generator().manual_seed(self._window_seed(inputs["indices"]))
         assert config.mask_token_id is not None  # a drafter without one cannot be trained
         windows = sample_windows(inputs, self.args.num_anchors, config.block_size, config.mask_token_id, generator)
-        forward = self._feature_logits if config.is_feature_conditioned else self._token_logits
         # The host puts autocast around the model that it trains only; the target's pass is the larger part of a step.
         with self.accelerator.autocast():
-            logits = forward(model, config, inputs["input_ids"], windows)  # (B * A, G, V)
-        log_probs = torch.log_softmax(logits.float(), dim=-1)
-        loss = decayed_cross_entropy(log_probs, windows.labels, self.args.loss_decay)
+            if config.is_feature_conditioned:
+                logits, context_loss = self._feature_logits(model, config, inputs["input_ids"], windows), None
+            else:
+                logits, context_loss = self._token_logits(model, config, inputs, windows)
+        log_probs = torch.log_softmax(logits.float(), dim=-1)  # (B * A, G, V)
+        loss = combined_loss(log_probs, windows.labels, self.args.loss_weights, self.args.loss_decay)
+        if context_loss is not None:
+            loss = loss + self.args.context_weight * context_loss
         return (loss, {"log_probs": log_probs, "labels": windows.labels}) if return_outputs else loss
 
     def _window_seed(self, indices: torch.Tensor) -> int:
         step = self.state.global_step if self.model.training else 0
         return hash((self.args.seed, step, *indices.tolist())) % 2**63
 
-    def _token_logits(self, model: Any, config: SpecDiffConfig, input_ids: torch.Tensor, windows: Windows) -> torch.Tensor:
-        """Return the logits `(B * A, G, V)` of a token-conditioned drafter: sequence and windows in one pass."""
-        length = input_ids.shape[1]
+    def _token_logits(
+        self, model: Any, config: SpecDiffConfig, inputs: dict[str, torch.Tensor], windows: Windows
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the logits `(B * A, G, V)` of a token-conditioned drafter and the context's loss, if it has a weight.
+
+        Sequence and windows go through the drafter in one pass.
+        """
+        input_ids = inputs["input_ids"]
+        length, num_slots = input_ids.shape[1], windows.input_ids.shape[1]
         positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-        num_slots = windows.input_ids.shape[1]
-        outputs = model(
+        learns_context = self.args.context_weight > 0
+        logits = model(
             input_ids=torch.cat([input_ids, windows.input_ids], dim=1),
             position_ids=torch.cat([positions, windows.position_ids], dim=1),
             attention_mask=window_attention_mask(windows.anchors, length, config.block_size, context_queries=True),
-            logits_to_keep=num_slots,
-        )
-        return outputs.logits.unflatten(1, (-1, config.block_size)).flatten(0, 1)[:, 1:]
+            logits_to_keep=0 if learns_context else num_slots,
+        ).logits
+        context_loss = next_token_cross_entropy(logits[:, :length], input_ids, inputs["lengths"]) if learns_context else None
+        windows_logits = logits[:, -num_slots:].unflatten(1, (-1, config.block_size)).flatten(0, 1)[:, 1:]
+        return windows_logits, context_loss
 
     def _feature_logits(self, model: Any, config: SpecDiffConfig, input_ids: torch.Tensor, windows: Windows) -> torch.Tensor:
         """Return the logits `(B * A, G, V)` of a feature-conditioned drafter: the sequence enters as target features."""
