@@ -13,6 +13,8 @@ from hf_specdiff.draft import Draft
 from hf_specdiff.speculation import SpeculationConfig
 from hf_specdiff.stopping import StopCheck
 from hf_specdiff.target import Target
+from hf_specdiff.text import Features
+from hf_specdiff.text import Text
 
 
 class CopyingDrafter:
@@ -20,18 +22,20 @@ class CopyingDrafter:
 
     target_layer_ids = None
 
-    def draft(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, features: torch.Tensor | None) -> Draft:
+    def draft(self, text: Text, features: Features | None) -> Draft:
         """Return up to four tokens, a point mass: a function of the text alone."""
-        earlier = (input_ids[0, :-1] == input_ids[0, -1]).nonzero()
+        ids = text.tokens
+        earlier = (ids[0, :-1] == ids[0, -1]).nonzero()
         start = int(earlier[-1]) + 1 if len(earlier) else 0
-        return Draft(input_ids[:, start : start + 4], None, has_prefix_law=True)
+        return Draft(ids[:, start : start + 4], None, has_prefix_law=True)
 
 
 def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
     """Run the decoding loop with that drafter; a `custom_generate` callable."""
     target = Target(model, generation_config, model_kwargs, CopyingDrafter.target_layer_ids)
-    stop = StopCheck(stopping_criteria, keep_scores=False)
-    return run(target, CopyingDrafter(), SpeculationConfig(gamma=4), stop, logits_processor, input_ids)
+    stop = StopCheck(stopping_criteria, num_rows=1, keep_scores=False)
+    text = Text.of_prompt(input_ids)
+    return run(target, CopyingDrafter(), SpeculationConfig(gamma=4), stop, logits_processor, text)
 
 
 target, _, tokenizer = load_demo()

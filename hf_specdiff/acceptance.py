@@ -1,6 +1,6 @@
 """The rules that decide how much of a draft stands, and why each of them is lossless.
 
-Letters: B batch, G drafted tokens, V vocabulary. p_i is the target's law and q_i the drafter's law of token i, both given the
+Letters: B batch, G drafted tokens, N nodes of a tree, V vocabulary. p_i is the target's law and q_i the drafter's law of token i, both given the
 tokens before it; x is the draft. Knows no model and no cache. Imported by the loop.
 
 A rule is lossless when the text it emits has the target's law. Each rule below is a pair of pure functions, the law of the
@@ -8,12 +8,15 @@ number of accepted tokens and the law of the bonus token; the tests enumerate ex
 all that the public function adds.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .draft import Acceptance
 from .draft import Draft
 from .sampling import draw
 from .sampling import residual
+from .tree import DraftTree
 
 
 def accept_by_match(draft_tokens: torch.Tensor, target_tokens: torch.Tensor) -> Acceptance:
@@ -75,6 +78,75 @@ def accept_by_block(draft: Draft, target_probs: torch.Tensor) -> Acceptance:
     draft_probs = draft.dense_probs(target_probs.shape[-1])
     num_accepted = draw(block_num_accepted_law(draft.tokens, draft_probs, target_probs))
     return Acceptance(num_accepted, draw(block_bonus_law(draft.tokens, draft_probs, target_probs, num_accepted)))
+
+
+def accept_by_walk(tree: DraftTree, next_token: Callable[[int, list[int]], int]) -> Acceptance:
+    """Walk down a tree: let the target write its next token, go on while a child carries it.
+
+    Args:
+        tree (`DraftTree`): the draft.
+        next_token (`Callable`): from batch row and the path so far (node 0 first) to the target's token after it: drawn from the
+            target's law given that prefix, or the most probable one. It is asked once for each node that is reached.
+
+    Returns:
+        `Acceptance`: the accepted path and the target's token that follows it.
+
+    Lossless when: `next_token` has the target's law given the path, whatever the tree; the children only decide how many of
+    the target's own tokens are known after one pass.
+    Source: arXiv:2604.12989, section 3; the match rule for trees.
+    """
+    paths, bonus_tokens = [], []
+    for row, children in enumerate(tree.children()):
+        path = [0]
+        while (child := children.get((path[-1], token := next_token(row, path)))) is not None:
+            path.append(child)
+        paths.append(path[1:])
+        bonus_tokens.append(token)
+    device = tree.tokens.device
+    num_accepted = torch.tensor([len(path) for path in paths], device=device)
+    return Acceptance(num_accepted, torch.tensor(bonus_tokens, device=device), paths)
+
+
+def sampled_child_law(target_probs: torch.Tensor, draft_probs: torch.Tensor, token: int) -> torch.Tensor:
+    """Return the law of the target's next token at a node, given the token that was drawn as its child.
+
+    With q the law that x was drawn from: x with probability a = min(1, p(x) / q(x)), else a token of norm(max(p - q, 0)). Over
+    the draw of x that is min(p, q) + max(p - q, 0) = p. The other children are where q is 0, so their tokens come up whenever the
+    target wants them: a node accepts p(siblings) + sum min(p, q).
+
+    Args:
+        target_probs (`torch.Tensor` of shape `(V,)`): p at the node.
+        draft_probs (`torch.Tensor` of shape `(V,)`): q, 0 on the siblings of x.
+        token (`int`): x.
+
+    Returns:
+        `torch.Tensor` of shape `(V,)`: to draw the next token from.
+
+    Lossless when: x was drawn from q, which other children there are was settled before, and nothing in the tree depends on x but
+    the token of that one node.
+    Source: the node rule of arXiv:2502.18779 ("greedy draft"), for trees as in arXiv:2609.21827.
+    """
+    accept = (target_probs[token] / draft_probs[token]).clamp(max=1)
+    law = (1 - accept) * residual(target_probs, draft_probs)
+    law[token] += accept
+    return law
+
+
+def select_draft(drafts: list[list[int]], path_probs: dict[int, float]) -> list[int]:
+    """Return the draft with the largest expected accepted length under the target; the first of several.
+
+    Args:
+        drafts (`list[list[int]]`): the nodes of each draft, root to leaf.
+        path_probs (`dict[int, float]`): for each node the product of the target's probabilities down to it.
+
+    Returns:
+        `list[int]`: the nodes of the chosen draft.
+
+    Lossless when: what follows accepts its tokens one by one with probability p, else draws from p without the token, which is
+    drawing from p and comparing. The choice reads the drafts and p only, no randomness that is used again.
+    Source: SpecDiff-2, arXiv:2511.00606, Algorithm 1; the score is sum_m prod_{j<=m} p(x_j).
+    """
+    return max(drafts, key=lambda draft: sum(path_probs[node] for node in draft))
 
 
 def ratio_num_accepted_law(draft_tokens: torch.Tensor, draft_probs: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """Everything that touches transformers' key/value caches.
 
-Knows which caches can be rolled back and how. Knows no model. Imported by the drafters, the target and the loop.
+Letters: B batch, S slots, n slots of the last pass. Knows which caches can be rolled back and how. Knows no model. Imported by
+the drafters and the targets.
 """
 
+import torch
 from transformers import Cache
 
 
@@ -44,3 +46,61 @@ def roll_back(cache: Cache, num_tokens: int) -> None:
     """
     # `crop` takes a non-positive count of tokens to remove (transformers 5.17 and later); a positive one raises.
     cache.crop(-num_tokens)
+
+
+class RaggedCache:
+    """A cache whose rows end at different slots, because they accepted differently.
+
+    Row `b` owns its first `ends[b]` slots. A pass writes behind the longest row; `keep` moves what stays to each row's own end, so
+    that nothing in front of the tail is ever copied and the cache is no longer than its longest row.
+
+    Args:
+        cache (`transformers.Cache`): the cache, all rows of the same length.
+        num_rows (`int`): B.
+    """
+
+    def __init__(self, cache: Cache, num_rows: int) -> None:
+        self.cache = cache
+        self.ends = [cache.get_seq_length()] * num_rows
+
+    @property
+    def length(self) -> int:
+        """Slots of the longest row."""
+        return max(self.ends)
+
+    def is_owned(self, device: torch.device) -> torch.Tensor | None:
+        """Return which of the first `length` slots belong to each row, `(B, length)` bool; `None`: all."""
+        if min(self.ends) == self.length:
+            return None
+        return torch.arange(self.length, device=device) < torch.tensor(self.ends, device=device)[:, None]
+
+    def keep(self, kept: list[list[int]]) -> None:
+        """Keep some slots of the last pass, in the given order, and forget the rest of it.
+
+        Args:
+            kept (`list[list[int]]`): for each row, slots counted from the first one that the pass wrote.
+        """
+        start, total = self.length, self.cache.get_seq_length()
+        if any(end != start or row != list(range(len(row))) for end, row in zip(self.ends, kept, strict=True)):
+            self._move(start, kept)
+        self.ends = [end + len(row) for end, row in zip(self.ends, kept, strict=True)]
+        roll_back(self.cache, total - self.length)
+
+    def _move(self, start: int, kept: list[list[int]]) -> None:
+        """Copy each row's kept slots to its own end, within the tail."""
+        most = max(map(len, kept))
+        # Rows that keep fewer move filler behind their end, where nobody looks.
+        sources = torch.tensor([row + [0] * (most - len(row)) for row in kept]) + start
+        goals = torch.tensor(self.ends)[:, None] + torch.arange(most)
+        for layer in self.cache.layers:
+            for states in (layer.keys, layer.values):
+                index = (torch.arange(len(kept), device=states.device)[:, None], sources.to(states.device))
+                moved = states.transpose(1, 2)[index]  # (B, most, heads, dim), a copy
+                states.transpose(1, 2)[index[0], goals.to(states.device)] = moved
+
+    def select(self, rows: list[int]) -> None:
+        """Keep some rows only."""
+        total = self.cache.get_seq_length()
+        self.cache.batch_select_indices(torch.tensor(rows))
+        self.ends = [self.ends[row] for row in rows]
+        roll_back(self.cache, total - self.length)

@@ -17,6 +17,8 @@ from .conditioning import make_drafter
 from .conditioning import target_features
 from .draft import Draft
 from .speculation import resolve_speculation
+from .text import Features
+from .text import Text
 
 
 class SpecDiffCandidateGenerator(CandidateGenerator):
@@ -54,7 +56,9 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
             raise ValueError(
                 "`target` must be given for a feature-conditioned drafter, got None. Pass the model it drafts for."
             )
-        settings = resolve_speculation(speculation or {}, assistant_model, do_sample=bool(generation_config.do_sample))
+        settings = resolve_speculation(
+            {"draft_shape": "chain"} | (speculation or {}), assistant_model, do_sample=bool(generation_config.do_sample)
+        )
         processors = LogitsProcessorList() if logits_processor is None else logits_processor
         self.max_length = generation_config.max_length
         self.drafter = make_drafter(assistant_model, target, settings, processors, self.max_length)
@@ -100,9 +104,12 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
         if self.requires_model_outputs:
             num_tokens = length - 1 if self._is_after_prefill else n_last_matches + 1
             hidden_states: Any = getattr(model_outputs, "hidden_states", None)
-            features = target_features(hidden_states, list(self.drafter.target_layer_ids or []), num_tokens)
+            states = target_features(hidden_states, list(self.drafter.target_layer_ids or []), num_tokens)
+            features = Features(states, [num_tokens])
             self._is_after_prefill = False
-        draft = self._cut(self.drafter.draft(input_ids, self._mask(length, model_kwargs), features))
+        draft = self.drafter.draft(Text.of_prompt(input_ids, self._mask(length, model_kwargs)), features)
+        assert isinstance(draft, Draft)  # a chain was asked for
+        draft = self._cut(draft)
         scores = draft.scores(self.vocab_size) if draft.has_prefix_law else None
         return torch.cat([input_ids, draft.tokens.to(input_ids.device)], dim=1), scores
 

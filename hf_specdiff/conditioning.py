@@ -11,9 +11,10 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.utils import output_capturing
 
-from .cache import roll_back
 from .drafters import DenoisingDrafter
 from .speculation import SpeculationConfig
+from .text import Features
+from .text import Text
 
 # A list given as `output_hidden_states` selects among all hidden states, the embedding's first, in transformers 5.23; in 5.17
 # it selects among the layers' outputs. What comes back is indexed alike.
@@ -26,17 +27,13 @@ class TokenDrafter(DenoisingDrafter):
     Source: arXiv:2408.05636.
     """
 
-    def _window_logits(
-        self,
-        window: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        features: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
         """Run the network over the uncached context and the window; see `DenoisingDrafter._window_logits`."""
-        new_context = input_ids[:, self.cache.get_seq_length() : -1]
+        assert self.rows is not None
+        counts = [length - 1 - end for length, end in zip(text.lengths, self.rows.ends, strict=True)]
+        new_context = text.gather(self.rows.ends, max(counts))
         window_size = window.shape[1]
-        position_ids, key_mask = self._layout(input_ids, attention_mask, new_context.shape[1], window_size)
+        position_ids, key_mask = self._layout(text, counts, window_size)
         outputs = self.network(
             input_ids=torch.cat([new_context, window], dim=1),
             attention_mask=key_mask,
@@ -45,7 +42,7 @@ class TokenDrafter(DenoisingDrafter):
             window_size=window_size,
             logits_to_keep=window_size - 1,
         )
-        roll_back(self.cache, window_size)
+        self._keep_context(counts)
         return outputs.logits
 
 
@@ -77,25 +74,19 @@ class FeatureDrafter(DenoisingDrafter):
         self.embed = embed
         self.head = head
 
-    def _window_logits(
-        self,
-        window: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        features: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
         """Run the network over the new features and the window; see `DenoisingDrafter._window_logits`."""
         device, dtype = self.network.device, self.network.dtype
-        num_new = 0 if features is None else features.shape[1]
-        position_ids, key_mask = self._layout(input_ids, attention_mask, num_new, window.shape[1])
+        counts = [0] * text.num_rows if features is None else features.counts
+        position_ids, key_mask = self._layout(text, counts, window.shape[1])
         outputs = self.network(
             noise_embeds=self.embed(window).to(device=device, dtype=dtype),
-            context_hidden_states=None if features is None else features.to(device=device, dtype=dtype),
+            context_hidden_states=None if features is None else features.states.to(device=device, dtype=dtype),
             attention_mask=key_mask,
             position_ids=position_ids,
             past_key_values=self.cache,
         )
-        roll_back(self.cache, window.shape[1])
+        self._keep_context(counts)
         return self.head(outputs.last_hidden_state[:, 1:]).to(device)
 
 

@@ -1,6 +1,6 @@
 """The loop: draft, verify, accept, commit.
 
-Letters: B batch, L committed length, G drafted tokens, V vocabulary. Knows drafters through the `Drafter` protocol only.
+Letters: B batch, V vocabulary. Knows drafters through the `Drafter` protocol only.
 Imported by the entry.
 """
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,20 +18,26 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .acceptance import accept_by_block
 from .acceptance import accept_by_match
 from .acceptance import accept_by_ratio
+from .acceptance import accept_by_walk
+from .acceptance import sampled_child_law
+from .acceptance import select_draft
 from .draft import Acceptance
 from .draft import Draft
 from .draft import SpeculationStats
 from .drafters import Drafter
+from .sampling import Scores
 from .sampling import draw
-from .sampling import process_rows
 from .sampling import to_probs
 from .speculation import SpeculationConfig
 from .stopping import StopCheck
 from .stopwatch import Stopwatch
 from .target import Target
+from .text import Features
+from .text import Text
+from .tree import DraftTree
 
-# From a draft and the target's processed logits `(B, G + 1, V)` to what stands of the draft.
-AcceptanceRule = Callable[[Draft, torch.Tensor], Acceptance]
+# From a draft and the target's scores after it to what stands of the draft.
+AcceptanceRule = Callable[[Draft | DraftTree, Scores], Acceptance]
 
 
 @dataclass
@@ -46,17 +53,21 @@ class SpecDiffGenerateOutput(GenerateDecoderOnlyOutput):
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one round adds to the text.
+    """What one round adds to the rows that are still running.
 
     Attributes:
-        tokens (`torch.Tensor` of shape `(1, n)`, int64): accepted tokens and the bonus token, cut where the text ends.
-        logits (`torch.Tensor` of shape `(1, n, V)`): the target's raw logits behind each of them.
-        num_drafted (`int`): tokens that were drafted; 0 for the prefill.
+        rows (`list[int]`): which rows of the batch these are.
+        tokens (`list[list[int]]`): for each of them, accepted tokens and the bonus token, cut where the text ends.
+        nodes (`list[list[int]]`): for each of them, the drafted tokens behind whose logits each new token stands; 0 is the anchor.
+        scores (`Scores`): the target's logits of the pass.
+        num_drafted (`list[int]`): tokens that were drafted for each of them; 0 for the prefill.
     """
 
-    tokens: torch.Tensor
-    logits: torch.Tensor
-    num_drafted: int
+    rows: list[int]
+    tokens: list[list[int]]
+    nodes: list[list[int]]
+    scores: Scores
+    num_drafted: list[int]
 
 
 def decode(
@@ -65,9 +76,9 @@ def decode(
     accept: AcceptanceRule,
     stop: StopCheck,
     processors: LogitsProcessorList,
-    input_ids: torch.Tensor,
+    text: Text,
 ) -> Iterator[Round]:
-    """Yield the text in rounds, until a stopping criterion ends it.
+    """Yield the text in rounds, until a stopping criterion has ended every row.
 
     Args:
         target (`Target`): before its prefill.
@@ -75,63 +86,120 @@ def decode(
         accept (`AcceptanceRule`): the rule.
         stop (`StopCheck`): what ends the text.
         processors (`LogitsProcessorList`): of the target's logits.
-        input_ids (`torch.Tensor` of shape `(1, L)`, int64): the prompt.
+        text (`Text`): the prompt.
 
     Yields:
-        `Round`: the prompt's own next token first, then one round per draft.
+        `Round`: the prompts' own next tokens first, then one round per draft.
 
     Lossless when: `accept` is lossless for the drafter's drafts. Every token is what `accept` makes of the target's processed
     logits given the text before it; nothing else reaches the text.
     """
-    nothing = Draft(input_ids[:, :0], None, has_prefix_law=True)
-    logits = target.prefill(input_ids)
-    scores = process_rows(processors, input_ids, nothing.tokens, logits)
-    new_tokens = accept(nothing, scores).new_tokens(nothing.tokens)
-    _, is_done = stop.cut(input_ids, new_tokens, scores)
-    features = target.commit_prefill()
-    yield Round(new_tokens, logits, num_drafted=0)
-    input_ids = torch.cat([input_ids, new_tokens], dim=1)
-    while not is_done:
-        # Draft: a window of tokens in parallel; none where only the target's own token still fits.
-        draft = drafter.draft(input_ids, target.attention_mask, features) if target.has_room(input_ids) else nothing
-        draft = draft.to(input_ids.device)
-        # Verify: the target's logits after the anchor and after each drafted token, in one pass.
-        logits = target.verify(input_ids, draft.tokens)
-        scores = process_rows(processors, input_ids, draft.tokens, logits)
+    draft: Draft | DraftTree = no_draft(text)
+    logits = target.prefill(text)
+    features: Features | None = None
+    while True:
         # Accept: as much of the draft as the rule lets stand, then one token of the target's own.
-        new_tokens = accept(draft, scores).new_tokens(draft.tokens)
-        num_tokens, is_done = stop.cut(input_ids, new_tokens, scores)
-        # Commit: keep the accepted keys and values where they are, forget the rest.
-        features = target.commit(num_tokens, draft.num_tokens)
-        yield Round(new_tokens[:, :num_tokens], logits[:, :num_tokens], draft.num_tokens)
-        input_ids = torch.cat([input_ids, new_tokens[:, :num_tokens]], dim=1)
+        scores = Scores(processors, text, draft.tokens, logits)
+        tokens, nodes = accept(draft, scores).new_tokens(draft.tokens)
+        counts, is_done = stop.cut(text, tokens, nodes, scores)
+        tokens = [row[:count] for row, count in zip(tokens, counts, strict=True)]
+        nodes = [row[:count] for row, count in zip(nodes, counts, strict=True)]
+        # Commit: keep the accepted keys and values in place, forget the rest; rows that have ended leave.
+        features = target.commit(nodes, draft.num_tokens)
+        yield Round(text.rows, tokens, nodes, scores, draft.num_drafted())
+        if all(is_done):
+            return
+        text = text.extended(tokens)
+        if any(is_done):
+            going = [index for index, done in enumerate(is_done) if not done]
+            text = text.select(going)
+            features = None if features is None else features.select(going)
+            target.select_rows(going)
+            drafter.select_rows(going)
+        # Draft: what may follow, in parallel; nothing where only the target's own token still fits.
+        draft = drafter.draft(text, features) if target.has_room(text) else no_draft(text)
+        draft = draft.to(text.tokens.device)
+        # Verify: the target's logits after the anchor and after each drafted token, in one pass.
+        logits = target.verify(text, draft)
+
+
+def no_draft(text: Text) -> Draft:
+    """Return a draft of no tokens, which every rule meets with one token of the target's own."""
+    return Draft(text.tokens[:, :0], None, has_prefix_law=True)
 
 
 def make_rule(acceptance: str, *, do_sample: bool) -> AcceptanceRule:
-    """Return the acceptance rule as a function of a draft and the target's processed logits.
+    """Return the acceptance rule as a function of a draft and the target's scores.
 
     Args:
-        acceptance (`str`): `"match"`, `"ratio"` or `"block"`.
+        acceptance (`str`): `"match"`, `"ratio"`, `"block"` or `"self_selection"`.
         do_sample (`bool`): false: the target's law is a point mass on its most probable token, and all rules are the match.
 
     Returns:
         `AcceptanceRule`: the rule.
     """
-    if not do_sample:
-        return lambda draft, scores: accept_by_match(draft.tokens, scores.argmax(dim=-1))
-    if acceptance == "match":
-        return lambda draft, scores: accept_by_match(draft.tokens, draw(to_probs(scores)))
-    rule = {"ratio": accept_by_ratio, "block": accept_by_block}[acceptance]
 
-    def accept(draft: Draft, scores: torch.Tensor) -> Acceptance:
+    def accept(draft: Draft | DraftTree, scores: Scores) -> Acceptance:
+        if isinstance(draft, DraftTree):
+            tree = _selected(draft, scores, do_sample=do_sample) if acceptance == "self_selection" else draft
+            return accept_by_walk(tree, next_token_at(tree, scores, do_sample=do_sample))
+        window = scores.window()
+        if not do_sample:
+            return accept_by_match(draft.tokens, window.argmax(dim=-1))
+        if acceptance in ("match", "self_selection"):
+            return accept_by_match(draft.tokens, draw(to_probs(window)))
         if not draft.has_prefix_law:
             raise ValueError(
                 f"`acceptance` must be 'match' for drafts without a prefix law, got {acceptance!r}. The drafter says that its "
                 "tokens do not have, given the accepted prefix, the probabilities they were drawn with."
             )
-        return rule(draft, to_probs(scores))
+        return {"ratio": accept_by_ratio, "block": accept_by_block}[acceptance](draft, to_probs(window))
 
     return accept
+
+
+def next_token_at(tree: DraftTree, scores: Scores, *, do_sample: bool) -> Callable[[int, list[int]], int]:
+    """Return how the target writes its next token along a path of a tree; see `accept_by_walk`.
+
+    Args:
+        tree (`DraftTree`): where a child of the path's end was drawn, the token's law is coupled with that draw.
+        scores (`Scores`): of the target's pass over the tree; only those on the path are processed.
+        do_sample (`bool`): false: the most probable token.
+
+    Returns:
+        `Callable`: from batch row and path to a token.
+    """
+    if not do_sample and not scores.processors:
+        best = scores.logits.argmax(dim=-1).tolist()
+        return lambda row, path: best[row][path[-1]]
+    if not do_sample:
+        return lambda row, path: int(scores.last(row, path).argmax())
+
+    def next_token(row: int, path: list[int]) -> int:
+        law = to_probs(scores.last(row, path))
+        sampled = tree.sampled
+        if sampled is not None and path[-1] in sampled.row_of[row]:
+            draft_law = sampled.laws[sampled.row_of[row][path[-1]]].to(law.device)
+            law = sampled_child_law(law, draft_law, sampled.token_of[row][path[-1]])
+        return int(draw(law[None]))
+
+    return next_token
+
+
+def _selected(tree: DraftTree, scores: Scores, *, do_sample: bool) -> DraftTree:
+    """Return the tree with each row's best draft only, by `select_draft`; the other nodes have no parent any more."""
+    parents = []
+    for row, drafts in enumerate(tree.drafts or []):
+        path_probs: dict[int, float] = {0: 1.0}
+        tokens = tree.tokens[row].tolist()
+        for draft in drafts:
+            laws = scores.along(row, [0, *draft[:-1]])
+            laws = to_probs(laws) if do_sample else torch.nn.functional.one_hot(laws.argmax(dim=-1), laws.shape[-1])
+            for node, law, parent in zip(draft, laws, [0, *draft[:-1]], strict=True):
+                path_probs[node] = path_probs[parent] * float(law[tokens[node - 1]])
+        chosen = set(select_draft(drafts, path_probs))
+        parents.append([parent if node in chosen else -1 for node, parent in enumerate(tree.parents[row], 1)])
+    return replace(tree, parents=parents)
 
 
 def run(
@@ -140,7 +208,7 @@ def run(
     speculation: SpeculationConfig,
     stop: StopCheck,
     processors: LogitsProcessorList,
-    input_ids: torch.Tensor,
+    text: Text,
     streamer: Any | None = None,
 ) -> SpecDiffGenerateOutput:
     """Run the loop to its end: stream, count and time what it yields.
@@ -151,36 +219,28 @@ def run(
         speculation (`SpeculationConfig`): the rule, and what the statistics say was used.
         stop (`StopCheck`): what ends the text.
         processors (`LogitsProcessorList`): of the target's logits.
-        input_ids (`torch.Tensor` of shape `(1, L)`, int64): the prompt.
-        streamer (`BaseStreamer`, *optional*): gets every token once, on the CPU, in order.
+        text (`Text`): the prompt.
+        streamer (`BaseStreamer`, *optional*): gets every token once, on the CPU, in order; for a single row.
 
     Returns:
         `SpecDiffGenerateOutput`: sequences, scores, logits, cache and statistics.
     """
-    config = target.generation_config
-    watches = {
-        "prefill": Stopwatch(input_ids.device),
-        "draft": Stopwatch(input_ids.device),
-        "verify": Stopwatch(input_ids.device),
-    }
-    watches["prefill"].attach(target, "prefill")
-    watches["draft"].attach(drafter, "draft")
-    watches["verify"].attach(target, "verify")
+    config, device = target.generation_config, text.tokens.device
+    watches = {name: Stopwatch(device) for name in ("prefill", "draft", "verify")}
+    for name, watch in watches.items():
+        watch.attach(drafter if name == "draft" else target, name)
     stats = SpeculationStats(speculation.draft_shape, speculation.acceptance, [], [])
-    raw_logits: list[torch.Tensor] | None = [] if config.return_dict_in_generate and config.output_logits else None
-    tokens = [input_ids]
+    record = Record(text, keep_logits=bool(config.return_dict_in_generate and config.output_logits))
     start = time.perf_counter()
     accept = make_rule(speculation.acceptance, do_sample=config.do_sample)
-    for step, addition in enumerate(decode(target, drafter, accept, stop, processors, input_ids)):
-        tokens.append(addition.tokens)
+    for step, addition in enumerate(decode(target, drafter, accept, stop, processors, text)):
+        record.add(addition)
         if step > 0:
-            stats.num_drafted.append([addition.num_drafted])
-            stats.num_accepted.append([addition.tokens.shape[1] - 1])
-        if raw_logits is not None:
-            raw_logits.extend(addition.logits.float().unbind(dim=1))
+            stats.num_drafted.append(addition.num_drafted)
+            stats.num_accepted.append([len(tokens) - 1 for tokens in addition.tokens])
         if streamer is not None:
-            for token in addition.tokens.cpu().unbind(dim=1):
-                streamer.put(token)
+            for token in addition.tokens[0]:
+                streamer.put(torch.tensor([token]))
     if streamer is not None:
         streamer.end()
     stats.prefill_seconds = watches["prefill"].seconds()
@@ -188,9 +248,44 @@ def run(
     stats.target_seconds = watches["verify"].seconds()
     stats.total_seconds = time.perf_counter() - start
     return SpecDiffGenerateOutput(
-        sequences=torch.cat(tokens, dim=1),
-        scores=stop.scores,
-        logits=None if raw_logits is None else tuple(raw_logits),
+        sequences=record.sequences(config.pad_token_id),
+        scores=None if stop.scores is None else stack_steps(stop.scores),
+        logits=None if record.logits is None else stack_steps(record.logits),
         past_key_values=target.cache,
         speculation=stats,
     )
+
+
+class Record:
+    """All that was written, row by row, until it can be put into the host's shapes.
+
+    Args:
+        text (`Text`): the prompt.
+        keep_logits (`bool`): whether to keep the raw logits behind every token.
+    """
+
+    def __init__(self, text: Text, *, keep_logits: bool) -> None:
+        self.prompt = text.tokens
+        self.tokens: list[list[int]] = [[] for _ in range(text.num_rows)]
+        self.logits: list[list[torch.Tensor]] | None = [[] for _ in range(text.num_rows)] if keep_logits else None
+
+    def add(self, addition: Round) -> None:
+        """Take in what a round added."""
+        for index, row in enumerate(addition.rows):
+            self.tokens[row] += addition.tokens[index]
+            if self.logits is not None:
+                self.logits[row] += addition.scores.logits[index, addition.nodes[index]].float().unbind()
+
+    def sequences(self, pad_token_id: int | None) -> torch.Tensor:
+        """Return prompts and new tokens, `(B, longest)`; rows that ended earlier are padded on the right."""
+        longest = max(map(len, self.tokens))
+        padding = 0 if pad_token_id is None else pad_token_id
+        rows = [tokens + [padding] * (longest - len(tokens)) for tokens in self.tokens]
+        return torch.cat([self.prompt, torch.tensor(rows, device=self.prompt.device)], dim=1)
+
+
+def stack_steps(rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+    """Turn scores by row into the host's scores by step: a tensor `(B, V)` for each step, 0 where a row had ended."""
+    longest = max(map(len, rows))
+    nothing = torch.zeros_like(rows[0][0])
+    return tuple(torch.stack([row[step] if step < len(row) else nothing for row in rows]) for step in range(longest))

@@ -30,6 +30,19 @@ class Draft:
         """G, the drafted tokens of a sequence."""
         return self.tokens.shape[1]
 
+    def num_drafted(self) -> list[int]:
+        """Return the drafted tokens of each row."""
+        return [self.num_tokens] * self.tokens.shape[0]
+
+    def depths(self) -> torch.Tensor:
+        """Return how far behind the anchor each token stands, `(1, G + 1)` int64; the anchor is the first."""
+        return torch.arange(self.num_tokens + 1, device=self.tokens.device)[None]
+
+    def ancestor_mask(self) -> torch.Tensor:
+        """Return who sees whom, `(1, G + 1, G + 1)` bool: every token those before it."""
+        size = self.num_tokens + 1
+        return torch.ones(1, size, size, dtype=torch.bool, device=self.tokens.device).tril()
+
     def to(self, device: torch.device) -> "Draft":
         """Return the draft on another device."""
         if self.tokens.device == device:
@@ -69,22 +82,29 @@ class Acceptance:
     Attributes:
         num_accepted (`torch.Tensor` of shape `(B,)`, int64): drafted tokens accepted, 0 to G; the bonus is not counted.
         bonus_token (`torch.Tensor` of shape `(B,)`, int64): the token that the target adds after them.
+        paths (`list[list[int]]`, *optional*): of a tree, for each row the accepted nodes, root to leaf. `None`: a chain, whose
+            nodes are 1, 2, ...
     """
 
     num_accepted: torch.Tensor
     bonus_token: torch.Tensor
+    paths: list[list[int]] | None = None
 
-    def new_tokens(self, draft_tokens: torch.Tensor) -> torch.Tensor:
-        """Return the tokens of the round, for a batch whose rows accepted the same number.
+    def new_tokens(self, draft_tokens: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """Return what the round would add.
 
         Args:
-            draft_tokens (`torch.Tensor` of shape `(B, G)`, int64): the draft.
+            draft_tokens (`torch.Tensor` of shape `(B, G)`, int64): the draft, or a tree's nodes.
 
         Returns:
-            `torch.Tensor` of shape `(B, num_accepted + 1)`, int64: accepted tokens, then the bonus token.
+            `tuple`: for each row its new tokens, the accepted ones and then the bonus token; and the nodes that lead there, the
+            anchor (0) first, so that node `i` is the one whose logits token `i` was taken from.
         """
-        num_accepted = int(self.num_accepted[0])  # device sync: the shape of what follows depends on it
-        return torch.cat([draft_tokens[:, :num_accepted], self.bonus_token[:, None]], dim=1)
+        # One device sync for all that the host side of the round needs to know.
+        table = torch.cat([self.num_accepted[:, None], self.bonus_token[:, None], draft_tokens], dim=1).tolist()
+        paths = self.paths or [list(range(1, row[0] + 1)) for row in table]
+        tokens = [[*(row[node + 1] for node in path), row[1]] for row, path in zip(table, paths, strict=True)]
+        return tokens, [[0, *path] for path in paths]
 
 
 @dataclass(slots=True)
@@ -98,7 +118,7 @@ class SpeculationStats:
         draft_shape (`str`): the shape that was used.
         acceptance (`str`): the rule that was used.
         num_drafted (`list[list[int]]`): for each round and sequence, tokens drafted.
-        num_accepted (`list[list[int]]`): for each round and sequence, drafted tokens kept.
+        num_accepted (`list[list[int]]`): for each round and sequence, drafted tokens kept; a row that has ended takes no part.
         prefill_seconds (`float`): the target's pass over the prompt.
         drafter_seconds (`float`): all drafter passes.
         target_seconds (`float`): all target passes after the prefill.

@@ -1,8 +1,7 @@
 """The drafter as a decoding loop knows it, and how a masked-diffusion network fills a window.
 
-Letters: B batch, L committed length, G drafted tokens, V vocabulary, D hidden size, K target layers read. Knows the network by
-duck typing only (a class loaded from the Hub is another class object than the installed one). Imported by the conditionings
-and the loop.
+Letters: B batch, G drafted tokens, V vocabulary, D hidden size, K target layers read. Knows the network by duck typing only (a
+class loaded from the Hub is another class object than the installed one). Imported by the conditionings and the loop.
 """
 
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from transformers import DynamicCache
 from transformers import LogitsProcessorList
 
+from .cache import RaggedCache
 from .denoising import reveal_by_confidence
 from .denoising import reveal_counts
 from .denoising import reveal_left_to_right
@@ -19,10 +19,16 @@ from .draft import Draft
 from .sampling import draw_from_scores
 from .sampling import is_prefix_free
 from .sampling import prefix_free_part
-from .sampling import process_rows
+from .sampling import process_without_prefix
+from .sampling import processors_of_row
 from .sampling import to_float
 from .sampling import to_probs
+from .shapes import draft_samples
+from .shapes import draft_tree
 from .speculation import SpeculationConfig
+from .text import Features
+from .text import Text
+from .tree import DraftTree
 
 
 class Drafter(Protocol):
@@ -34,21 +40,24 @@ class Drafter(Protocol):
 
     target_layer_ids: list[int] | None
 
-    def draft(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, features: torch.Tensor | None) -> Draft:
-        """Draft the tokens that follow `input_ids`.
+    def draft(self, text: Text, features: Features | None) -> Draft | DraftTree:
+        """Draft the tokens that follow a text.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(B, L)`, int64): the committed text; calls of one generation only extend it.
-            attention_mask (`torch.Tensor` of shape `(B, L)`, int64, *optional*): 0 on left padding; `None`: no padding.
-            features (`torch.Tensor` of shape `(B, n, K * D)`, *optional*): hidden states of the tokens that the target has
-                processed since the last call, in the order of the text; the anchor, the last token, is never among them.
+            text (`Text`): the committed text; calls of one generation only extend it.
+            features (`Features`, *optional*): hidden states of the tokens that the target has processed since the last call; the
+                anchor, the last token, is never among them.
 
         Returns:
-            `Draft`: between 1 and gamma tokens for each row, on the drafter's device.
+            `Draft` or `DraftTree`: at least one token for each row.
 
         Lossless when: any draft is lossless under the match rule; `Draft.has_prefix_law` says whether the other rules may
         be used.
         """
+        ...
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Forget all but some rows of the batch: the others have ended. Never called for a single row."""
         ...
 
 
@@ -80,43 +89,46 @@ class DenoisingDrafter:
         self.target_layer_ids = network.config.target_layer_ids
         self.mask_token_id = network.config.mask_token_id
         self.cache = DynamicCache(config=network.config)
-        # Out of order a position's prefix is not known yet, so processors that read it have nothing to read.
-        self.processors = logits_processor if speculation.reveals_in_order else prefix_free_part(logits_processor)
+        self.rows: RaggedCache | None = None  # from the first draft on, which tells how many rows there are
+        # A tree's positions have many prefixes, and out of order a prefix is not known yet: nothing for a processor to read.
+        reads_prefixes = speculation.draft_shape == "chain" and speculation.reveals_in_order
+        self.processors = logits_processor if reads_prefixes else prefix_free_part(logits_processor)
 
     @torch.no_grad()
-    def draft(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, features: torch.Tensor | None) -> Draft:
+    def draft(self, text: Text, features: Features | None) -> Draft | DraftTree:
         """Draft one window; see `Drafter.draft`."""
-        device = self.network.device
-        input_ids = input_ids.to(device)
-        attention_mask = None if attention_mask is None else attention_mask.to(device)
-        gamma = self._window_gamma(input_ids.shape[1])
-        window = input_ids.new_full((input_ids.shape[0], gamma + 1), self.mask_token_id)
-        window[:, 0] = input_ids[:, -1]
-        logits = self._window_logits(window, input_ids, attention_mask, features)
+        text = text.to(self.network.device)
+        if self.rows is None:
+            self.rows = RaggedCache(self.cache, text.num_rows)
+        gamma = self._window_gamma(min(text.lengths))
+        window = text.tokens.new_full((text.num_rows, gamma + 1), self.mask_token_id)
+        window[:, :1] = text.anchors()
+        logits = self._window_logits(window, text, features)
+        if self.speculation.draft_shape == "samples":
+            return draft_samples(self._free_scores(logits), self.speculation)
+        if self.speculation.draft_shape == "tree":
+            return draft_tree(self._free_scores(logits), self.speculation)
         steps = reveal_counts(gamma, self.speculation.num_denoising_steps)
         if len(steps) == 1:
-            tokens, probs = self._draw_in_order(input_ids, window[:, 1:1], logits)
+            tokens, probs = self._draw_in_order(text, window[:, 1:1], logits)
             return Draft(tokens, probs, self.speculation.has_prefix_law)
-        return self._denoise(input_ids, attention_mask, window, logits, steps)
+        return self._denoise(text, window, logits, steps)
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Keep some rows; see `Drafter.select_rows`."""
+        if self.rows is not None:
+            self.rows.select(rows)
 
     def _window_gamma(self, length: int) -> int:
         """Return the tokens worth drafting: the target always adds one more after them."""
         gamma = self.speculation.gamma
         return gamma if self.max_length is None else max(1, min(gamma, self.max_length - length - 1))
 
-    def _denoise(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        window: torch.Tensor,
-        logits: torch.Tensor,
-        steps: list[int],
-    ) -> Draft:
+    def _denoise(self, text: Text, window: torch.Tensor, logits: torch.Tensor, steps: list[int]) -> Draft:
         """Reveal the window step by step, one pass each; `window` `(B, G + 1)` is filled in place.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(B, L)`, int64): committed text.
-            attention_mask (`torch.Tensor` of shape `(B, L)`, int64, *optional*): 0 on left padding.
+            text (`Text`): committed.
             window (`torch.Tensor` of shape `(B, G + 1)`, int64): anchor and masks.
             logits (`torch.Tensor` of shape `(B, G, V)`): of the first pass.
             steps (`list[int]`): positions revealed at each step.
@@ -130,8 +142,8 @@ class DenoisingDrafter:
         is_drawn = self.speculation.draft_temperature > 0
         for step, count in enumerate(steps):
             if step > 0:
-                logits = self._window_logits(window, input_ids, attention_mask, None)
-            proposed, probs, chosen = self._reveal(input_ids, tokens, logits, revealed, count)
+                logits = self._window_logits(window, text, None)
+            proposed, probs, chosen = self._reveal(text, tokens, logits, revealed, count)
             tokens.masked_scatter_(chosen, proposed[chosen])
             if probs is not None:
                 laws[chosen] = probs[chosen]
@@ -139,29 +151,29 @@ class DenoisingDrafter:
         return Draft(tokens.clone(), laws if is_drawn else None, self.speculation.has_prefix_law)
 
     def _reveal(
-        self, input_ids: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor, revealed: torch.Tensor, count: int
+        self, text: Text, tokens: torch.Tensor, logits: torch.Tensor, revealed: torch.Tensor, count: int
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Return proposed tokens `(B, G)`, their laws `(B, G, V)` or `None`, and the positions to reveal now `(B, G)`."""
         if self.speculation.reveal_order == "left_to_right":
             done = int(revealed[0].sum())
             chosen = reveal_left_to_right(revealed, count)
-            drawn, probs = self._draw_in_order(input_ids, tokens[:, :done], logits[:, done : done + count])
+            drawn, probs = self._draw_in_order(text, tokens[:, :done], logits[:, done : done + count])
             proposed = tokens.masked_scatter(chosen, drawn)
             if probs is not None:
                 probs = logits.new_zeros(logits.shape, dtype=probs.dtype).masked_scatter(chosen[:, :, None], probs)
             return proposed, probs, chosen
-        scores = self._scores(input_ids, tokens, logits)
+        scores = self._free_scores(logits)
         proposed, probs = draw_from_scores(scores, self.speculation.draft_temperature)
         confidence = (to_probs(scores) if probs is None else probs).gather(2, proposed[:, :, None]).squeeze(2)
         return proposed, probs, reveal_by_confidence(confidence, revealed, count)
 
     def _draw_in_order(
-        self, input_ids: torch.Tensor, prefix: torch.Tensor, logits: torch.Tensor
+        self, text: Text, prefix: torch.Tensor, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draw the tokens of consecutive positions.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(B, L)`, int64): committed text.
+            text (`Text`): committed.
             prefix (`torch.Tensor` of shape `(B, m)`, int64): window tokens already revealed, left of the positions.
             logits (`torch.Tensor` of shape `(B, n, V)`): raw logits of the positions.
 
@@ -170,66 +182,83 @@ class DenoisingDrafter:
         """
         temperature = self.speculation.draft_temperature
         if is_prefix_free(self.processors):
-            return draw_from_scores(self._scores(input_ids, prefix, logits), temperature)
-        ids = torch.cat([input_ids, prefix], dim=1)
-        tokens, probs = [], []
+            return draw_from_scores(self._free_scores(logits), temperature)
+        logits = self._without_mask(logits)
+        row_processors = [processors_of_row(self.processors, row) for row in text.rows]
+        tokens, probs = prefix, []
         for i in range(logits.shape[1]):
-            token, law = draw_from_scores(self._scores(ids, prefix[:, :0], logits[:, i : i + 1]), temperature)
-            ids = torch.cat([ids, token], dim=1)
-            tokens.append(token)
+            rows = [
+                processors(torch.cat([text.row(row), tokens[row : row + 1]], dim=1), logits[row, i : i + 1].clone())
+                for row, processors in enumerate(row_processors)
+            ]
+            token, law = draw_from_scores(torch.stack(rows), temperature)
+            tokens = torch.cat([tokens, token], dim=1)
             probs.append(law)
-        return torch.cat(tokens, dim=1), None if probs[0] is None else torch.cat(probs, dim=1)
+        return tokens[:, prefix.shape[1] :], None if probs[0] is None else torch.cat(probs, dim=1)
 
-    def _scores(self, input_ids: torch.Tensor, draft_tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return processed float32 logits `(B, n, V)` in which the mask id cannot be drafted."""
+    def _free_scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return logits after the processors, none of which reads a prefix, `(B, n, V)` float32."""
+        return process_without_prefix(self.processors, self._without_mask(logits))
+
+    def _without_mask(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits in which the mask id cannot be drafted."""
         logits = to_float(logits)
         if self.mask_token_id < logits.shape[-1]:
             logits[..., self.mask_token_id] = -torch.inf  # in place: they are the drafter's own, fresh from a pass
-        return process_rows(self.processors, input_ids, draft_tokens, logits) if self.processors else logits
+        return logits
 
-    def _window_logits(
-        self,
-        window: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        features: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
         """Take new context into the cache, run one pass over the window and forget the window again.
 
         Args:
             window (`torch.Tensor` of shape `(B, G + 1)`, int64): anchor, revealed tokens and masks.
-            input_ids (`torch.Tensor` of shape `(B, L)`, int64): committed text; its last token is the anchor.
-            attention_mask (`torch.Tensor` of shape `(B, L)`, int64, *optional*): 0 on left padding.
-            features (`torch.Tensor` of shape `(B, n, K * D)`, *optional*): of the new context.
+            text (`Text`): committed; its last token is the anchor.
+            features (`Features`, *optional*): of the new context.
 
         Returns:
             `torch.Tensor` of shape `(B, G, V)`: row `i` predicts window slot `i + 1`.
         """
         raise NotImplementedError
 
-    def _layout(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, num_new: int, window_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return where a pass stands in the text: positions of its tokens and the padding mask of its keys.
+    def _layout(self, text: Text, counts: list[int], window_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return where a pass stands in the text: positions of its tokens and the mask of its keys.
 
-        The keys of a pass are the cached context, `num_new` new context tokens, and the window, whose slot 0 is the anchor at
-        text index L - 1. The context may begin after the text does, where the target started from a filled cache.
+        The keys of a pass are the cached context, the new context, and the window, whose slot 0 is the anchor, the text's last
+        token. Rows with less new context than others have filler behind it. The context may begin after the text does, where the
+        target started from a filled cache.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(B, L)`, int64): committed text.
-            attention_mask (`torch.Tensor` of shape `(B, L)`, int64, *optional*): 0 on left padding.
-            num_new (`int`): context tokens that this pass adds.
+            text (`Text`): committed.
+            counts (`list[int]`): for each row the context tokens that this pass adds.
             window_size (`int`): G + 1.
 
         Returns:
-            `tuple`: positions `(1 or B, num_new + G + 1)` int64, not counting padding; mask `(B, keys)` int64 or `None`.
+            `tuple`: positions `(1 or B, new + G + 1)` int64, not counting padding; mask `(B, keys)` bool, or `None`: all seen.
         """
-        anchor = input_ids.shape[1] - 1
-        positions = torch.arange(anchor - num_new, anchor + window_size, device=input_ids.device)[None]
-        if attention_mask is None:
-            return positions, None
-        num_keys = self.cache.get_seq_length() + num_new + window_size
-        # Counted from the end: the mask may be longer than the text, where only new tokens were passed to a filled cache.
-        key_mask = torch.nn.functional.pad(attention_mask, (0, window_size - 1), value=1)[:, -num_keys:]
-        num_padding = (attention_mask == 0).sum(dim=1, keepdim=True)
-        return (positions - num_padding).clamp(min=0), key_mask
+        assert self.rows is not None
+        device, num_new = text.tokens.device, max(counts)
+        if text.num_rows == 1 and text.prompt_mask is None:
+            anchor = text.lengths[0] - 1
+            return torch.arange(anchor - num_new, anchor + window_size, device=device)[None], None
+        anchors = torch.tensor(text.lengths, device=device)[:, None] - 1
+        added = torch.tensor(counts, device=device)[:, None]
+        slots = torch.arange(num_new, device=device)
+        positions = torch.cat([anchors - added + slots, anchors + torch.arange(window_size, device=device)], dim=1)
+        is_context = self.rows.is_owned(device)
+        if is_context is None:
+            is_context = torch.ones(text.num_rows, self.rows.length, dtype=torch.bool, device=device)
+        is_new = slots < added
+        # Slot j of the context is token `start + j` of the text, in every row.
+        start = text.lengths[0] - 1 - counts[0] - self.rows.ends[0]
+        is_text = text.is_text(start, self.rows.length + num_new)
+        if is_text is not None:
+            ends = torch.tensor(self.rows.ends, device=device)[:, None]
+            is_context = is_context & is_text[:, : self.rows.length]
+            is_new = is_new & is_text.gather(1, ends + slots)
+        window = torch.ones(text.num_rows, window_size, dtype=torch.bool, device=device)
+        return (positions - text.num_padding()).clamp(min=0), torch.cat([is_context, is_new, window], dim=1)
+
+    def _keep_context(self, counts: list[int]) -> None:
+        """Keep the new context of the last pass in the cache, forget its window."""
+        assert self.rows is not None
+        self.rows.keep([list(range(count)) for count in counts])

@@ -14,21 +14,34 @@ from transformers import GenerationMixin
 from transformers import LogitsProcessorList
 from transformers import StoppingCriteriaList
 from transformers import StopStringCriteria
+from transformers.generation import EncoderNoRepeatNGramLogitsProcessor
+from transformers.generation import EncoderRepetitionPenaltyLogitsProcessor
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation import GenerationMode
+from transformers.generation import PrefixConstrainedLogitsProcessor
 from transformers.generation import SynthIDTextWatermarkLogitsProcessor
 from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from .cache import check_can_roll_back
 from .conditioning import make_drafter
 from .decoding import run
+from .masked_target import MaskedTarget
+from .masked_target import why_not_masked
 from .speculation import SPECULATION_ARGUMENTS
 from .speculation import check_prompt
 from .speculation import resolve_speculation
 from .stopping import StopCheck
 from .target import Target
+from .text import Text
 
 # They carry a state from call to call that rejected tokens would spoil.
 STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+# They hold something for each row of the batch, and our rows come to them one by one.
+BATCH_PROCESSORS = (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+)
 
 
 def generate(
@@ -82,14 +95,21 @@ def generate(
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | torch.Tensor:
-        _check_call(input_ids, logits_processor, generation_config, model_kwargs)
-        speculation = resolve_speculation(arguments, assistant_model, do_sample=generation_config.do_sample)
-        max_length = generation_config.max_length
-        drafter = make_drafter(assistant_model, model, speculation, logits_processor, max_length)
-        target = Target(model, generation_config, model_kwargs, drafter.target_layer_ids)
-        wants_scores = generation_config.return_dict_in_generate and generation_config.output_scores
-        stop = StopCheck(stopping_criteria, keep_scores=bool(wants_scores))
-        output = run(target, drafter, speculation, stop, logits_processor, input_ids, streamer)
+        _check_call(input_ids, logits_processor, generation_config, model_kwargs, streamer)
+        speculation = resolve_speculation(
+            arguments,
+            assistant_model,
+            do_sample=generation_config.do_sample,
+            why_no_tree=lambda: why_not_masked(model),
+        )
+        text = Text.of_prompt(input_ids, model_kwargs.get("attention_mask"))
+        stop = StopCheck(stopping_criteria, text.num_rows, keep_scores=_wants(generation_config, "output_scores"))
+        _check_batch(text, model, logits_processor, generation_config, stop)
+        is_masked = text.num_rows > 1 or speculation.draft_shape != "chain"
+        drafter = make_drafter(assistant_model, model, speculation, logits_processor, generation_config.max_length)
+        target_class = MaskedTarget if is_masked else Target
+        target = target_class(model, generation_config, model_kwargs, drafter.target_layer_ids)
+        output = run(target, drafter, speculation, stop, logits_processor, text, streamer)
         return output if generation_config.return_dict_in_generate else output.sequences
 
     return GenerationMixin.generate(model, inputs, streamer=streamer, custom_generate=speculative_loop, **kwargs)
@@ -156,6 +176,7 @@ def _check_call(
     processors: LogitsProcessorList,
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
+    streamer: Any | None,
 ) -> None:
     """Refuse what the loop does not do, before any pass; the host has merged all settings by now."""
     if config.num_beams > 1:
@@ -166,10 +187,10 @@ def _check_call(
             f"`generation_config` must ask for greedy decoding or sampling, got {mode.value}. Use plain model.generate for it, "
             "or clear the settings that ask for it."
         )
-    if input_ids.shape[0] != 1:
+    if input_ids.shape[0] > 1 and streamer is not None:
         raise ValueError(
-            f"`input_ids` must be one sequence and `num_return_sequences` 1, got {input_ids.shape[0]} sequences. "
-            "Call generate once for each prompt."
+            f"`streamer` must be None for several sequences, got one for {input_ids.shape[0]}. Rows of a batch grow at "
+            "different paces, so there is no order to stream them in."
         )
     if input_ids.shape[1] == 0:
         raise ValueError(
@@ -177,6 +198,7 @@ def _check_call(
         )
     if not model_kwargs.get("use_cache", True) or model_kwargs.get("past_key_values") is None:
         raise ValueError("`use_cache` must be True, got False. Rounds build on the keys and values of the committed text.")
+    check_can_roll_back(model_kwargs["past_key_values"])
     if config.output_attentions or config.output_hidden_states:
         raise ValueError(
             "`output_attentions` and `output_hidden_states` must be False, got True. Use plain model.generate for them."
@@ -187,6 +209,38 @@ def _check_call(
                 f"`logits_processor` must be functions of ids and scores, got {type(processor).__name__}, which keeps a state "
                 "that rejected tokens would spoil. Leave its setting out or use plain model.generate."
             )
+
+
+def _check_batch(text: Text, model: Any, processors: LogitsProcessorList, config: GenerationConfig, stop: StopCheck) -> None:
+    """Refuse batches whose rows could not be decoded as if they were alone."""
+    mask = text.prompt_mask
+    if mask is not None and bool((mask[:, -1] == 0).any()):
+        raise ValueError(
+            "`attention_mask` must pad on the left, got padding at the end of a prompt. Set tokenizer.padding_side = 'left'."
+        )
+    if text.num_rows == 1:
+        return
+    obstacle = why_not_masked(model)
+    if obstacle is not None:
+        raise ValueError(
+            f"`input_ids` must be one sequence and `num_return_sequences` 1 for this model, got {text.num_rows} sequences: "
+            f"{obstacle}. Call generate once for each prompt."
+        )
+    for processor in processors:
+        if isinstance(processor, BATCH_PROCESSORS):
+            raise ValueError(
+                f"`logits_processor` must read one row at a time, got {type(processor).__name__}, which knows its rows by their "
+                "place in the batch. Call generate once for each prompt."
+            )
+    if stop.others and config.pad_token_id is None:
+        raise ValueError(
+            "`pad_token_id` must be given when rows can end at different tokens, got None. Pass pad_token_id=tokenizer.pad_token_id."
+        )
+
+
+def _wants(config: GenerationConfig, name: str) -> bool:
+    """Return whether the output shall hold something that only a dictionary can."""
+    return bool(config.return_dict_in_generate and getattr(config, name))
 
 
 def _with_stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """From logits to probabilities to tokens: the one place that draws.
 
-Letters: B batch, L committed length, G drafted tokens, V vocabulary. p is the target's law, q the drafter's. Knows the host's
+Letters: B batch, G drafted tokens, N nodes of a tree, V vocabulary. p is the target's law, q the drafter's. Knows the host's
 logits processors; knows no model. Imported by everything that needs a probability.
 """
+
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
@@ -11,11 +13,14 @@ from transformers.generation import EtaLogitsWarper
 from transformers.generation import InfNanRemoveLogitsProcessor
 from transformers.generation import LogitNormalization
 from transformers.generation import MinPLogitsWarper
+from transformers.generation import RepetitionPenaltyLogitsProcessor
 from transformers.generation import SuppressTokensLogitsProcessor
 from transformers.generation import TemperatureLogitsWarper
 from transformers.generation import TopKLogitsWarper
 from transformers.generation import TopPLogitsWarper
 from transformers.generation import TypicalLogitsWarper
+
+from .text import Text
 
 # These read the scores alone, so all rows of a window go through in one call. Exact types only: a subclass may read the ids.
 PREFIX_FREE_PROCESSORS = {
@@ -42,37 +47,101 @@ def prefix_free_part(processors: LogitsProcessorList) -> LogitsProcessorList:
     return LogitsProcessorList([processor for processor in processors if type(processor) in PREFIX_FREE_PROCESSORS])
 
 
+def processors_of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """Return the processors for one row of the batch alone.
+
+    Args:
+        processors (`LogitsProcessorList`): what `generate` built for the whole batch.
+        row (`int`): index in the batch.
+
+    Returns:
+        `LogitsProcessorList`: the same, but for those that hold something for every row.
+    """
+    return LogitsProcessorList([_of_row(processor, row) for processor in processors])
+
+
+def _of_row(processor: Any, row: int) -> Any:
+    padding = getattr(processor, "prompt_ignore_length", None)
+    if type(processor) is RepetitionPenaltyLogitsProcessor and isinstance(padding, torch.Tensor) and len(padding) > 1:
+        # transformers 5.23 tells it the left padding of each row.
+        return RepetitionPenaltyLogitsProcessor(processor.penalty, prompt_ignore_length=padding[row : row + 1])
+    return processor
+
+
 def to_float(logits: torch.Tensor) -> torch.Tensor:
     """Return logits in float32, as the host does before any processor."""
     return logits.float()
 
 
-def process_rows(
-    processors: LogitsProcessorList, input_ids: torch.Tensor, draft_tokens: torch.Tensor, logits: torch.Tensor
-) -> torch.Tensor:
-    """Apply the logits processors to every row of a window, each with its own true prefix.
+def process_without_prefix(processors: LogitsProcessorList, logits: torch.Tensor) -> torch.Tensor:
+    """Apply prefix-free processors to all rows at once.
 
     Args:
-        processors (`LogitsProcessorList`): what `generate` built from its arguments.
-        input_ids (`torch.Tensor` of shape `(B, L)`, int64): committed text.
-        draft_tokens (`torch.Tensor` of shape `(B, at least R - 1)`, int64): drafted tokens; row `i` has the prefix
-            `input_ids, draft_tokens[:, :i]`.
-        logits (`torch.Tensor` of shape `(B, R, V)`): raw logits of the rows.
+        processors (`LogitsProcessorList`): `is_prefix_free`.
+        logits (`torch.Tensor` of shape `(..., V)`): raw logits.
 
     Returns:
-        `torch.Tensor` of shape `(B, R, V)`, float32.
+        `torch.Tensor` of shape `(..., V)`, float32.
     """
     logits = to_float(logits)
     if not processors:
         return logits
-    if is_prefix_free(processors):
-        # A processor may work in place, and callers keep the raw logits.
-        rows = logits.flatten(0, 1).clone()  # (B * R, V)
-        return processors(input_ids.new_zeros(rows.shape[0], 1), rows).view_as(logits)
-    ids = torch.cat([input_ids, draft_tokens], dim=1)
-    length = input_ids.shape[1]
-    rows = [processors(ids[:, : length + i], logits[:, i].clone()) for i in range(logits.shape[1])]
-    return torch.stack(rows, dim=1)
+    # A processor may work in place, and callers keep the raw logits.
+    rows = logits.flatten(0, -2).clone()
+    return processors(torch.zeros(rows.shape[0], 1, dtype=torch.long, device=rows.device), rows).view_as(logits)
+
+
+class Scores:
+    """The target's processed logits of one pass, each row of them with its own true prefix.
+
+    Plain decoding shows a processor the text up to the token in question. So does this: row `b`'s node `v` is processed with the
+    committed text and the drafted tokens that lead to `v`. Rows of the batch are processed one by one where the prefix counts,
+    since their lengths differ.
+
+    Args:
+        processors (`LogitsProcessorList`): what `generate` built from its arguments.
+        text (`Text`): committed.
+        draft_tokens (`torch.Tensor` of shape `(B, N)`, int64): nodes 1 to N.
+        logits (`torch.Tensor` of shape `(B, N + 1, V)`): raw logits after the anchor (node 0) and after each node.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, text: Text, draft_tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        self.processors = processors
+        self.text = text
+        self.draft_tokens = draft_tokens
+        self.logits = logits
+        self.is_prefix_free = is_prefix_free(processors)
+        self._window: torch.Tensor | None = None
+
+    def window(self) -> torch.Tensor:
+        """Return the scores of a whole chain, `(B, N + 1, V)` float32."""
+        if self._window is None:
+            if self.is_prefix_free:
+                self._window = process_without_prefix(self.processors, self.logits)
+            else:
+                chain = list(range(self.logits.shape[1]))
+                self._window = torch.stack([self.along(row, chain) for row in range(self.text.num_rows)])
+        return self._window
+
+    def along(self, row: int, nodes: list[int]) -> torch.Tensor:
+        """Return the scores at the nodes of one path from the anchor, `(len(nodes), V)` float32."""
+        if self._window is not None:
+            return self._window[row, nodes]
+        if self.is_prefix_free:
+            return process_without_prefix(self.processors, self.logits[row, nodes])
+        return torch.stack([self._at(row, nodes[: count + 1]) for count in range(len(nodes))])
+
+    def last(self, row: int, nodes: list[int]) -> torch.Tensor:
+        """Return the scores at the end of a path from the anchor, `(V,)` float32."""
+        if self.is_prefix_free:
+            return process_without_prefix(self.processors, self.logits[row, nodes[-1:]])[0]
+        return self._at(row, nodes)
+
+    def _at(self, row: int, nodes: list[int]) -> torch.Tensor:
+        drafted = self.draft_tokens[row : row + 1, [node - 1 for node in nodes[1:]]]
+        prefix = torch.cat([self.text.row(row), drafted], dim=1)
+        processors = processors_of_row(self.processors, self.text.rows[row])
+        return processors(prefix, to_float(self.logits[row, nodes[-1:]]).clone())[0]
 
 
 def to_probs(scores: torch.Tensor) -> torch.Tensor:

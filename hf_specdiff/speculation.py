@@ -3,6 +3,7 @@
 Knows no tensors. Imported by the drafters, the loop and the entry.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import fields
 from dataclasses import replace
@@ -10,8 +11,25 @@ from typing import Any
 
 from .denoising import REVEAL_ORDERS
 
-DRAFT_SHAPES = ("auto", "chain")
-ACCEPTANCES = ("auto", "match", "ratio", "block")
+DRAFT_SHAPES = ("auto", "chain", "samples", "tree")
+ACCEPTANCES = ("auto", "match", "ratio", "block", "self_selection")
+MAX_NUM_DRAFTS = 256
+MAX_TREE_BUDGET = 1024
+# What each rule does with each shape. A pair that is not here would not be lossless, or mean nothing.
+RULES_OF_SHAPE = {"chain": ("match", "ratio", "block"), "samples": ("match", "self_selection"), "tree": ("match", "ratio")}
+WHY_NOT = {
+    ("chain", "self_selection"): "there is one draft and nothing to select; pass draft_shape='samples'",
+    (
+        "samples",
+        "ratio",
+    ): "the ratio test is made for one draft, and applied to the best of several it would change the target's "
+    "law; pass acceptance='match', or draft_shape='tree', whose ratio rule knows of the siblings",
+    ("samples", "block"): "block verification is made for one draft, and applied to the best of several it would change the "
+    "target's law; pass acceptance='match'",
+    ("tree", "block"): "block verification weighs one draft as a whole, and a tree's branches share their prefixes; pass "
+    "acceptance='match' or 'ratio'",
+    ("tree", "self_selection"): "it selects among joint samples; pass draft_shape='samples'",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +40,19 @@ class SpeculationConfig:
         gamma (`int`): tokens drafted per round, 1 to the drafter's `block_size - 1`.
         num_denoising_steps (`int`): drafter passes per round, 1 to gamma.
         reveal_order (`str`): `"confidence"` or `"left_to_right"`; with one denoising step both are the same.
-        draft_shape (`str`): `"chain"`.
+        draft_shape (`str`): `"chain"`, `"samples"` or `"tree"`.
+        num_drafts (`int`): K, joint drafts of the shape `"samples"`.
+        tree_budget (`int`): most nodes of the shape `"tree"`, the anchor not counted.
         draft_temperature (`float`): of the draft distribution; 0 drafts the most probable tokens.
-        acceptance (`str`): `"match"`, `"ratio"` or `"block"`.
+        acceptance (`str`): `"match"`, `"ratio"`, `"block"` or `"self_selection"`.
     """
 
     gamma: int
     num_denoising_steps: int = 1
     reveal_order: str = "confidence"
     draft_shape: str = "chain"
+    num_drafts: int = 8
+    tree_budget: int = 32
     draft_temperature: float = 1.0
     acceptance: str = "match"
 
@@ -48,33 +70,45 @@ class SpeculationConfig:
 SPECULATION_ARGUMENTS = tuple(field.name for field in fields(SpeculationConfig))
 
 
-def resolve_speculation(arguments: dict[str, Any], drafter: Any, *, do_sample: bool) -> SpeculationConfig:
+def resolve_speculation(
+    arguments: dict[str, Any],
+    drafter: Any,
+    *,
+    do_sample: bool,
+    why_no_tree: Callable[[], str | None] = lambda: "this loop verifies one draft a round",
+) -> SpeculationConfig:
     """Fill in defaults and refuse what is out of range or would not be lossless.
 
     Args:
         arguments (`dict[str, Any]`): what the user passed, by name; absent or `None` means the drafter's own default from its
             `generation_config`, then the package's.
         drafter (`SpecDiffDrafter`): has `config.block_size` and `generation_config`.
-        do_sample (`bool`): whether the target samples. A greedy target is met with greedy drafts.
+        do_sample (`bool`): whether the target samples. A greedy target is met with greedy chains.
+        why_no_tree (`Callable`): says why the target cannot verify several drafts in a pass, or `None`; asked only if it matters.
 
     Returns:
         `SpeculationConfig`: complete; `"auto"` is replaced by what was picked.
 
     Raises:
-        ValueError: for a value out of range, a rule that would not be lossless, or a shape or rule that this version does not
-            have.
+        ValueError: for a value out of range, or a combination that would not be lossless or that the target cannot verify.
     """
     values = {name: _value(name, arguments, drafter) for name in SPECULATION_ARGUMENTS}
     max_gamma = drafter.config.block_size - 1
-    gamma = _integer("gamma", max_gamma if values["gamma"] is None else values["gamma"], 1, max_gamma, "`block_size` - 1")
+    gamma = _integer("gamma", max_gamma if values["gamma"] is None else values["gamma"], 1, max_gamma, " (`block_size` - 1)")
     steps = 1 if values["num_denoising_steps"] is None else values["num_denoising_steps"]
-    steps = _integer("num_denoising_steps", steps, 1, gamma, "`gamma`")
+    steps = _integer("num_denoising_steps", steps, 1, gamma, " (`gamma`)")
     order = _choice("reveal_order", values["reveal_order"] or "confidence", REVEAL_ORDERS)
-    _choice("draft_shape", values["draft_shape"] or "auto", DRAFT_SHAPES, planned=("samples", "tree"))
-    acceptance = _choice("acceptance", values["acceptance"] or "auto", ACCEPTANCES, planned=("self_selection",))
+    shape = _choice("draft_shape", values["draft_shape"] or "auto", DRAFT_SHAPES)
+    acceptance = _choice("acceptance", values["acceptance"] or "auto", ACCEPTANCES)
+    num_drafts = _integer("num_drafts", 8 if values["num_drafts"] is None else values["num_drafts"], 1, MAX_NUM_DRAFTS)
+    budget = _integer("tree_budget", 32 if values["tree_budget"] is None else values["tree_budget"], 1, MAX_TREE_BUDGET)
     temperature = _temperature(1.0 if values["draft_temperature"] is None else values["draft_temperature"])
-    speculation = SpeculationConfig(gamma, steps, order, "chain", temperature if do_sample else 0.0, acceptance)
-    return _with_rule(speculation)
+    shape = _shape(shape, acceptance, steps, temperature, why_no_tree)
+    if shape == "chain" and not do_sample:
+        temperature = 0.0
+    return _with_rule(
+        SpeculationConfig(gamma, steps, order, shape, num_drafts, budget, temperature, acceptance), do_sample=do_sample
+    )
 
 
 def check_prompt(input_ids: Any, mask_token_id: int | None) -> None:
@@ -102,14 +136,41 @@ def check_prompt(input_ids: Any, mask_token_id: int | None) -> None:
         )
 
 
-def _with_rule(speculation: SpeculationConfig) -> SpeculationConfig:
+def _shape(shape: str, acceptance: str, steps: int, temperature: float, why_no_tree: Callable[[], str | None]) -> str:
+    """Replace `"auto"` by the best shape that everything else allows, and refuse a shape that something does not."""
+    if shape == "chain":
+        return shape
+    obstacle = None
+    if steps > 1:
+        obstacle = f"with `num_denoising_steps` {steps} a pass has no marginals that several drafts could share"
+    elif temperature == 0:
+        obstacle = "at `draft_temperature` 0 all drafts are the same"
+    if shape == "auto":
+        if acceptance == "self_selection":
+            return "samples"
+        is_for_trees = acceptance == "auto" or acceptance == "match"
+        return "tree" if is_for_trees and obstacle is None and why_no_tree() is None else "chain"
+    obstacle = obstacle or why_no_tree()
+    if obstacle is not None:
+        raise ValueError(f"`draft_shape` must be 'chain' here, got {shape!r}: {obstacle}.")
+    return shape
+
+
+def _with_rule(speculation: SpeculationConfig, *, do_sample: bool) -> SpeculationConfig:
     """Replace `"auto"` by the rule that accepts most, and refuse a rule that would change the target's law."""
-    if speculation.acceptance == "auto":
-        is_drawn = speculation.draft_temperature > 0
-        return replace(speculation, acceptance="block" if is_drawn and speculation.has_prefix_law else "match")
-    if speculation.acceptance in ("ratio", "block") and not speculation.has_prefix_law:
+    shape, acceptance = speculation.draft_shape, speculation.acceptance
+    if acceptance == "auto":
+        is_drawn = do_sample and speculation.draft_temperature > 0 and speculation.has_prefix_law
+        best = {"chain": "block", "samples": "match", "tree": "ratio"}[shape]
+        return replace(speculation, acceptance=best if is_drawn else "match")
+    if acceptance not in RULES_OF_SHAPE[shape]:
         raise ValueError(
-            f"`acceptance` must be 'match' when tokens are drawn out of order, got {speculation.acceptance!r} with "
+            f"`acceptance` must be one of {', '.join(RULES_OF_SHAPE[shape])} with `draft_shape` {shape!r}, got {acceptance!r}: "
+            f"{WHY_NOT[shape, acceptance]}."
+        )
+    if acceptance in ("ratio", "block") and not speculation.has_prefix_law:
+        raise ValueError(
+            f"`acceptance` must be 'match' when tokens are drawn out of order, got {acceptance!r} with "
             f"`num_denoising_steps` {speculation.num_denoising_steps} and `reveal_order` 'confidence': a token drawn looking "
             "at one to its right does not have the probability it was drawn with, given the accepted prefix, so the output "
             "would not have the target's law. Pass acceptance='match', reveal_order='left_to_right' or num_denoising_steps=1."
@@ -122,15 +183,13 @@ def _value(name: str, arguments: dict[str, Any], drafter: Any) -> Any:
     return getattr(drafter.generation_config, name, None) if value is None else value
 
 
-def _integer(name: str, value: Any, low: int, high: int, high_name: str) -> int:
+def _integer(name: str, value: Any, low: int, high: int, high_name: str = "") -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"`{name}` must be an integer from {low} to {high} ({high_name}), got {value!r}.")
+        raise ValueError(f"`{name}` must be an integer from {low} to {high}{high_name}, got {value!r}.")
     return value
 
 
-def _choice(name: str, value: Any, choices: tuple[str, ...], planned: tuple[str, ...] = ()) -> str:
-    if value in planned:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)} in this version, got {value!r}, which is yet to come.")
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
     return value

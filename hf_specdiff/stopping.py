@@ -1,6 +1,6 @@
 """Where the text ends, found exactly as plain decoding would find it, also inside an accepted window.
 
-Letters: B batch, L committed length, n new tokens. Knows the host's stopping criteria. Imported by the loop.
+Letters: B batch, n new tokens, V vocabulary. Knows the host's stopping criteria. Imported by the loop.
 """
 
 import torch
@@ -8,18 +8,24 @@ from transformers import EosTokenCriteria
 from transformers import MaxLengthCriteria
 from transformers import StoppingCriteriaList
 
+from .sampling import Scores
+from .text import Text
+
 
 class StopCheck:
     """Ask the stopping criteria after every token, as plain decoding does, though the tokens come in windows.
 
+    Rows of a batch grow at different paces, so each is shown to the criteria by itself.
+
     Args:
         criteria (`StoppingCriteriaList`): what `generate` built from its arguments.
+        num_rows (`int`): B.
         keep_scores (`bool`): whether to keep the scores of every generated token; plain decoding then shows them to the
             criteria and returns them.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, *, keep_scores: bool) -> None:
-        self.scores: tuple[torch.Tensor, ...] | None = () if keep_scores else None
+    def __init__(self, criteria: StoppingCriteriaList, num_rows: int, *, keep_scores: bool) -> None:
+        self.scores: list[list[torch.Tensor]] | None = [[] for _ in range(num_rows)] if keep_scores else None
         # Two criteria that nearly every call has are known in closed form; a subclass of theirs may mean something else.
         lengths = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
         self.max_length = min(lengths) if lengths else None
@@ -27,35 +33,49 @@ class StopCheck:
         self.eos_token_ids = {token for ids in ends for token in ids}
         self.others = [criterion for criterion in criteria if type(criterion) not in (MaxLengthCriteria, EosTokenCriteria)]
 
-    def cut(self, input_ids: torch.Tensor, new_tokens: torch.Tensor, scores: torch.Tensor) -> tuple[int, bool]:
+    def cut(
+        self, text: Text, tokens: list[list[int]], nodes: list[list[int]], scores: Scores
+    ) -> tuple[list[int], list[bool]]:
         """Return how many of the new tokens plain decoding would have written before it stopped.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(1, L)`, int64): the committed text.
-            new_tokens (`torch.Tensor` of shape `(1, n)`, int64): what the round would add.
-            scores (`torch.Tensor` of shape `(1, at least n, V)`): the processed logits behind each of them.
+            text (`Text`): committed.
+            tokens (`list[list[int]]`): for each row, what the round would add.
+            nodes (`list[list[int]]`): for each row, the drafted tokens behind whose logits they stand.
+            scores (`Scores`): of the pass.
 
         Returns:
-            `tuple[int, bool]`: tokens to keep, 1 to n, and whether the text ends there.
+            `tuple`: for each row the tokens to keep, at least 1, and whether the text ends there.
         """
-        length, earlier = input_ids.shape[1], self.scores
-        num_tokens, has_stopped = self._cut_in_closed_form(length, new_tokens)
-        text = torch.cat([input_ids, new_tokens], dim=1) if self.others else input_ids
-        for kept in range(1, num_tokens + 1) if self.others else ():
-            seen = None if earlier is None else earlier + scores[:, :kept].unbind(dim=1)
-            # Every criterion is asked each time, as the host's list does: one may count its calls.
-            answers = [bool(criterion(text[:, : length + kept], seen).all()) for criterion in self.others]
-            if any(answers):
-                num_tokens, has_stopped = kept, True
-                break
-        if earlier is not None:
-            self.scores = earlier + scores[:, :num_tokens].unbind(dim=1)
-        return num_tokens, has_stopped
+        answers = [self._cut_row(text, i, tokens[i], nodes[i], scores) for i in range(text.num_rows)]
+        return [count for count, _ in answers], [is_done for _, is_done in answers]
 
-    def _cut_in_closed_form(self, length: int, new_tokens: torch.Tensor) -> tuple[int, bool]:
+    def _cut_row(
+        self, text: Text, index: int, tokens: list[int], nodes: list[int], scores: Scores
+    ) -> tuple[int, bool]:
+        """Return what `cut` does, for the row at `index` of the text."""
+        row = text.rows[index]
+        count, is_done = self._cut_in_closed_form(text.lengths[index], tokens)
+        own = None if self.scores is None else [*self.scores[row], *scores.along(index, nodes[:count]).unbind()]
+        if self.others:
+            written = torch.cat([text.row(index), torch.tensor([tokens], device=text.tokens.device)], dim=1)
+            length, earlier = text.lengths[index], 0 if self.scores is None else len(self.scores[row])
+            for kept in range(1, count + 1):
+                seen = None if own is None else tuple(score[None] for score in own[: earlier + kept])
+                # Every criterion is asked each time, as the host's list does: one may count its calls.
+                answers = [bool(criterion(written[:, : length + kept], seen).all()) for criterion in self.others]
+                if any(answers):
+                    count, is_done = kept, True
+                    break
+            own = None if own is None else own[: earlier + count]
+        if self.scores is not None and own is not None:
+            self.scores[row] = own
+        return count, is_done
+
+    def _cut_in_closed_form(self, length: int, tokens: list[int]) -> tuple[int, bool]:
         """Apply the length limit and the end tokens, without a call per token."""
-        room = new_tokens.shape[1] if self.max_length is None else max(1, self.max_length - length)
-        for index, token in enumerate(new_tokens[0, :room].tolist(), 1):
+        room = len(tokens) if self.max_length is None else max(1, self.max_length - length)
+        for count, token in enumerate(tokens[:room], 1):
             if token in self.eos_token_ids:
-                return index, True
-        return min(room, new_tokens.shape[1]), self.max_length is not None and room <= new_tokens.shape[1]
+                return count, True
+        return min(room, len(tokens)), self.max_length is not None and room <= len(tokens)

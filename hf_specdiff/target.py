@@ -1,7 +1,7 @@
 """The target as the loop sees it: a prefill, one pass over each draft, and its cache kept to the committed text.
 
-Letters: B batch, L committed length, G drafted tokens, V vocabulary, D hidden size, K target layers read. Knows how the host
-prepares a model's inputs; knows no drafter and no rule. Imported by the loop.
+Letters: B batch, G drafted tokens, V vocabulary, D hidden size, K target layers read. Knows how the host prepares a model's inputs;
+knows no drafter and no rule. Imported by the loop.
 """
 
 from typing import Any
@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from .cache import check_can_roll_back
 from .cache import roll_back
 from .cache import start_recording
 from .conditioning import layer_output_indices
 from .conditioning import target_features
+from .draft import Draft
+from .text import Features
+from .text import Text
+from .tree import DraftTree
 
 TOKEN_TYPE_NAMES = ("token_type_ids", "mm_token_type_ids")
 
 
 class Target:
-    """A causal language model in the middle of a generation.
+    """A causal language model in the middle of a generation: one row, one draft a round, the host's own masks and positions.
 
     Invariant between rounds: the cache holds the committed text without its last token, the anchor.
 
@@ -43,81 +46,103 @@ class Target:
         self.layer_ids = layer_ids
         if layer_ids is not None:
             self.model_kwargs["output_hidden_states"] = layer_output_indices(layer_ids)
-        check_can_roll_back(model_kwargs["past_key_values"])
         self._outputs: Any = None
+        self._is_prompt = True  # whether the last pass was the prefill
 
     @property
     def cache(self) -> Any:
         """The key/value cache."""
         return self.model_kwargs["past_key_values"]
 
-    @property
-    def attention_mask(self) -> torch.Tensor | None:
-        """Mask over left padding, `(B, L)`; `None` without padding."""
-        return self.model_kwargs.get("attention_mask")
-
-    def has_room(self, input_ids: torch.Tensor) -> bool:
-        """Return whether a drafted token and the target's own both fit under the length limit, `input_ids` `(B, L)`."""
+    def has_room(self, text: Text) -> bool:
+        """Return whether, in some row, a drafted token and the target's own both fit under the length limit."""
         max_length = self.generation_config.max_length
-        return max_length is None or input_ids.shape[1] + 1 < max_length
+        return max_length is None or min(text.lengths) + 1 < max_length
 
-    def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def prefill(self, text: Text) -> torch.Tensor:
         """Run the prompt.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(B, L)`, int64): the prompt.
+            text (`Text`): the prompt.
 
         Returns:
             `torch.Tensor` of shape `(B, 1, V)`: raw logits of the token that follows.
         """
-        self._outputs = self.model._prefill(input_ids, self.generation_config, self.model_kwargs)
-        logits = self._outputs.logits[:, -1:].to(input_ids.device)
+        self._outputs = self.model._prefill(text.tokens, self.generation_config, self.model_kwargs)
+        logits = self._outputs.logits[:, -1:].to(text.tokens.device)
         # Only now: a sliding layer that records from the start would keep the whole prompt.
         start_recording(self._outputs.past_key_values)
         return logits
 
-    def verify(self, input_ids: torch.Tensor, draft_tokens: torch.Tensor) -> torch.Tensor:
+    def verify(self, text: Text, draft: Draft | DraftTree) -> torch.Tensor:
         """Run anchor and draft in one pass; each drafted token is seen once.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(B, L)`, int64): the committed text; its last token is the anchor.
-            draft_tokens (`torch.Tensor` of shape `(B, G)`, int64): the draft, G >= 0.
+            text (`Text`): committed; its last token is the anchor.
+            draft (`Draft`): a chain of G >= 0 tokens.
 
         Returns:
-            `torch.Tensor` of shape `(B, G + 1, V)`: raw logits; row `i` follows `input_ids, draft_tokens[:, :i]`.
+            `torch.Tensor` of shape `(B, G + 1, V)`: raw logits; row `i` follows the text and the first `i` drafted tokens.
         """
-        gamma = draft_tokens.shape[1]
+        gamma = draft.num_tokens
         kwargs = _extended(self.model_kwargs, gamma)
         inputs = self.model.prepare_inputs_for_generation(
-            torch.cat([input_ids, draft_tokens], dim=1), next_sequence_length=gamma + 1, is_first_iteration=False, **kwargs
+            torch.cat([text.tokens, draft.tokens], dim=1), next_sequence_length=gamma + 1, is_first_iteration=False, **kwargs
         )
-        if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = gamma + 1
-        self._outputs = self.model(**inputs, return_dict=True)
-        return self._outputs.logits[:, -gamma - 1 :].to(input_ids.device)
+        return self._run(inputs, gamma + 1)
 
-    def commit(self, num_tokens: int, num_drafted: int) -> torch.Tensor | None:
-        """Keep what was accepted of the last pass and forget the rest.
+    def _run(self, inputs: dict[str, Any], num_tokens: int) -> torch.Tensor:
+        """Run the model over the last `num_tokens` tokens; returns their logits, on the inputs' device."""
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = num_tokens
+        self._outputs = self.model(**inputs, return_dict=True)
+        self._is_prompt = False
+        return self._outputs.logits[:, -num_tokens:].to(inputs["input_ids"].device)
+
+    def commit(self, nodes: list[list[int]], num_drafted: int) -> Features | None:
+        """Keep what was accepted of the last pass and forget the rest; of the prefill all is kept.
 
         Args:
-            num_tokens (`int`): tokens that the round added to the text. Keys and values of all but the last are kept: it is
-                the next anchor, which no pass has seen.
-            num_drafted (`int`): tokens that the last pass saw after the anchor.
+            nodes (`list[list[int]]`): for each row, the tokens of the pass to keep, the anchor (0) first. The last token that the
+                round added is not among them: it is the next anchor, which no pass has seen.
+            num_drafted (`int`): tokens that the pass saw after the anchor.
 
         Returns:
-            `torch.Tensor` of shape `(B, n, K * D)`, or `None`: hidden states of the pass's committed tokens.
+            `Features`, or `None` if the drafter reads none: hidden states of the kept tokens.
         """
-        outputs = self._outputs
-        # The pass wrote the anchor and the draft; the anchor and all new tokens but the last stay.
-        roll_back(outputs.past_key_values, num_drafted + 1 - num_tokens)
-        return self._advance(outputs, num_tokens, num_tokens)
+        if self._is_prompt:
+            return self._features_of_prompt()
+        outputs, num_kept = self._outputs, len(nodes[0])
+        # The pass wrote the anchor and the draft; of a chain the first ones stay.
+        roll_back(outputs.past_key_values, num_drafted + 1 - num_kept)
+        return self._advance(outputs, num_kept)
 
-    def commit_prefill(self) -> torch.Tensor | None:
-        """Commit the token that follows the prompt; returns the prompt's hidden states as `commit` does."""
-        return self._advance(self._outputs, 1, None)
+    def select_rows(self, rows: list[int]) -> None:
+        """Forget all but some rows of the batch. A single row is never taken away."""
+        raise NotImplementedError
 
-    def _advance(self, outputs: Any, num_tokens: int, num_states: int | None) -> torch.Tensor | None:
+    def _features_of_prompt(self) -> Features | None:
+        """Return the prompt's hidden states, and let mask and positions grow by the token that follows it."""
+        self._grow(self._outputs, 1)
+        return self._prompt_states()
+
+    def _prompt_states(self) -> Features | None:
+        if self.layer_ids is None:
+            return None
+        states = self._outputs.hidden_states
+        length = states[layer_output_indices(self.layer_ids)[0]].shape[1]
+        features = target_features(states, self.layer_ids, length)
+        return Features(features, [length] * features.shape[0])
+
+    def _advance(self, outputs: Any, num_tokens: int) -> Features | None:
         """Let mask and positions grow with the text, and read the drafter's features off the pass."""
+        self._grow(outputs, num_tokens)
+        if self.layer_ids is None:
+            return None
+        return Features(target_features(outputs.hidden_states, self.layer_ids, num_tokens), [num_tokens])
+
+    def _grow(self, outputs: Any, num_tokens: int) -> None:
+        """Let mask, positions and token types grow with the text, as the host does it."""
         token_types = {
             name: self.model_kwargs[name]
             for name in TOKEN_TYPE_NAMES
@@ -128,12 +153,6 @@ class Target:
         )
         # For several tokens the host copies the types of as many earlier ones; plain decoding repeats the last one's.
         self.model_kwargs |= {name: _repeat_last(types, num_tokens) for name, types in token_types.items()}
-        if self.layer_ids is None:
-            return None
-        states = outputs.hidden_states
-        if num_states is None:
-            num_states = states[layer_output_indices(self.layer_ids)[0]].shape[1]
-        return target_features(states, self.layer_ids, num_states)
 
 
 def _repeat_last(types: torch.Tensor, num_tokens: int) -> torch.Tensor:

@@ -47,13 +47,15 @@ def silent_target(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
         ({"num_denoising_steps": 0}, ValueError, ["`num_denoising_steps`", "0"]),
         ({"reveal_order": "random"}, ValueError, ["`reveal_order`", "left_to_right", "random"]),
         ({"acceptance": "typical"}, ValueError, ["`acceptance`", "block", "typical"]),
-        ({"acceptance": "self_selection"}, ValueError, ["`acceptance`", "self_selection"]),
-        ({"draft_shape": "tree"}, ValueError, ["`draft_shape`", "tree"]),
+        ({"acceptance": "self_selection", "draft_shape": "chain"}, ValueError, ["`acceptance`", "nothing to select"]),
+        ({"draft_shape": "tree", "num_denoising_steps": 2}, ValueError, ["`draft_shape`", "'tree'", "`num_denoising_steps` 2"]),
+        ({"draft_shape": "samples", "draft_temperature": 0}, ValueError, ["`draft_shape`", "drafts are the same"]),
+        ({"tree_budget": 0}, ValueError, ["`tree_budget`", "1 to 1024", "0"]),
+        ({"num_drafts": 1000}, ValueError, ["`num_drafts`", "1 to 256", "1000"]),
         ({"draft_shape": "star"}, ValueError, ["`draft_shape`", "star"]),
         ({"draft_temperature": -1.0}, ValueError, ["`draft_temperature`", "-1.0"]),
         ({"draft_temperature": float("nan")}, ValueError, ["`draft_temperature`", "nan"]),
         ({"num_beams": 2}, ValueError, ["`num_beams`", "2", "beam search"]),
-        ({"num_return_sequences": 2, "do_sample": True}, ValueError, ["`num_return_sequences`", "2 sequences"]),
         ({"cache_implementation": "static"}, ValueError, ["`cache_implementation`", "Static"]),
         ({"use_cache": False}, ValueError, ["`use_cache`", "False"]),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, ValueError, ["`output_hidden_states`"]),
@@ -78,11 +80,6 @@ def test_static_cache_objects_are_refused(silent_target: LlamaForCausalLM, promp
     cache = StaticCache(config=silent_target.config, max_cache_len=32)
     with pytest.raises(ValueError, match="dynamic cache"):
         call(silent_target, prompt, make_drafter(), past_key_values=cache)
-
-
-def test_batches_are_refused(silent_target: LlamaForCausalLM, prompt: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="one sequence"):
-        call(silent_target, prompt.repeat(2, 1), make_drafter())
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,11 @@ from transformers import StoppingCriteria
 import hf_specdiff
 from hf_specdiff import SpecDiffCandidateGenerator
 from hf_specdiff import SpecDiffDrafter
+from hf_specdiff.cache import RaggedCache
 from hf_specdiff.conditioning import make_drafter as put_around
 from hf_specdiff.speculation import SpeculationConfig
+from hf_specdiff.text import Features
+from hf_specdiff.text import Text
 
 from .conftest import MASK_TOKEN_ID
 from .conftest import SPECIAL_IDS
@@ -30,8 +33,8 @@ class PerfectDrafter:
 
     @staticmethod
     def patch(monkeypatch: pytest.MonkeyPatch, text: torch.Tensor, num_right: int) -> None:
-        def logits_of(self: object, window: torch.Tensor, input_ids: torch.Tensor, *rest: object) -> torch.Tensor:
-            gamma, length = window.shape[1] - 1, input_ids.shape[1]
+        def logits_of(self: object, window: torch.Tensor, committed: Text, *rest: object) -> torch.Tensor:
+            gamma, length = window.shape[1] - 1, committed.lengths[0]
             tokens = text[0, length : length + gamma].clone()
             tokens = torch.nn.functional.pad(tokens, (0, gamma - len(tokens)), value=3)
             tokens[num_right:] = (tokens[num_right:] + 1) % 29
@@ -41,12 +44,17 @@ class PerfectDrafter:
             monkeypatch.setattr(f"hf_specdiff.conditioning.{name}._window_logits", logits_of)
 
 
+def features_of(states: torch.Tensor | None) -> Features | None:
+    return None if states is None else Features(states, [states.shape[1]] * states.shape[0])
+
+
 def plain(target: LlamaForCausalLM, prompt: torch.Tensor, **kwargs: object) -> torch.Tensor:
     return target.generate(prompt, do_sample=False, **kwargs)
 
 
 def ours(target: LlamaForCausalLM, prompt: torch.Tensor, drafter: SpecDiffDrafter, **kwargs: object) -> torch.Tensor:
-    return hf_specdiff.generate(target, prompt, assistant_model=drafter, do_sample=False, **kwargs)
+    settings = {"do_sample": False, "draft_shape": "chain", **kwargs}
+    return hf_specdiff.generate(target, prompt, assistant_model=drafter, **settings)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -158,9 +166,11 @@ def test_the_drafter_does_not_see_padding(layers: list[int] | None, prompt: torc
         put = put_around(
             make_drafter(layers), make_target(), SpeculationConfig(5, draft_temperature=0.0), LogitsProcessorList()
         )
+        put.rows = RaggedCache(put.cache, 1)
+        text = Text.of_prompt(ids, key_mask)
         with torch.no_grad():
-            put._window_logits(window, ids, key_mask, states)
-            logits.append(put._window_logits(window, ids, key_mask, None))
+            put._window_logits(window, text, features_of(states))
+            logits.append(put._window_logits(window, text, None))
     torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-4)
 
 
@@ -308,9 +318,10 @@ def test_drafter_cache_gives_the_logits_of_an_uncached_pass(prompt: torch.Tensor
         done = 0
         for length in (5, 6, 11, 20):
             new = None if features is None else features[:, done : length - 1]
-            stepwise = pieces.draft(text[:, :length], None, new)
+            stepwise = pieces.draft(Text.of_prompt(text[:, :length]), features_of(new))
             whole = put_around(network, target, speculation, LogitsProcessorList())
-            at_once = whole.draft(text[:, :length], None, None if features is None else features[:, : length - 1])
+            everything = None if features is None else features[:, : length - 1]
+            at_once = whole.draft(Text.of_prompt(text[:, :length]), features_of(everything))
             assert torch.equal(stepwise.tokens, at_once.tokens)
             done = length - 1
             for kept, fresh in zip(pieces.cache.layers, whole.cache.layers, strict=True):

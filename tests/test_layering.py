@@ -10,12 +10,13 @@ from transformers.dynamic_module_utils import get_relative_imports
 PACKAGE = Path(__file__).parents[1] / "hf_specdiff"
 # A file may import files of lower levels only.
 LEVELS = [
-    {"draft", "cache", "configuration_specdiff", "denoising", "stopwatch"},
-    {"sampling", "speculation", "stopping"},
-    {"acceptance", "drafters"},
+    {"draft", "text", "tree", "cache", "configuration_specdiff", "denoising", "stopwatch"},
+    {"sampling", "speculation"},
+    {"acceptance", "shapes", "stopping"},
+    {"drafters"},
     {"conditioning"},
     {"candidate_generator", "target"},
-    {"decoding", "modeling_specdiff"},
+    {"masked_target", "decoding", "modeling_specdiff"},
     {"generate"},
     {"attach"},
 ]

@@ -13,23 +13,28 @@ import torch
 from transformers import GenerationConfig
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
+from transformers import LogitsProcessorList
 
 import hf_specdiff
 from hf_specdiff import SpecDiffCandidateGenerator
 from hf_specdiff import SpecDiffDrafter
 from hf_specdiff import drafters
+from hf_specdiff import shapes
 from hf_specdiff.decoding import make_rule
 from hf_specdiff.decoding import run
 from hf_specdiff.draft import Draft
+from hf_specdiff.sampling import Scores
 from hf_specdiff.sampling import draw
 from hf_specdiff.sampling import draw_from_scores
 from hf_specdiff.speculation import SpeculationConfig
 from hf_specdiff.stopping import StopCheck
 from hf_specdiff.target import Target
+from hf_specdiff.text import Features
+from hf_specdiff.text import Text
 
 from .conftest import make_drafter
 
-Text = tuple[int, ...]
+Ids = tuple[int, ...]
 # Plain decoding works in float32, so that is how closely the two laws can agree.
 TOLERANCE = 2e-6
 PROMPT = torch.tensor([[1, 2]])
@@ -58,7 +63,7 @@ class Oracle:
         return torch.tensor(picked)
 
 
-def all_runs(call: Callable[[], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Text, float]]:
+def all_runs(call: Callable[[], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Ids, float]]:
     """Yield output and probability of every possible run of a call."""
     script: list[int] | None = []
     while script is not None:
@@ -133,8 +138,8 @@ PROCESSORS = {
 SCHEMES = {
     "ratio": {"acceptance": "ratio"},
     "block": {"acceptance": "block"},
-    "match": {"acceptance": "match"},
-    "auto": {},
+    "match": {"acceptance": "match", "draft_shape": "chain"},
+    "auto-chain": {"draft_shape": "chain"},
     "hot-drafts": {"acceptance": "block", "draft_temperature": 2.0},
     "argmax-drafts": {"acceptance": "ratio", "draft_temperature": 0},
 }
@@ -149,6 +154,15 @@ STEPPED = {
         "acceptance": "ratio",
         "draft_temperature": 0,
     },
+}
+
+MANY = {
+    "samples-match": {"draft_shape": "samples", "acceptance": "match", "num_drafts": 2, "gamma": 2},
+    "samples-self-selection": {"draft_shape": "samples", "acceptance": "self_selection", "num_drafts": 2, "gamma": 2},
+    "tree-match": {"draft_shape": "tree", "acceptance": "match", "tree_budget": 4},
+    "tree-ratio": {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": 4, "gamma": 2},
+    "hot-tree-ratio": {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": 5, "gamma": 2, "draft_temperature": 3.0},
+    "auto": {"gamma": 2, "tree_budget": 3},
 }
 
 
@@ -188,7 +202,9 @@ def test_several_denoising_steps_preserve_the_law(
     assert distance(plain, ours) < TOLERANCE
 
 
-@pytest.mark.parametrize("scheme", ["ratio", "block", "auto", "hot-drafts", "argmax-drafts"])
+@pytest.mark.parametrize(
+    "scheme", ["ratio", "block", "auto-chain", "hot-drafts", "argmax-drafts"]
+)
 def test_windows_of_two_tokens_preserve_the_law(scheme: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long enough for two drafted tokens and a bonus token in one round."""
     settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 2, "repetition_penalty": 1.3}
@@ -200,13 +216,51 @@ def test_windows_of_two_tokens_preserve_the_law(scheme: str, target: LlamaForCau
     assert distance(plain, ours) < TOLERANCE
 
 
+PROCESSED = {"temperature": 0.7, "repetition_penalty": 1.3}
+
+
+@pytest.mark.parametrize(
+    ("layers", "processors", "length"),
+    # Joint samples have many runs: three tokens, of which drafts reach one, and once four.
+    [(None, {}, 3), (None, PROCESSED, 4), ([0, 1], PROCESSED, 3)],
+    ids=["tokens-plain", "tokens-processed", "features-processed"],
+)
+@pytest.mark.parametrize("scheme", MANY)
+def test_many_drafts_preserve_the_law(
+    scheme: str,
+    layers: list[int] | None,
+    processors: dict,
+    length: int,
+    target: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"max_new_tokens": length if "samples" in scheme else 4, "do_sample": True, "top_k": 2, **processors}
+    drafter = drafter_for(layers)
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    ours = law_of(
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, **settings, **MANY[scheme]), monkeypatch
+    )
+    assert distance(plain, ours) < TOLERANCE
+
+
+def test_control_children_drawn_from_another_law_are_seen(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "draw", lambda laws: draw(laws.square()))
+    settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 0}
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    ours = law_of(
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **MANY["tree-ratio"]),
+        monkeypatch,
+    )
+    assert distance(plain, ours) > 1e-3
+
+
 class GuessingDrafter:
     """A user's own drafter: draws two tokens from laws that depend on the text's length; knows no network."""
 
     target_layer_ids = None
 
-    def draft(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, features: torch.Tensor | None) -> Draft:
-        generator = torch.Generator().manual_seed(input_ids.shape[1])
+    def draft(self, text: Text, features: Features | None) -> Draft:
+        generator = torch.Generator().manual_seed(text.lengths[0])
         probs = torch.randn(1, 2, 4, generator=generator).softmax(-1)
         return Draft(draw(probs), probs, has_prefix_law=True)
 
@@ -217,9 +271,10 @@ def test_your_own_drafter_preserves_the_law(rule: str, target: LlamaForCausalLM,
 
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         state = Target(model, generation_config, model_kwargs, GuessingDrafter.target_layer_ids)
-        stop = StopCheck(stopping_criteria, keep_scores=False)
+        stop = StopCheck(stopping_criteria, 1, keep_scores=False)
         settings = SpeculationConfig(gamma=2, acceptance=rule)
-        return run(state, GuessingDrafter(), settings, stop, logits_processor, input_ids).sequences
+        text = Text.of_prompt(input_ids)
+        return run(state, GuessingDrafter(), settings, stop, logits_processor, text).sequences
 
     settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 2}
     plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
@@ -229,9 +284,10 @@ def test_your_own_drafter_preserves_the_law(rule: str, target: LlamaForCausalLM,
 
 def test_a_rule_that_needs_a_prefix_law_refuses_drafts_without_one() -> None:
     draft = Draft(torch.tensor([[1, 2]]), torch.full((1, 2, 4), 0.25), has_prefix_law=False)
+    scores = Scores(LogitsProcessorList(), Text.of_prompt(PROMPT), draft.tokens, torch.zeros(1, 3, 4))
     for name in ("ratio", "block"):
         with pytest.raises(ValueError, match="prefix law"):
-            make_rule(name, do_sample=True)(draft, torch.zeros(1, 3, 4))
+            make_rule(name, do_sample=True)(draft, scores)
     generator = SpecDiffCandidateGenerator(
         drafter_for(None), GenerationConfig(do_sample=True), speculation={"num_denoising_steps": 2, "acceptance": "match"}
     )
@@ -251,7 +307,9 @@ def test_control_a_wrong_rule_is_seen(target: LlamaForCausalLM, monkeypatch: pyt
     plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
     for rule in ("ratio", "block"):
         ours = law_of(
-            lambda rule=rule: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, acceptance=rule, **settings),
+            lambda rule=rule: hf_specdiff.generate(
+                target, PROMPT, assistant_model=drafter, draft_shape="chain", acceptance=rule, **settings
+            ),
             monkeypatch,
         )
         assert distance(plain, ours) > 1e-3

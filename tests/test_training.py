@@ -10,8 +10,11 @@ from transformers import LogitsProcessorList
 from transformers import TrainerCallback
 from transformers import TrainerState
 
+from hf_specdiff.cache import RaggedCache
 from hf_specdiff.conditioning import make_drafter as put_around
 from hf_specdiff.speculation import SpeculationConfig
+from hf_specdiff.text import Features
+from hf_specdiff.text import Text
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import collate
@@ -76,8 +79,10 @@ def test_training_windows_give_the_logits_of_decoding(layers: list[int] | None, 
                     states = target(text[:, :-1], output_hidden_states=True).hidden_states
                 features = torch.cat([states[i + 1] for i in layers], dim=-1)
             window = torch.tensor([[int(text[0, -1])] + [MASK_TOKEN_ID] * 5])
+            given = None if features is None else Features(features, [anchor])
+            decoding.rows = RaggedCache(decoding.cache, 1)
             with torch.no_grad():
-                logits = decoding._window_logits(window, text, None, features)
+                logits = decoding._window_logits(window, Text.of_prompt(text), given)
             torch.testing.assert_close(outputs["log_probs"][row * 3 + column], logits[0].log_softmax(-1), atol=1e-4, rtol=1e-4)
 
 

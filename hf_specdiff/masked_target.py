@@ -1,0 +1,241 @@
+"""A target that is told who sees whom: for draft trees, and for batches whose rows accept different lengths.
+
+Letters: B batch, N drafted nodes, C cached slots, V vocabulary, D hidden size. Knows which masks the host's models read; knows no
+drafter and no rule. Imported by the entry.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import Cache
+from transformers import DynamicCache
+from transformers import GenerationConfig
+
+from .cache import RaggedCache
+from .conditioning import target_features
+from .draft import Draft
+from .target import TOKEN_TYPE_NAMES
+from .target import Target
+from .text import Features
+from .text import Text
+from .tree import DraftTree
+
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+# For each model that was asked: the attention implementation it had then, and why it cannot be masked (None: it can).
+_ANSWERS: WeakKeyDictionary[Any, tuple[str | None, str | None]] = WeakKeyDictionary()
+
+
+class MaskedTarget(Target):
+    """A causal language model in the middle of a generation, with masks and positions of our own.
+
+    Each drafted token sees the committed text of its row and its ancestors, and stands where its depth puts it: for the model
+    that is the text it would have read, had the path to this token been written. What is accepted is moved to its row's end in
+    the cache (`RaggedCache`); nothing is computed twice.
+
+    Args:
+        model (`transformers.PreTrainedModel`): a target for which `why_not_masked` returns `None`.
+        generation_config (`GenerationConfig`): the call's.
+        model_kwargs (`dict[str, Any]`): what `generate` prepared: cache, mask, positions.
+        layer_ids (`list[int]`, *optional*): layers whose outputs the drafter reads.
+
+    Raises:
+        ValueError: if the cache is already filled and holds sliding layers, which have dropped what a mask would have to cover.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        layer_ids: list[int] | None,
+    ) -> None:
+        super().__init__(model, generation_config, model_kwargs, layer_ids)
+        # A sliding layer drops slots by count, which is not by position once rows differ; the masks do its work.
+        model_kwargs["past_key_values"] = _with_full_layers(self.cache)
+        self.rows: RaggedCache | None = None
+        self.prompt_positions: torch.Tensor | None = None  # (B, prompt slots), -1 on padding
+
+    def prefill(self, text: Text) -> torch.Tensor:
+        """Run the prompt; see `Target.prefill`."""
+        logits = super().prefill(text)
+        self.rows = RaggedCache(self.cache, text.num_rows)
+        if text.prompt_mask is not None:
+            mask = text.prompt_mask.long()
+            self.prompt_positions = (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, -1)
+        return logits
+
+    def verify(self, text: Text, draft: Draft | DraftTree) -> torch.Tensor:
+        """Run the anchors and all nodes in one pass.
+
+        Args:
+            text (`Text`): committed; the last token of each row is its anchor.
+            draft (`Draft` or `DraftTree`): the nodes.
+
+        Returns:
+            `torch.Tensor` of shape `(B, N + 1, V)`: raw logits after the anchor (node 0) and after each node.
+        """
+        tokens = torch.cat([text.anchors(), draft.tokens], dim=1)  # (B, N + 1)
+        kwargs = dict(self.model_kwargs, attention_mask=None, position_ids=None)
+        for name in TOKEN_TYPE_NAMES:
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name][:, -1:].expand(-1, tokens.shape[1])
+        inputs = self.model.prepare_inputs_for_generation(tokens, is_first_iteration=False, **kwargs)
+        positions, keys = self._positions(draft, tokens.device)
+        visible = self._visible(draft, keys)
+        inputs["position_ids"] = positions
+        inputs["attention_mask"] = self._masks(visible, positions, keys)
+        return self._run(inputs, tokens.shape[1])
+
+    def commit(self, nodes: list[list[int]], num_drafted: int) -> Features | None:
+        """Move the kept tokens to their rows' ends; see `Target.commit`."""
+        if self._is_prompt:
+            return self._prompt_states()
+        assert self.rows is not None
+        self.rows.keep(nodes)
+        if self.layer_ids is None:
+            return None
+        states = self._outputs.hidden_states
+        features = target_features(states, self.layer_ids, num_drafted + 1)
+        most = max(map(len, nodes))
+        index = torch.tensor([row + [0] * (most - len(row)) for row in nodes], device=features.device)
+        if len(nodes) == 1:
+            return Features(features[:, index[0]], [most])
+        rows = torch.arange(len(nodes), device=features.device)[:, None]
+        return Features(features[rows, index], [len(row) for row in nodes])
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Forget all but some rows of the batch."""
+        assert self.rows is not None
+        self.rows.select(rows)
+        if self.prompt_positions is not None:
+            self.prompt_positions = self.prompt_positions[rows]
+        for name in TOKEN_TYPE_NAMES:
+            if self.model_kwargs.get(name) is not None:
+                self.model_kwargs[name] = self.model_kwargs[name][rows]
+
+    def _positions(self, draft: Draft | DraftTree, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return positions of the nodes `(B, N + 1)`, and of all keys `(B or 1, C + N + 1)`, -1 where nobody may look."""
+        assert self.rows is not None
+        cached = torch.arange(self.rows.length, device=device)[None]  # (1, C)
+        anchors = torch.tensor(self.rows.ends, device=device)[:, None]
+        if self.prompt_positions is not None:
+            prompt = self.prompt_positions.to(device)
+            num_padding = (prompt < 0).sum(dim=1, keepdim=True)
+            cached, anchors = cached - num_padding, anchors - num_padding
+            cached[:, : prompt.shape[1]] = prompt
+        owned = self.rows.is_owned(device)
+        if owned is not None:
+            cached = torch.where(owned, cached, -1)
+        positions = anchors + draft.depths()
+        max_length = self.generation_config.max_length
+        if max_length is not None and len(self.rows.ends) > 1:
+            # A row near its end is drafted past it, since others are not; what stands there is never kept.
+            positions = positions.clamp(max=max_length - 1)
+        keys = torch.cat([cached.expand(positions.shape[0], -1), positions], dim=1)
+        return positions, keys
+
+    def _visible(self, draft: Draft | DraftTree, keys: torch.Tensor) -> torch.Tensor:
+        """Return which keys each node may see under full attention, `(B, N + 1, C + N + 1)` bool."""
+        size = draft.num_tokens + 1
+        cached = (keys[:, None, :-size] >= 0).expand(-1, size, -1)
+        return torch.cat([cached, draft.ancestor_mask().expand(keys.shape[0], -1, -1)], dim=2)
+
+    def _masks(self, visible: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor) -> Any:
+        """Return the mask that the model reads, added to its scores: one, or one for each kind of layer."""
+        config = self.model.config.get_text_config()
+        kinds = layer_kinds(config)
+        masks = {kind: _additive(_narrowed(visible, positions, keys, kind, config), self.model.dtype) for kind in kinds}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """Return the kinds of attention that a model's layers have, each once.
+
+    Args:
+        config (`PreTrainedConfig`): of the text model.
+
+    Returns:
+        `list[str]`: of "full_attention", "sliding_attention", ...; whatever stands in `layer_types`.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return sorted(set(kinds))
+    has_window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return [SLIDING if has_window else FULL]
+
+
+def _narrowed(visible: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, kind: str, config: Any) -> torch.Tensor:
+    """Cut what a layer of some kind cannot see off what full attention sees."""
+    if kind == SLIDING:
+        return visible & (positions[:, :, None] - keys[:, None] < config.sliding_window)
+    if kind == CHUNKED:
+        size = config.attention_chunk_size
+        return visible & (positions[:, :, None] // size == keys[:, None] // size)
+    return visible
+
+
+def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return 0 where a query sees a key and the smallest number elsewhere, `(B, 1, queries, keys)`."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def _with_full_layers(cache: Cache) -> Cache:
+    """Return the cache, or a fresh one in its place that drops nothing."""
+    if not any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        return cache
+    if cache.get_seq_length() > 0:
+        raise ValueError(
+            "`past_key_values` must be empty or keep every token, got a filled cache with sliding layers. Leave it out, or pass "
+            "draft_shape='chain' and one prompt at a time."
+        )
+    return DynamicCache()
+
+
+@torch.no_grad()
+def why_not_masked(model: Any) -> str | None:
+    """Return why a model cannot verify with masks of our own, or `None` if it can; found by trying, once for each model.
+
+    A small tree, with one cached token and a sibling in the way, must give the logits of the plain text along its path.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target.
+
+    Returns:
+        `str`, *optional*: the reason.
+    """
+    implementation = model.config._attn_implementation
+    asked_with, answer = _ANSWERS.get(model, (implementation, ""))
+    if answer == "" or asked_with != implementation:
+        answer = _try(model)
+        _ANSWERS[model] = (implementation, answer)
+    return answer
+
+
+def _try(model: Any) -> str | None:
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    if model.config._attn_implementation not in ("eager", "sdpa"):
+        return f"{name} with attention implementation {model.config._attn_implementation!r} reads no mask of ours; use 'sdpa'"
+    unknown = [kind for kind in layer_kinds(config) if kind not in (FULL, SLIDING, CHUNKED)]
+    if unknown:
+        return f"{name} has layers of the kind {unknown[0]!r}, which read the text in order"
+    device = model.get_input_embeddings().weight.device
+    device = model.device if device.type == "meta" else device
+    ids = torch.tensor([[5, 1, 3, 2, 4]], device=device) % config.vocab_size  # anchor's context, anchor, sibling, path
+    text = Text.of_prompt(ids[:, :2])
+    tree = DraftTree(ids[:, 2:], [[0, 0, 2]])
+    try:
+        plain = model(ids[:, [0, 1, 3, 4]], use_cache=False).logits[:, 1:]
+        settings = GenerationConfig()
+        target = MaskedTarget(model, settings, {"past_key_values": DynamicCache(), "use_cache": True}, None)
+        target._run({"input_ids": ids[:, :1], "past_key_values": target.cache, "use_cache": True}, 1)
+        target.rows = RaggedCache(target.cache, 1)
+        masked = target.verify(text, tree)[:, [0, 2, 3]]
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        return f"{name} does not take a mask over draft trees ({type(error).__name__}: {str(error)[:80]})"
+    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.1
+    if not torch.allclose(masked, plain, rtol=0, atol=tolerance * float(plain.abs().max().clamp(min=1))):
+        return f"{name} gives other logits under a mask over draft trees (it may place tokens by their order, as ALiBi does)"
+    return None

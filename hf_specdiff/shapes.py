@@ -1,0 +1,103 @@
+"""From the marginals of one drafter pass to many drafts: joint samples, or the best-first tree.
+
+Letters: B batch, G drafted positions (gamma), V vocabulary, N nodes, K drafts. Draws through `sampling` only. Imported by the
+drafters. One pass gives a law for every position, whatever stands at the others, so many drafts cost no more passes than one.
+"""
+
+import torch
+
+from .sampling import draw
+from .sampling import to_probs
+from .speculation import SpeculationConfig
+from .tree import DraftTree
+from .tree import SampledChildren
+from .tree import TreeShape
+from .tree import best_first
+from .tree import merge_drafts
+
+
+def draft_samples(scores: torch.Tensor, speculation: SpeculationConfig) -> DraftTree:
+    """Draw K joint drafts, each token from its position's marginal, and merge them into a trie.
+
+    Args:
+        scores (`torch.Tensor` of shape `(B, G, V)`, float32): processed logits of one pass.
+        speculation (`SpeculationConfig`): K and the temperature to draw at.
+
+    Returns:
+        `DraftTree`: with `drafts`; where they begin alike they share nodes.
+
+    Source: SpecDiff-2, arXiv:2511.00606, Algorithm 1, steps 1 to 3.
+    """
+    marginals = to_probs(scores / speculation.draft_temperature)
+    drawn = draw(marginals[:, None].expand(-1, speculation.num_drafts, -1, -1))  # (B, K, G)
+    rows = [merge_drafts(drafts) for drafts in drawn.tolist()]
+    tokens, parents, drafts = (list(column) for column in zip(*rows, strict=True))
+    return DraftTree.of_rows(tokens, parents, scores.device, drafts)
+
+
+def draft_tree(scores: torch.Tensor, speculation: SpeculationConfig) -> DraftTree:
+    """Take the most probable prefixes as a tree; for the ratio rule, draw the last child of each inner node.
+
+    Args:
+        scores (`torch.Tensor` of shape `(B, G, V)`, float32): processed logits of one pass.
+        speculation (`SpeculationConfig`): the budget, the temperature of the marginals, and the rule.
+
+    Returns:
+        `DraftTree`: with `sampled` for the ratio rule.
+
+    Source: arXiv:2604.12989; drawn children arXiv:2502.18779.
+    """
+    marginals = to_probs(scores / speculation.draft_temperature)
+    count = min(speculation.tree_budget, marginals.shape[-1])
+    probs, ranked_tokens = marginals.topk(count, dim=-1)
+    all_probs, all_tokens = probs.tolist(), ranked_tokens.tolist()
+    shapes = [best_first(ranked_probs, speculation.tree_budget) for ranked_probs in all_probs]
+    tokens = [
+        [row[depth - 1][rank] for depth, rank in zip(shape.depths, shape.ranks, strict=True)]
+        for shape, row in zip(shapes, all_tokens, strict=True)
+    ]
+    sampled = draw_last_children(shapes, tokens, marginals) if speculation.acceptance == "ratio" else None
+    return DraftTree.of_rows(tokens, [shape.parents for shape in shapes], scores.device, sampled=sampled)
+
+
+def draw_last_children(shapes: list[TreeShape], tokens: list[list[int]], marginals: torch.Tensor) -> SampledChildren:
+    """Replace the last child of each inner node by one drawn from the marginal without its siblings.
+
+    Which nodes there are was settled before anything is drawn, and does not change with what is drawn.
+
+    Args:
+        shapes (`list[TreeShape]`): of each row.
+        tokens (`list[list[int]]`): of each row's nodes; the replaced ones are changed in place.
+        marginals (`torch.Tensor` of shape `(B, G, V)`, float32): what to draw from.
+
+    Returns:
+        `SampledChildren`: the drawn tokens and their laws.
+    """
+    rows: list[int] = []
+    positions: list[int] = []
+    siblings: list[tuple[int, int]] = []
+    places: list[tuple[int, int, int]] = []
+    for row, shape in enumerate(shapes):
+        children: dict[int, list[int]] = {}
+        for node, parent in enumerate(shape.parents, 1):
+            children.setdefault(parent, []).append(node)
+        for parent, nodes in children.items():
+            *kept, last = nodes
+            for node in kept:
+                siblings.append((len(rows), tokens[row][node - 1]))
+            rows.append(row)
+            positions.append(shape.depths[last - 1] - 1)
+            places.append((row, parent, last))
+    laws = marginals[rows, positions]
+    if siblings:
+        index = torch.tensor(siblings, device=laws.device)
+        laws[index[:, 0], index[:, 1]] = 0.0
+    # The last child's own rank has a positive probability, so something is left to draw.
+    laws = laws / laws.sum(dim=-1, keepdim=True)
+    row_of: list[dict[int, int]] = [{} for _ in shapes]
+    token_of: list[dict[int, int]] = [{} for _ in shapes]
+    for place, ((row, parent, last), token) in enumerate(zip(places, draw(laws).tolist(), strict=True)):
+        tokens[row][last - 1] = token
+        row_of[row][parent] = place
+        token_of[row][parent] = token
+    return SampledChildren(laws, row_of, token_of)

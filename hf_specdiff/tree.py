@@ -1,0 +1,184 @@
+"""Draft trees: from marginals or samples to nodes, and what the target needs to see of them.
+
+Letters: B batch, G window (gamma), V vocabulary, N drafted nodes, K drafts. Node 0 is the anchor; parents come before children.
+Draws nothing. Imported by the drafters.
+"""
+
+import heapq
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class TreeShape:
+    """The nodes of one row, without tokens: a tree over window positions and ranks.
+
+    Attributes:
+        parents (`list[int]`): of nodes 1, 2, ...: index of the parent.
+        depths (`list[int]`): of nodes 1, 2, ...: 1-based window position.
+        ranks (`list[int]`): of nodes 1, 2, ...: the token is the `rank`-th most probable one of its position, from 0.
+        values (`list[float]`): of nodes 1, 2, ...: probability of the path under the marginals.
+    """
+
+    parents: list[int]
+    depths: list[int]
+    ranks: list[int]
+    values: list[float]
+
+
+def best_first(ranked_probs: list[list[float]], budget: int) -> TreeShape:
+    """Return the `budget` most probable prefixes under a product of marginals, most probable first.
+
+    A prefix's probability is the product of its tokens', so no prefix comes before its parent, and among the trees of so many
+    nodes none has a larger expected accepted length under the marginals.
+
+    Args:
+        ranked_probs (`list[list[float]]`): for each window position the probabilities of its tokens, falling.
+        budget (`int`): most nodes.
+
+    Returns:
+        `TreeShape`: fewer nodes where there are not so many prefixes of positive probability.
+
+    Source: arXiv:2604.12989, Algorithm 1.
+    """
+    shape = TreeShape([], [], [], [])
+    heap = [(-ranked_probs[0][0], 0, 0, 1, 0, 1.0)]  # minus value, tie-break, parent, depth, rank, the parent's value
+    pushed = 1
+    while heap and len(shape.parents) < budget:
+        negative, _, parent, depth, rank, above = heapq.heappop(heap)
+        value = -negative
+        if value <= 0:
+            break
+        shape.parents.append(parent)
+        shape.depths.append(depth)
+        shape.ranks.append(rank)
+        shape.values.append(value)
+        if rank + 1 < len(ranked_probs[depth - 1]):
+            sibling = above * ranked_probs[depth - 1][rank + 1]
+            heapq.heappush(heap, (-sibling, pushed, parent, depth, rank + 1, above))
+        if depth < len(ranked_probs):
+            child = value * ranked_probs[depth][0]
+            heapq.heappush(heap, (-child, pushed + 1, len(shape.parents), depth + 1, 0, value))
+        pushed += 2
+    return shape
+
+
+@dataclass(frozen=True, slots=True)
+class SampledChildren:
+    """The children that were drawn, where a tree has one such child under each inner node.
+
+    Attributes:
+        laws (`torch.Tensor` of shape `(n, V)`, float32): what each was drawn from: its position's marginal without the tokens of
+            its siblings, normalised.
+        row_of (`list[dict[int, int]]`): for each batch row, from inner node to its row in `laws`.
+        token_of (`list[dict[int, int]]`): for each batch row, from inner node to the token that was drawn under it.
+    """
+
+    laws: torch.Tensor
+    row_of: list[dict[int, int]]
+    token_of: list[dict[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """Drafted tokens as a tree for every row of a batch; siblings differ.
+
+    Attributes:
+        tokens (`torch.Tensor` of shape `(B, N)`, int64): of nodes 1 to N; rows with fewer nodes end in filler.
+        parents (`list[list[int]]`): for each row, the parents of its nodes 1, 2, ...; filler has none.
+        drafts (`list[list[list[int]]]`, *optional*): for each row, the nodes of each joint draft, root to leaf.
+        sampled (`SampledChildren`, *optional*): `None`: every node is a function of the committed text, or the rule does not
+            ask what it was drawn from.
+    """
+
+    tokens: torch.Tensor
+    parents: list[list[int]]
+    drafts: list[list[list[int]]] | None = None
+    sampled: SampledChildren | None = None
+
+    @classmethod
+    def of_rows(
+        cls,
+        tokens: list[list[int]],
+        parents: list[list[int]],
+        device: torch.device,
+        drafts: list[list[list[int]]] | None = None,
+        sampled: SampledChildren | None = None,
+    ) -> "DraftTree":
+        """Join rows of different sizes."""
+        most = max(map(len, tokens))
+        padded = [row + [0] * (most - len(row)) for row in tokens]
+        return cls(torch.tensor(padded, device=device).view(len(tokens), most), parents, drafts, sampled)
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the nodes of the largest row."""
+        return self.tokens.shape[1]
+
+    def to(self, device: torch.device) -> "DraftTree":
+        """Return the tree with its tokens on another device."""
+        if self.tokens.device == device:
+            return self
+        return DraftTree(self.tokens.to(device), self.parents, self.drafts, self.sampled)
+
+    def num_drafted(self) -> list[int]:
+        """Return the nodes of each row."""
+        return [len(parents) for parents in self.parents]
+
+    def children(self) -> list[dict[tuple[int, int], int]]:
+        """Return, for each row, from (node, token) to the child of that node with that token."""
+        return [
+            {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens, strict=False), 1)}
+            for parents, tokens in zip(self.parents, self.tokens.tolist(), strict=True)
+        ]
+
+    def depths(self) -> torch.Tensor:
+        """Return how far behind the anchor each node stands, `(B, N + 1)` int64: 0 for the anchor and for filler."""
+        rows = []
+        for parents in self.parents:
+            depths = [0]
+            for parent in parents:
+                depths.append(depths[parent] + 1)
+            rows.append(depths + [0] * (self.num_tokens + 1 - len(depths)))
+        return torch.tensor(rows, device=self.tokens.device)
+
+    def ancestor_mask(self) -> torch.Tensor:
+        """Return who sees whom, `(B, N + 1, N + 1)` bool: true at [i, j] if j is i or an ancestor of i; filler sees itself."""
+        size = self.num_tokens + 1
+        edges = torch.zeros(len(self.parents), size, size)
+        # Filler hangs under itself.
+        padded = [[0, *parents, *range(len(parents) + 1, size)] for parents in self.parents]
+        edges.scatter_(2, torch.tensor(padded)[:, :, None], 1.0)
+        reach = edges + torch.eye(size)
+        # Each product doubles the distance that is reached.
+        for _ in range(max(1, (size - 1).bit_length())):
+            reach = (reach @ reach).clamp_(max=1)
+        return (reach > 0).to(self.tokens.device)
+
+
+def merge_drafts(drafts: list[list[int]]) -> tuple[list[int], list[int], list[list[int]]]:
+    """Merge joint drafts into a trie: equal beginnings are one path.
+
+    Args:
+        drafts (`list[list[int]]`): K drafts, each a list of tokens.
+
+    Returns:
+        `tuple`: tokens and parents of nodes 1, 2, ..., and for each draft its nodes, root to leaf.
+    """
+    tokens: list[int] = []
+    parents: list[int] = []
+    node_of: dict[tuple[int, int], int] = {}
+    paths = []
+    for draft in drafts:
+        node, path = 0, []
+        for token in draft:
+            key = (node, token)
+            if key not in node_of:
+                tokens.append(token)
+                parents.append(node)
+                node_of[key] = len(tokens)
+            node = node_of[key]
+            path.append(node)
+        paths.append(path)
+    return tokens, parents, paths
