@@ -120,8 +120,7 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
         """Return the draft up to its first end token: the loop of transformers 5.17 looks for one at the very end only."""
         tokens = draft.tokens[0].tolist()
         count = next((i for i, token in enumerate(tokens, 1) if token in self.eos_token_ids), len(tokens))
-        probs = None if draft.probs is None else draft.probs[:, :count]
-        return Draft(draft.tokens[:, :count], probs, draft.has_prefix_law)
+        return draft.first(count)
 
     def _mask(self, length: int, model_kwargs: dict[str, Any] | None) -> torch.Tensor | None:
         """Return the mask over left padding, as long as the text, `(1, L)`."""

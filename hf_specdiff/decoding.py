@@ -94,7 +94,7 @@ def decode(
     Lossless when: `accept` is lossless for the drafter's drafts. Every token is what `accept` makes of the target's processed
     logits given the text before it; nothing else reaches the text.
     """
-    draft: Draft | DraftTree = no_draft(text)
+    draft: Draft | DraftTree = Draft.nothing(text.tokens)
     logits = target.prefill(text)
     features: Features | None = None
     while True:
@@ -117,15 +117,10 @@ def decode(
             target.select_rows(going)
             drafter.select_rows(going)
         # Draft: what may follow, in parallel; nothing where only the target's own token still fits.
-        draft = drafter.draft(text, features) if target.has_room(text) else no_draft(text)
+        draft = drafter.draft(text, features) if target.has_room(text) else Draft.nothing(text.tokens)
         draft = draft.to(text.tokens.device)
         # Verify: the target's logits after the anchor and after each drafted token, in one pass.
         logits = target.verify(text, draft)
-
-
-def no_draft(text: Text) -> Draft:
-    """Return a draft of no tokens, which every rule meets with one token of the target's own."""
-    return Draft(text.tokens[:, :0], None, has_prefix_law=True)
 
 
 def make_rule(acceptance: str, *, do_sample: bool) -> AcceptanceRule:

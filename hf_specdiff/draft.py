@@ -25,6 +25,16 @@ class Draft:
     probs: torch.Tensor | None
     has_prefix_law: bool
 
+    @classmethod
+    def nothing(cls, tokens: torch.Tensor) -> "Draft":
+        """Return a draft of no tokens for each row of `tokens`; every rule meets it with one token of the target's own."""
+        return cls(tokens[:, :0], None, has_prefix_law=True)
+
+    def first(self, count: int) -> "Draft":
+        """Return the first so many tokens."""
+        probs = None if self.probs is None else self.probs[:, :count]
+        return Draft(self.tokens[:, :count], probs, self.has_prefix_law)
+
     @property
     def num_tokens(self) -> int:
         """G, the drafted tokens of a sequence."""

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 from transformers import LogitsProcessorList
 
+from .budget import Budget
 from .cache import RaggedCache
 from .denoising import reveal_by_confidence
 from .denoising import reveal_counts
@@ -23,6 +24,7 @@ from .sampling import process_without_prefix
 from .sampling import processors_of_row
 from .sampling import to_float
 from .sampling import to_probs
+from .shapes import chain_values
 from .shapes import draft_samples
 from .shapes import draft_tree
 from .speculation import SpeculationConfig
@@ -90,6 +92,8 @@ class DenoisingDrafter:
         self.mask_token_id = network.config.mask_token_id
         self.cache = DynamicCache(config=network.config)
         self.rows: RaggedCache | None = None  # from the first draft on, which tells how many rows there are
+        self.budget: Budget | None = None  # set where the draft's size is to follow the machine
+        self._unseen: list[Features] = []
         # A tree's positions have many prefixes, and out of order a prefix is not known yet: nothing for a processor to read.
         reads_prefixes = speculation.draft_shape == "chain" and speculation.reveals_in_order
         self.processors = logits_processor if reads_prefixes else prefix_free_part(logits_processor)
@@ -97,25 +101,38 @@ class DenoisingDrafter:
     @torch.no_grad()
     def draft(self, text: Text, features: Features | None) -> Draft | DraftTree:
         """Draft one window; see `Drafter.draft`."""
+        if features is not None:
+            self._unseen.append(features)
+        if self.budget is not None and not self.budget.wants_draft(text.lengths):
+            return Draft.nothing(text.tokens)
         text = text.to(self.network.device)
         if self.rows is None:
             self.rows = RaggedCache(self.cache, text.num_rows)
         gamma = self._window_gamma(min(text.lengths))
         window = text.tokens.new_full((text.num_rows, gamma + 1), self.mask_token_id)
         window[:, :1] = text.anchors()
-        logits = self._window_logits(window, text, features)
-        if self.speculation.draft_shape == "samples":
-            return draft_samples(self._free_scores(logits), self.speculation)
-        if self.speculation.draft_shape == "tree":
-            return draft_tree(self._free_scores(logits), self.speculation)
-        steps = reveal_counts(gamma, self.speculation.num_denoising_steps)
-        if len(steps) == 1:
-            tokens, probs = self._draw_in_order(text, window[:, 1:1], logits)
-            return Draft(tokens, probs, self.speculation.has_prefix_law)
-        return self._denoise(text, window, logits, steps)
+        unseen, self._unseen = self._unseen, []
+        logits = self._window_logits(window, text, Features.join(unseen) if unseen else None)
+        return self._shaped(text, window, logits)
+
+    def _shaped(self, text: Text, window: torch.Tensor, logits: torch.Tensor) -> Draft | DraftTree:
+        """Turn the first pass into a draft of the shape that was asked for."""
+        budget, speculation = self.budget, self.speculation
+        choose = None if budget is None else lambda values: budget.choose(text.lengths, values)
+        if speculation.draft_shape == "samples":
+            return draft_samples(self._free_scores(logits), speculation)
+        if speculation.draft_shape == "tree":
+            return draft_tree(self._free_scores(logits), speculation, choose)
+        steps = reveal_counts(window.shape[1] - 1, speculation.num_denoising_steps)
+        if len(steps) > 1:
+            return self._denoise(text, window, logits, steps)
+        count = logits.shape[1] if choose is None else choose(chain_values(logits))
+        tokens, probs = self._draw_in_order(text, window[:, 1:1], logits)
+        return Draft(tokens, probs, speculation.has_prefix_law).first(count)
 
     def select_rows(self, rows: list[int]) -> None:
         """Keep some rows; see `Drafter.select_rows`."""
+        self._unseen = [features.select(rows) for features in self._unseen]
         if self.rows is not None:
             self.rows.select(rows)
 

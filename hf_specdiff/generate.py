@@ -22,11 +22,13 @@ from transformers.generation import PrefixConstrainedLogitsProcessor
 from transformers.generation import SynthIDTextWatermarkLogitsProcessor
 from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from .budget import Budget
 from .cache import check_can_roll_back
 from .conditioning import make_drafter
 from .decoding import run
 from .masked_target import MaskedTarget
 from .masked_target import why_not_masked
+from .profiling import profile_of
 from .speculation import SPECULATION_ARGUMENTS
 from .speculation import check_prompt
 from .speculation import resolve_speculation
@@ -51,16 +53,21 @@ def generate(
 
     Args:
         model (`transformers.PreTrainedModel`): the target, a decoder-only language model that can take tokens back.
-        inputs (`torch.Tensor` of shape `(1, L)`, int64, *optional*): the prompt; or `input_ids`, as for `model.generate`.
+        inputs (`torch.Tensor` of shape `(B, L)`, int64, *optional*): the prompts, padded on the left; or `input_ids`, as for
+            `model.generate`.
         assistant_model (`SpecDiffDrafter`): the drafter, made for this target.
         **kwargs: all arguments of `model.generate`, and those of speculation, each with the drafter's own default:
-            `gamma` (`int`): tokens drafted per round, by default `block_size - 1`;
+            `gamma` (`int`): tokens drafted per round, by default `block_size - 1`; `"auto"`: as many as pay on this machine;
             `num_denoising_steps` (`int`): drafter passes per round, by default 1;
             `reveal_order` (`str`): `"confidence"` (default) or `"left_to_right"`, for more than one denoising step;
-            `draft_shape` (`str`): `"chain"` or `"auto"` (default);
+            `draft_shape` (`str`): `"chain"`, `"samples"`, `"tree"` or `"auto"` (default: a tree where the model takes one);
+            `num_drafts` (`int`): joint drafts of the shape `"samples"`, by default 8;
+            `tree_budget` (`int`): nodes of the shape `"tree"`, by default 32; `"auto"`: as many as pay on this machine;
+            `profile` (`Profile` or path, *optional*): what passes cost, for `"auto"`; by default measured once and kept in the
+            user's cache;
             `draft_temperature` (`float`): of the draft distribution, by default 1.0; 0 drafts the most probable tokens;
-            `acceptance` (`str`): `"match"`, `"ratio"`, `"block"` or `"auto"` (default: block where it is lossless and
-            tokens are drawn, else match).
+            `acceptance` (`str`): `"match"`, `"ratio"`, `"block"`, `"self_selection"` or `"auto"` (default: the rule that accepts
+            most).
 
     Returns:
         What `model.generate` returns. With `return_dict_in_generate=True` the output also has `.speculation`, a
@@ -68,8 +75,8 @@ def generate(
 
     Raises:
         TypeError: if `assistant_model` is no drafter.
-        ValueError: if target and drafter do not fit, or an argument is out of range or would not be lossless; for batches,
-            beams and models whose state cannot be rolled back.
+        ValueError: if target and drafter do not fit, or an argument is out of range or would not be lossless; for beams, for
+            models whose state cannot be rolled back, and for batches of models that take no mask of ours.
 
     Lossless when: always; what would not be is refused. Greedy tokens equal `model.generate`'s in float32; in lower precision
     near-ties can flip, as they do between any two batch shapes. Processors and criteria must be functions of ids and scores.
@@ -82,6 +89,7 @@ def generate(
     if prompt is not None:
         check_prompt(prompt, assistant_model.config.mask_token_id)
     arguments = _pop_speculation(kwargs)
+    profile = kwargs.pop("profile", None)
     streamer = kwargs.pop("streamer", None)
     kwargs = _with_stop_strings(model, kwargs)
 
@@ -107,6 +115,8 @@ def generate(
         _check_batch(text, model, logits_processor, generation_config, stop)
         is_masked = text.num_rows > 1 or speculation.draft_shape != "chain"
         drafter = make_drafter(assistant_model, model, speculation, logits_processor, generation_config.max_length)
+        if speculation.is_adaptive:
+            drafter.budget = Budget(profile_of(model, assistant_model, speculation, profile), text.num_rows)
         target_class = MaskedTarget if is_masked else Target
         target = target_class(model, generation_config, model_kwargs, drafter.target_layer_ids)
         output = run(target, drafter, speculation, stop, logits_processor, text, streamer)

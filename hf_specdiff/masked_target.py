@@ -82,9 +82,10 @@ class MaskedTarget(Target):
                 kwargs[name] = kwargs[name][:, -1:].expand(-1, tokens.shape[1])
         inputs = self.model.prepare_inputs_for_generation(tokens, is_first_iteration=False, **kwargs)
         positions, keys = self._positions(draft, tokens.device)
-        visible = self._visible(draft, keys)
         inputs["position_ids"] = positions
-        inputs["attention_mask"] = self._masks(visible, positions, keys)
+        # One row's chain without padding is what the host's own causal mask is for.
+        is_plain = text.num_rows == 1 and text.prompt_mask is None and isinstance(draft, Draft)
+        inputs["attention_mask"] = None if is_plain else self._masks(self._visible(draft, keys), positions, keys)
         return self._run(inputs, tokens.shape[1])
 
     def commit(self, nodes: list[list[int]], num_drafted: int) -> Features | None:

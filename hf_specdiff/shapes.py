@@ -4,8 +4,11 @@ Letters: B batch, G drafted positions (gamma), V vocabulary, N nodes, K drafts. 
 drafters. One pass gives a law for every position, whatever stands at the others, so many drafts cost no more passes than one.
 """
 
+from collections.abc import Callable
+
 import torch
 
+from .draft import Draft
 from .sampling import draw
 from .sampling import to_probs
 from .speculation import SpeculationConfig
@@ -35,29 +38,52 @@ def draft_samples(scores: torch.Tensor, speculation: SpeculationConfig) -> Draft
     return DraftTree.of_rows(tokens, parents, scores.device, drafts)
 
 
-def draft_tree(scores: torch.Tensor, speculation: SpeculationConfig) -> DraftTree:
+def draft_tree(
+    scores: torch.Tensor, speculation: SpeculationConfig, choose: Callable[[list[list[float]]], int] | None = None
+) -> Draft | DraftTree:
     """Take the most probable prefixes as a tree; for the ratio rule, draw the last child of each inner node.
 
     Args:
         scores (`torch.Tensor` of shape `(B, G, V)`, float32): processed logits of one pass.
         speculation (`SpeculationConfig`): the budget, the temperature of the marginals, and the rule.
+        choose (`Callable`, *optional*): from each row's path probabilities, falling, to how many nodes are worth verifying. It is
+            asked before anything is drawn.
 
     Returns:
-        `DraftTree`: with `sampled` for the ratio rule.
+        `DraftTree`: with `sampled` for the ratio rule; or a `Draft` of nothing, where no node is worth it.
 
     Source: arXiv:2604.12989; drawn children arXiv:2502.18779.
     """
     marginals = to_probs(scores / speculation.draft_temperature)
-    count = min(speculation.tree_budget, marginals.shape[-1])
-    probs, ranked_tokens = marginals.topk(count, dim=-1)
+    probs, ranked_tokens = marginals.topk(min(speculation.tree_budget, marginals.shape[-1]), dim=-1)
     all_probs, all_tokens = probs.tolist(), ranked_tokens.tolist()
     shapes = [best_first(ranked_probs, speculation.tree_budget) for ranked_probs in all_probs]
+    if choose is not None:
+        count = choose([shape.values for shape in shapes])
+        shapes = [shape.first(count) for shape in shapes]
     tokens = [
         [row[depth - 1][rank] for depth, rank in zip(shape.depths, shape.ranks, strict=True)]
         for shape, row in zip(shapes, all_tokens, strict=True)
     ]
+    if not any(tokens):
+        return Draft.nothing(ranked_tokens[:, :, 0])
     sampled = draw_last_children(shapes, tokens, marginals) if speculation.acceptance == "ratio" else None
     return DraftTree.of_rows(tokens, [shape.parents for shape in shapes], scores.device, sampled=sampled)
+
+
+def chain_values(scores: torch.Tensor) -> list[list[float]]:
+    """Return how probable it is that a chain is right so far, position by position.
+
+    It reads the marginals alone, not the tokens that were drawn: a draft that is cut because of a token it holds does not have the
+    law that the ratio and the block rule count on.
+
+    Args:
+        scores (`torch.Tensor` of shape `(B, G, V)`, float32): processed logits of one pass.
+
+    Returns:
+        `list[list[float]]`: for each row, G falling probabilities.
+    """
+    return to_probs(scores).amax(dim=-1).cumprod(dim=-1).tolist()
 
 
 def draw_last_children(shapes: list[TreeShape], tokens: list[list[int]], marginals: torch.Tensor) -> SampledChildren:

@@ -15,6 +15,7 @@ DRAFT_SHAPES = ("auto", "chain", "samples", "tree")
 ACCEPTANCES = ("auto", "match", "ratio", "block", "self_selection")
 MAX_NUM_DRAFTS = 256
 MAX_TREE_BUDGET = 1024
+AUTO_TREE_BUDGET = 64
 # What each rule does with each shape. A pair that is not here would not be lossless, or mean nothing.
 RULES_OF_SHAPE = {"chain": ("match", "ratio", "block"), "samples": ("match", "self_selection"), "tree": ("match", "ratio")}
 WHY_NOT = {
@@ -37,12 +38,13 @@ class SpeculationConfig:
     """How to draft and how to accept, every choice made and checked.
 
     Attributes:
-        gamma (`int`): tokens drafted per round, 1 to the drafter's `block_size - 1`.
+        gamma (`int`): tokens drafted per round, 1 to the drafter's `block_size - 1`; the most of them if `is_adaptive`.
         num_denoising_steps (`int`): drafter passes per round, 1 to gamma.
         reveal_order (`str`): `"confidence"` or `"left_to_right"`; with one denoising step both are the same.
         draft_shape (`str`): `"chain"`, `"samples"` or `"tree"`.
         num_drafts (`int`): K, joint drafts of the shape `"samples"`.
         tree_budget (`int`): most nodes of the shape `"tree"`, the anchor not counted.
+        is_adaptive (`bool`): whether each round takes as much of gamma (chain) or the budget (tree) as pays on this machine.
         draft_temperature (`float`): of the draft distribution; 0 drafts the most probable tokens.
         acceptance (`str`): `"match"`, `"ratio"`, `"block"` or `"self_selection"`.
     """
@@ -53,6 +55,7 @@ class SpeculationConfig:
     draft_shape: str = "chain"
     num_drafts: int = 8
     tree_budget: int = 32
+    is_adaptive: bool = False
     draft_temperature: float = 1.0
     acceptance: str = "match"
 
@@ -67,7 +70,7 @@ class SpeculationConfig:
         return self.reveals_in_order or self.draft_temperature == 0
 
 
-SPECULATION_ARGUMENTS = tuple(field.name for field in fields(SpeculationConfig))
+SPECULATION_ARGUMENTS = tuple(field.name for field in fields(SpeculationConfig) if field.name != "is_adaptive")
 
 
 def resolve_speculation(
@@ -94,21 +97,29 @@ def resolve_speculation(
     """
     values = {name: _value(name, arguments, drafter) for name in SPECULATION_ARGUMENTS}
     max_gamma = drafter.config.block_size - 1
-    gamma = _integer("gamma", max_gamma if values["gamma"] is None else values["gamma"], 1, max_gamma, " (`block_size` - 1)")
+    is_auto = {name: values[name] == "auto" for name in ("gamma", "tree_budget")}
+    gamma = max_gamma if values["gamma"] is None or is_auto["gamma"] else values["gamma"]
+    gamma = _integer("gamma", gamma, 1, max_gamma, " (`block_size` - 1) or 'auto'")
     steps = 1 if values["num_denoising_steps"] is None else values["num_denoising_steps"]
     steps = _integer("num_denoising_steps", steps, 1, gamma, " (`gamma`)")
     order = _choice("reveal_order", values["reveal_order"] or "confidence", REVEAL_ORDERS)
     shape = _choice("draft_shape", values["draft_shape"] or "auto", DRAFT_SHAPES)
     acceptance = _choice("acceptance", values["acceptance"] or "auto", ACCEPTANCES)
     num_drafts = _integer("num_drafts", 8 if values["num_drafts"] is None else values["num_drafts"], 1, MAX_NUM_DRAFTS)
-    budget = _integer("tree_budget", 32 if values["tree_budget"] is None else values["tree_budget"], 1, MAX_TREE_BUDGET)
+    budget = AUTO_TREE_BUDGET if is_auto["tree_budget"] else 32 if values["tree_budget"] is None else values["tree_budget"]
+    budget = _integer("tree_budget", budget, 1, MAX_TREE_BUDGET, " or 'auto'")
     temperature = _temperature(1.0 if values["draft_temperature"] is None else values["draft_temperature"])
     shape = _shape(shape, acceptance, steps, temperature, why_no_tree)
     if shape == "chain" and not do_sample:
         temperature = 0.0
-    return _with_rule(
-        SpeculationConfig(gamma, steps, order, shape, num_drafts, budget, temperature, acceptance), do_sample=do_sample
-    )
+    is_adaptive = is_auto["tree_budget"] if shape == "tree" else is_auto["gamma"]
+    if is_adaptive and (shape == "samples" or steps > 1):
+        raise ValueError(
+            f"`gamma` must be an integer with `draft_shape` {shape!r} and `num_denoising_steps` {steps}, got 'auto': there are no "
+            "probabilities of one pass to choose by. Pass a number, or draft_shape='tree' with tree_budget='auto'."
+        )
+    speculation = SpeculationConfig(gamma, steps, order, shape, num_drafts, budget, is_adaptive, temperature, acceptance)
+    return _with_rule(speculation, do_sample=do_sample)
 
 
 def check_prompt(input_ids: Any, mask_token_id: int | None) -> None:

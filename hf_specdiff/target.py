@@ -121,6 +121,10 @@ class Target:
         """Forget all but some rows of the batch. A single row is never taken away."""
         raise NotImplementedError
 
+    def forget(self, num_tokens: int) -> None:
+        """Take back the whole last pass of so many tokens."""
+        roll_back(self._outputs.past_key_values, num_tokens)
+
     def _features_of_prompt(self) -> Features | None:
         """Return the prompt's hidden states, and let mask and positions grow by the token that follows it."""
         self._grow(self._outputs, 1)

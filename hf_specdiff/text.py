@@ -124,3 +124,16 @@ class Features:
         """Return some of the rows."""
         counts = [self.counts[row] for row in rows]
         return Features(self.states[rows, : max(counts)], counts)
+
+    @classmethod
+    def join(cls, parts: list["Features"]) -> "Features":
+        """Return the features of consecutive rounds as those of one."""
+        if len(parts) == 1:
+            return parts[0]
+        num_rows = len(parts[0].counts)
+        counts = [sum(part.counts[row] for part in parts) for row in range(num_rows)]
+        states = parts[0].states.new_zeros(num_rows, max(counts), parts[0].states.shape[-1])
+        for row in range(num_rows):
+            own = torch.cat([part.states[row, : part.counts[row]] for part in parts])
+            states[row, : len(own)] = own
+        return cls(states, counts)

@@ -26,6 +26,10 @@ class TreeShape:
     ranks: list[int]
     values: list[float]
 
+    def first(self, count: int) -> "TreeShape":
+        """Return the first so many nodes: parents come before children, so they are a tree too."""
+        return TreeShape(self.parents[:count], self.depths[:count], self.ranks[:count], self.values[:count])
+
 
 def best_first(ranked_probs: list[list[float]], budget: int) -> TreeShape:
     """Return the `budget` most probable prefixes under a product of marginals, most probable first.

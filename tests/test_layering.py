@@ -10,13 +10,14 @@ from transformers.dynamic_module_utils import get_relative_imports
 PACKAGE = Path(__file__).parents[1] / "hf_specdiff"
 # A file may import files of lower levels only.
 LEVELS = [
-    {"draft", "text", "tree", "cache", "configuration_specdiff", "denoising", "stopwatch"},
+    {"draft", "text", "tree", "budget", "cache", "configuration_specdiff", "denoising", "stopwatch"},
     {"sampling", "speculation"},
     {"acceptance", "shapes", "stopping"},
     {"drafters"},
     {"conditioning"},
     {"candidate_generator", "target"},
     {"masked_target", "decoding", "modeling_specdiff"},
+    {"profiling"},
     {"generate"},
     {"attach"},
 ]

@@ -1,0 +1,142 @@
+"""How much to draft: as many nodes as pay on this machine, given what a pass costs and what the drafter is worth.
+
+Letters: B batch, N drafted nodes. Knows costs and probabilities; knows no model and reads no clock, so that a run with a given profile
+is reproducible. Nothing here can change what is generated: the choices read the committed text alone, never the drawn drafts.
+Imported by the drafters.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+# Where little is known about a drafter: so many nodes are assumed to have been accepted as promised.
+PRIOR_NODES = 3.0
+# Memory of the running means, per round.
+DECAY = 0.9
+FIRST_PAUSE = 4
+LONGEST_PAUSE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What rounds cost on one machine with one pair of models.
+
+    Attributes:
+        sizes (`list[int]`): tokens of a target pass, rising, the first of them 1.
+        target_seconds (`list[float]`): time of a pass over so many tokens, all that the loop does with it included.
+        drafter_seconds (`float`): time of a drafter pass, all that the loop does with it included.
+        machine (`str`): what it was measured on; see `hf_specdiff.profiling`.
+    """
+
+    sizes: list[int]
+    target_seconds: list[float]
+    drafter_seconds: float
+    machine: str = ""
+
+    def __post_init__(self) -> None:
+        """Check that there is something to interpolate."""
+        is_rising = all(low < high for low, high in zip(self.sizes, self.sizes[1:], strict=False))
+        if len(self.sizes) < 2 or len(self.sizes) != len(self.target_seconds) or self.sizes[0] != 1 or not is_rising:
+            raise ValueError(
+                f"`profile` must have rising `sizes` from 1 on and as many `target_seconds`, got {self.sizes} and "
+                f"{self.target_seconds}."
+            )
+        if not all(seconds > 0 for seconds in (*self.target_seconds, self.drafter_seconds)):
+            raise ValueError(
+                f"`profile` must have positive times, got {self.target_seconds} and {self.drafter_seconds} seconds."
+            )
+
+    def target_cost(self, num_tokens: int) -> float:
+        """Return the seconds of a target pass over so many tokens, all rows together; linear between and beyond the sizes."""
+        index = min(max(bisect_left(self.sizes, num_tokens), 1), len(self.sizes) - 1)
+        low, high = self.sizes[index - 1], self.sizes[index]
+        slope = (self.target_seconds[index] - self.target_seconds[index - 1]) / (high - low)
+        return max(self.target_seconds[index - 1] + slope * (num_tokens - low), self.target_seconds[0])
+
+
+class Budget:
+    """Choose round by round whether to draft and how many nodes to verify, for the most tokens per second.
+
+    A round that verifies n nodes costs D + T(n + 1) and is expected to bring 1 + c * sum of the n largest path probabilities,
+    where c, how far the drafter's probabilities can be trusted, is learnt from the rounds so far. The best n is where the expected
+    gain over what the same time usually brings is largest. Where drafting brings fewer tokens per second than plain decoding, it
+    pauses, and tries again after 4, 8, 16, ... rounds.
+
+    Args:
+        profile (`Profile`): the costs.
+        num_rows (`int`): B.
+
+    Source: fractional programming over a round's yield and cost; budgets per round as in arXiv:2606.01813.
+    """
+
+    def __init__(self, profile: Profile, num_rows: int) -> None:
+        self.profile = profile
+        self.plain_rate = num_rows / profile.target_cost(num_rows)
+        self.promised = self.accepted = PRIOR_NODES
+        self.tokens = self.seconds = 0.0
+        self._pause = FIRST_PAUSE
+        self._rounds_left = 0
+        self._last: tuple[list[int], float, float] | None = None  # lengths, promised nodes, seconds of the open round
+
+    @property
+    def trust(self) -> float:
+        """Accepted nodes for each one that the drafter's probabilities promise."""
+        return self.accepted / self.promised
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of late, at least plain decoding's."""
+        return max(self.tokens / self.seconds if self.seconds else 0.0, self.plain_rate)
+
+    def wants_draft(self, lengths: list[int]) -> bool:
+        """Return whether this round shall draft at all.
+
+        Args:
+            lengths (`list[int]`): of the committed rows.
+        """
+        self._close_round(lengths)
+        if self._rounds_left == 0:
+            return True
+        self._rounds_left -= 1
+        return False
+
+    def choose(self, lengths: list[int], values: list[list[float]]) -> int:
+        """Return how many nodes to verify in each row.
+
+        Args:
+            lengths (`list[int]`): of the committed rows.
+            values (`list[list[float]]`): for each row, path probabilities under the drafter, falling.
+
+        Returns:
+            `int`: 0 to the nodes of the largest row.
+        """
+        num_rows, trust, rate = len(values), self.trust, self.rate
+        promised, best, best_gain, best_promised = 0.0, 0, -rate * self.profile.target_cost(num_rows), 0.0
+        for count in range(1, max(map(len, values)) + 1):
+            promised += sum(row[count - 1] for row in values if len(row) >= count)
+            gain = trust * promised - rate * self.profile.target_cost(num_rows * (count + 1))
+            if gain > best_gain:
+                best, best_gain, best_promised = count, gain, promised
+        seconds = self.profile.drafter_seconds + self.profile.target_cost(num_rows * (best + 1))
+        self._last = (list(lengths), best_promised, seconds)
+        expected_rate = (num_rows + trust * best_promised) / seconds
+        if expected_rate < num_rows / self.profile.target_cost(num_rows):
+            self._rounds_left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+        else:
+            self._pause = FIRST_PAUSE
+        return best
+
+    def _close_round(self, lengths: list[int]) -> None:
+        """Learn from the last drafted round; rows that have ended since are left out of it."""
+        if self._last is None:
+            return
+        earlier, promised, seconds = self._last
+        self._last = None
+        if len(earlier) != len(lengths):
+            return
+        written = sum(lengths) - sum(earlier)
+        # The prior is fed in again and again, so that a drafter that failed gets another chance in easier text.
+        prior = (1 - DECAY) * PRIOR_NODES
+        self.promised = DECAY * self.promised + prior + promised
+        self.accepted = DECAY * self.accepted + prior + written - len(lengths)
+        self.tokens = DECAY * self.tokens + written
+        self.seconds = DECAY * self.seconds + seconds

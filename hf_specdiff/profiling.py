@@ -1,0 +1,182 @@
+"""What rounds cost here: measured once for a pair of models, kept in the user's cache, and given to `Budget`.
+
+Knows clocks and files. Imported by the entry.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache
+from transformers import GenerationConfig
+from transformers import LogitsProcessorList
+from transformers.utils import logging
+
+from .budget import Profile
+from .conditioning import make_drafter
+from .draft import Draft
+from .masked_target import MaskedTarget
+from .speculation import SpeculationConfig
+from .target import Target
+from .text import Text
+from .tree import DraftTree
+
+logger = logging.get_logger(__name__)
+
+SIZES = [1, 2, 4, 8, 12, 16, 24, 32, 48, 65]
+CONTEXT_LENGTH = 96
+NUM_REPEATS = 7
+# What was measured or read in this process, by the pair's key.
+_KNOWN: dict[str, Profile] = {}
+
+
+def profile_of(model: Any, drafter: Any, speculation: SpeculationConfig, given: Profile | str | Path | None = None) -> Profile:
+    """Return what rounds cost: as given, as stored, or measured now and stored.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target.
+        drafter (`SpecDiffDrafter`): the drafter.
+        speculation (`SpeculationConfig`): the shape decides how passes are prepared.
+        given (`Profile` or path, *optional*): to be used as it is, so that a run can be repeated.
+
+    Returns:
+        `Profile`: of this machine, unless one was given.
+
+    Raises:
+        ValueError: if `given` is no profile.
+    """
+    if isinstance(given, Profile):
+        return given
+    if given is not None:
+        return _read(Path(given))
+    key = _pair_key(model, drafter, speculation)
+    if key not in _KNOWN:
+        _KNOWN[key] = _stored_or_measured(cache_folder() / f"{key}.json", model, drafter, speculation)
+    return _KNOWN[key]
+
+
+def measure_profile(model: Any, drafter: Any, speculation: SpeculationConfig) -> Profile:
+    """Measure target passes over 1 to 65 tokens and the drafter's pass, each with all that the loop does around it.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target.
+        drafter (`SpecDiffDrafter`): the drafter.
+        speculation (`SpeculationConfig`): what rounds look like.
+
+    Returns:
+        `Profile`: medians of several passes; a larger pass never counts as cheaper than a smaller one.
+    """
+    device = model.get_input_embeddings().weight.device
+    device = model.device if device.type == "meta" else device
+    vocab_size = model.config.get_text_config().vocab_size
+    ids = (torch.arange(CONTEXT_LENGTH, device=device)[None] * 7 + 5) % vocab_size
+    ids = torch.where(ids == drafter.config.mask_token_id, ids - 1, ids)
+    put_around = make_drafter(drafter, model, speculation, LogitsProcessorList())
+    cache = DynamicCache(config=model.config.get_text_config())
+    model_kwargs = {"past_key_values": cache, "use_cache": True, "attention_mask": torch.ones_like(ids)}
+    target_class = Target if speculation.draft_shape == "chain" else MaskedTarget
+    target = target_class(model, GenerationConfig(), model_kwargs, put_around.target_layer_ids)
+    with torch.no_grad():
+        text = Text.of_prompt(ids)
+        target.prefill(text)
+        features = target.commit([[0]], 0)
+        text = text.extended([[5]])
+        drafter_seconds = [_seconds(lambda: put_around.draft(text, features), device, 1)]
+        drafter_seconds += [_seconds(lambda: put_around.draft(text, None), device, NUM_REPEATS)]
+
+        def one_pass(draft: Draft | DraftTree) -> None:
+            target.verify(text, draft)
+            # Only the anchor stays, and is taken back at once: the next pass stands where this one stood.
+            target.forget(draft.num_tokens + 1)
+
+        target_seconds: list[float] = []
+        for size in SIZES:
+            call = partial(one_pass, _chain_of(size - 1, device, is_tree=speculation.draft_shape != "chain"))
+            _seconds(call, device, 1)  # the first pass of a size is not like the others
+            target_seconds.append(max([_seconds(call, device, NUM_REPEATS), *target_seconds[-1:]]))
+    return Profile(list(SIZES), target_seconds, drafter_seconds[-1], machine_of(device))
+
+
+def machine_of(device: torch.device) -> str:
+    """Return what tells this machine from another one, as far as speed goes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {platform.processor()}"
+    return f"{name} ({os.cpu_count()} cores, {torch.get_num_threads()} threads), torch {torch.__version__}"
+
+
+def cache_folder() -> Path:
+    """Return where profiles are kept: `HF_SPECDIFF_CACHE`, or `hf_specdiff` beside the host's own cache."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    return Path(os.environ.get("HF_SPECDIFF_CACHE") or Path(home) / "hf_specdiff") / "profiles"
+
+
+def _stored_or_measured(path: Path, model: Any, drafter: Any, speculation: SpeculationConfig) -> Profile:
+    machine = machine_of(model.device)
+    if path.is_file():
+        try:
+            stored = _read(path)
+            if stored.machine == machine:
+                return stored
+            reason = f"was measured on {stored.machine}"
+        except ValueError as error:
+            reason = f"cannot be read ({error})"
+        logger.warning(f"The stored profile {path} {reason}; measuring again on {machine}.")
+    profile = measure_profile(model, drafter, speculation)
+    try:
+        write_profile(profile, path)
+    except OSError as error:
+        logger.warning(f"The profile of this pair could not be kept in {path} ({error}); the next process measures it again.")
+    return profile
+
+
+def write_profile(profile: Profile, path: Path) -> None:
+    """Write a profile as JSON, beside its place first, so that the file is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.partial")
+    beside.write_text(json.dumps(asdict(profile), indent=2), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _read(path: Path) -> Profile:
+    try:
+        return Profile(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"`profile` must be a Profile or a file that holds one, got {str(path)!r}: {error}") from error
+
+
+def _pair_key(model: Any, drafter: Any, speculation: SpeculationConfig) -> str:
+    """Return a name for everything about a pair that decides what its rounds cost, but for the machine."""
+    parts = [transformers.__version__, speculation.draft_shape, str(speculation.gamma), str(model.device.type)]
+    for network in (model, drafter):
+        parts += [network.config.to_json_string(), str(network.dtype), str(network.config._attn_implementation)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _chain_of(count: int, device: torch.device, *, is_tree: bool) -> Draft | DraftTree:
+    tokens = torch.full((1, count), 5, device=device)
+    return DraftTree(tokens, [list(range(count))]) if is_tree else Draft(tokens, None, has_prefix_law=True)
+
+
+def _seconds(call: Callable[[], Any], device: torch.device, num_repeats: int) -> float:
+    """Return the median time of a call."""
+    times = []
+    for _ in range(num_repeats):
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,171 @@
+"""Draft sizes that follow the machine: what is chosen, when drafting pauses, and that the profile is kept and checked."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+from transformers.utils import logging
+
+import hf_specdiff
+from hf_specdiff import SpecDiffDrafter
+from hf_specdiff import profiling
+from hf_specdiff.budget import FIRST_PAUSE
+from hf_specdiff.budget import Budget
+from hf_specdiff.budget import Profile
+from hf_specdiff.speculation import SpeculationConfig
+
+from .conftest import make_drafter
+from .conftest import make_target
+from .test_batches import batch_of
+
+FREE = Profile([1, 65], [0.010, 0.0101], drafter_seconds=0.001)  # tokens of a pass cost next to nothing
+STEEP = Profile([1, 65], [0.010, 0.330], drafter_seconds=0.001)  # each costs half of a whole pass
+DEAR = Profile([1, 65], [0.010, 0.0101], drafter_seconds=1.0)  # the drafter costs a hundred passes
+AUTO = {"tree": {"tree_budget": "auto"}, "chain": {"draft_shape": "chain", "gamma": "auto"}}
+
+
+def test_costs_are_interpolated_and_extrapolated() -> None:
+    profile = Profile([1, 3, 5], [1.0, 2.0, 6.0], 0.5)
+    assert [profile.target_cost(n) for n in (1, 2, 3, 4, 5, 6)] == pytest.approx([1.0, 1.5, 2.0, 4.0, 6.0, 8.0])
+
+
+def test_more_is_drafted_where_tokens_are_cheap_and_likely() -> None:
+    likely, unlikely = [0.9**i for i in range(1, 31)], [0.3**i for i in range(1, 31)]
+    counts = {
+        (name, kind): Budget(profile, 1).choose([10], [values])
+        for name, profile in (("free", FREE), ("steep", STEEP))
+        for kind, values in (("likely", likely), ("unlikely", unlikely))
+    }
+    assert counts["free", "likely"] == 30
+    assert counts["free", "likely"] > counts["steep", "likely"] > counts["steep", "unlikely"]
+
+
+def test_the_choice_is_the_best_of_all() -> None:
+    budget = Budget(STEEP, 1)
+    values = [0.95, 0.9, 0.6, 0.55, 0.2, 0.1]
+    gains = [sum(values[:n]) - budget.rate * STEEP.target_cost(n + 1) for n in range(7)]
+    assert budget.choose([10], [values]) == max(range(7), key=gains.__getitem__)
+
+
+def test_trust_follows_what_was_accepted() -> None:
+    budget = Budget(FREE, 1)
+    length = 10
+    for _ in range(30):
+        assert budget.wants_draft([length])
+        budget.choose([length], [[0.9, 0.8, 0.7]])
+        length += 3  # two accepted of 2.4 promised, and the bonus token
+    assert budget.trust == pytest.approx(2 / 2.4, abs=0.05)
+
+
+def test_drafting_pauses_where_it_does_not_pay_and_tries_again() -> None:
+    budget, length, drafted = Budget(DEAR, 1), 10, []
+    for step in range(40):
+        if budget.wants_draft([length]):
+            drafted.append(step)
+            budget.choose([length], [[0.9, 0.8]])
+        length += 1
+    assert drafted == [0, FIRST_PAUSE + 1, 3 * FIRST_PAUSE + 2, 7 * FIRST_PAUSE + 3]
+
+
+@pytest.mark.parametrize("profile", [FREE, STEEP, DEAR], ids=["free", "steep", "dear"])
+@pytest.mark.parametrize("shape", AUTO)
+@pytest.mark.parametrize("lengths", [[5], [4, 7, 2]], ids=["one", "batch"])
+def test_greedy_text_stays_the_targets(shape: str, lengths: list[int], profile: Profile, drafter: SpecDiffDrafter) -> None:
+    """Also after pauses, when the drafter has to read what it has missed."""
+    for seed in range(2):
+        target = make_target(seed)
+        ids, mask = batch_of(lengths, seed)
+        settings = {"do_sample": False, "max_new_tokens": 30, "attention_mask": mask}
+        expected = target.generate(ids, **settings)
+        results = [
+            hf_specdiff.generate(
+                target, ids, assistant_model=drafter, **settings, **AUTO[shape], profile=profile, return_dict_in_generate=True
+            )
+            for _ in range(2)
+        ]
+        assert torch.equal(results[0].sequences, expected)
+        # With a given profile nothing depends on a clock.
+        assert results[0].speculation.num_drafted == results[1].speculation.num_drafted
+
+
+def test_features_of_paused_rounds_reach_the_drafter() -> None:
+    """After a pause the drafter's context is what it would have been without one."""
+    target, drafter = make_target(0, eos_token_id=None), make_drafter([0, 2], eos_token_id=None)
+    contexts = []
+    network_call = SpecDiffDrafter.forward
+
+    def recording(self: SpecDiffDrafter, *args: object, **kwargs: object) -> object:
+        output = network_call(self, *args, **kwargs)
+        contexts.append(output.past_key_values.layers[0].keys[:, :, : -kwargs["noise_embeds"].shape[1]].clone())
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SpecDiffDrafter, "forward", recording)
+        settings = {"do_sample": False, "max_new_tokens": 24, "draft_shape": "chain"}
+        ids, _ = batch_of([6])
+        hf_specdiff.generate(target, ids, assistant_model=drafter, **settings, gamma="auto", profile=DEAR)
+        paused = {context.shape[2]: context for context in contexts}
+        contexts.clear()
+        hf_specdiff.generate(target, ids, assistant_model=drafter, **settings)
+        steady = {context.shape[2]: context for context in contexts}
+    common = sorted(paused.keys() & steady.keys())
+    assert len(common) >= 2
+    for length in common:
+        torch.testing.assert_close(paused[length], steady[length], atol=1e-5, rtol=1e-4)
+
+
+def test_a_measured_profile_is_kept_and_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drafter: SpecDiffDrafter
+) -> None:
+    monkeypatch.setenv("HF_SPECDIFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(profiling, "_KNOWN", {})
+    target, speculation = make_target(), SpeculationConfig(5, draft_shape="tree")
+    first = profiling.profile_of(target, drafter, speculation)
+    assert first.sizes[0] == 1
+    assert first.target_seconds == sorted(first.target_seconds)
+    monkeypatch.setattr(profiling, "measure_profile", lambda *pair: pytest.fail("measured twice"))
+    assert profiling.profile_of(target, drafter, speculation) == first
+    profiling._KNOWN.clear()
+    assert profiling.profile_of(target, drafter, speculation) == first
+    assert profiling.profile_of(target, drafter, speculation, next(tmp_path.rglob("*.json"))) == first
+
+
+@pytest.mark.parametrize("damage", ["other machine", "not JSON"])
+def test_a_profile_of_another_machine_is_measured_again_with_one_line(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_target: LlamaForCausalLM, token_drafter: SpecDiffDrafter
+) -> None:
+    monkeypatch.setenv("HF_SPECDIFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(profiling, "_KNOWN", {})
+    speculation = SpeculationConfig(5, draft_shape="tree")
+    profiling.profile_of(tiny_target, token_drafter, speculation)
+    path = next(tmp_path.rglob("*.json"))
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "machine": "an abacus"}) if damage == "other machine" else "{")
+    profiling._KNOWN.clear()
+    lines: list[str] = []
+    monkeypatch.setattr(logging.get_logger("hf_specdiff.profiling"), "warning", lines.append)
+    profile = profiling.profile_of(tiny_target, token_drafter, speculation)
+    assert profile.machine == stored["machine"]
+    assert len(lines) == 1
+    assert ("an abacus" if damage == "other machine" else "cannot be read") in lines[0]
+
+
+def test_bad_profiles_and_bad_autos_are_refused(
+    tmp_path: Path, tiny_target: LlamaForCausalLM, token_drafter: SpecDiffDrafter, prompt: torch.Tensor
+) -> None:
+    with pytest.raises(ValueError, match="rising `sizes`"):
+        Profile([1, 1], [1.0, 2.0], 1.0)
+    with pytest.raises(ValueError, match="positive times"):
+        Profile([1, 2], [0.0, 2.0], 1.0)
+    cases = [
+        ({"tree_budget": "auto", "profile": tmp_path / "none.json"}, "`profile` must be a Profile or a file"),
+        ({"gamma": "auto", "draft_shape": "samples"}, "`gamma` must be an integer"),
+        ({"gamma": "auto", "draft_shape": "chain", "num_denoising_steps": 2}, "`gamma` must be an integer"),
+        ({"gamma": "all"}, "or 'auto', got 'all'"),
+        ({"tree_budget": "most"}, "or 'auto', got 'most'"),
+    ]
+    for kwargs, words in cases:
+        with pytest.raises(ValueError, match=words):
+            hf_specdiff.generate(tiny_target, prompt, assistant_model=token_drafter, max_new_tokens=4, **kwargs)
