@@ -1,7 +1,7 @@
 """The rules that decide how much of a draft stands, and why each of them is lossless.
 
-Letters: B batch, G drafted tokens, N nodes of a tree, V vocabulary. p_i is the target's law and q_i the drafter's law of token i, both given the
-tokens before it; x is the draft. Knows no model and no cache. Imported by the loop.
+Letters: B batch, G drafted tokens, N nodes of a tree, V vocabulary. p_i is the target's law and q_i the drafter's law of token
+i, both given the tokens before it; x is the draft. Knows no model and no cache. Imported by the loop.
 
 A rule is lossless when the text it emits has the target's law. Each rule below is a pair of pure functions, the law of the
 number of accepted tokens and the law of the bonus token; the tests enumerate exactly these functions, and drawing from them is
@@ -85,8 +85,8 @@ def accept_by_walk(tree: DraftTree, next_token: Callable[[int, list[int]], int])
 
     Args:
         tree (`DraftTree`): the draft.
-        next_token (`Callable`): from batch row and the path so far (node 0 first) to the target's token after it: drawn from the
-            target's law given that prefix, or the most probable one. It is asked once for each node that is reached.
+        next_token (`Callable`): from batch row and the path so far (node 0 first) to the target's token after it: drawn from
+            the target's law given that prefix, or the most probable one. It is asked once for each node that is reached.
 
     Returns:
         `Acceptance`: the accepted path and the target's token that follows it.
@@ -111,8 +111,8 @@ def sampled_child_law(target_probs: torch.Tensor, draft_probs: torch.Tensor, tok
     """Return the law of the target's next token at a node, given the token that was drawn as its child.
 
     With q the law that x was drawn from: x with probability a = min(1, p(x) / q(x)), else a token of norm(max(p - q, 0)). Over
-    the draw of x that is min(p, q) + max(p - q, 0) = p. The other children are where q is 0, so their tokens come up whenever the
-    target wants them: a node accepts p(siblings) + sum min(p, q).
+    the draw of x that is min(p, q) + max(p - q, 0) = p. The other children are where q is 0, so their tokens come up whenever
+    the target wants them: a node accepts p(siblings) + sum min(p, q).
 
     Args:
         target_probs (`torch.Tensor` of shape `(V,)`): p at the node.
@@ -122,8 +122,8 @@ def sampled_child_law(target_probs: torch.Tensor, draft_probs: torch.Tensor, tok
     Returns:
         `torch.Tensor` of shape `(V,)`: to draw the next token from.
 
-    Lossless when: x was drawn from q, which other children there are was settled before, and nothing in the tree depends on x but
-    the token of that one node.
+    Lossless when: x was drawn from q, which other children there are was settled before, and nothing in the tree depends on x
+    but the token of that one node.
     Source: the node rule of arXiv:2502.18779 ("greedy draft"), for trees as in arXiv:2609.21827.
     """
     accept = (target_probs[token] / draft_probs[token]).clamp(max=1)

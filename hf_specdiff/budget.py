@@ -1,8 +1,8 @@
 """How much to draft: as many nodes as pay on this machine, given what a pass costs and what the drafter is worth.
 
-Letters: B batch, N drafted nodes. Knows costs and probabilities; knows no model and reads no clock, so that a run with a given profile
-is reproducible. Nothing here can change what is generated: the choices read the committed text alone, never the drawn drafts.
-Imported by the drafters.
+Letters: B batch, N drafted nodes. Knows costs and probabilities; knows no model and reads no clock, so that a run with a given
+profile is reproducible. Nothing here can change what is generated: the choices read the committed text alone, never the drawn
+drafts. Imported by the drafters.
 """
 
 from bisect import bisect_left
@@ -57,9 +57,9 @@ class Budget:
     """Choose round by round whether to draft and how many nodes to verify, for the most tokens per second.
 
     A round that verifies n nodes costs D + T(n + 1) and is expected to bring 1 + c * sum of the n largest path probabilities,
-    where c, how far the drafter's probabilities can be trusted, is learnt from the rounds so far. The best n is where the expected
-    gain over what the same time usually brings is largest. Where drafting brings fewer tokens per second than plain decoding, it
-    pauses, and tries again after 4, 8, 16, ... rounds.
+    where c, how far the drafter's probabilities can be trusted, is learnt from the rounds so far. The best n is where the
+    expected gain over what the same time usually brings is largest. Where drafting brings fewer tokens per second than plain
+    decoding, it pauses, and tries again after 4, 8, 16, ... rounds.
 
     Args:
         profile (`Profile`): the costs.

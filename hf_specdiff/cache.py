@@ -51,8 +51,8 @@ def roll_back(cache: Cache, num_tokens: int) -> None:
 class RaggedCache:
     """A cache whose rows end at different slots, because they accepted differently.
 
-    Row `b` owns its first `ends[b]` slots. A pass writes behind the longest row; `keep` moves what stays to each row's own end, so
-    that nothing in front of the tail is ever copied and the cache is no longer than its longest row.
+    Row `b` owns its first `ends[b]` slots. A pass writes behind the longest row; `keep` moves what stays to each row's own end,
+    so that nothing in front of the tail is ever copied and the cache is no longer than its longest row.
 
     Args:
         cache (`transformers.Cache`): the cache, all rows of the same length.

@@ -23,6 +23,7 @@ from hf_specdiff.demo.show import run_demo
 from hf_specdiff.draft import SpeculationStats
 from hf_specdiff.generate import generate
 from hf_specdiff.training.data import read_prompts
+from hf_specdiff.training.losses import OBJECTIVES
 from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import train_drafter
 from hf_specdiff.training.trainer import spread_layers
@@ -50,9 +51,12 @@ def generate_command(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     do_sample: Annotated[bool, typer.Option("--sample/--greedy")] = False,
     temperature: Annotated[float | None, typer.Option(help="only with --sample")] = None,
-    gamma: Annotated[int | None, typer.Option(help="tokens drafted per round")] = None,
+    gamma: Annotated[str | None, typer.Option(help="tokens drafted per round, or auto")] = None,
     num_denoising_steps: Annotated[int | None, typer.Option(help="drafter passes per round")] = None,
-    acceptance: Annotated[str | None, typer.Option(help="match, ratio, block or auto")] = None,
+    acceptance: Annotated[str | None, typer.Option(help="match, ratio, block, self_selection or auto")] = None,
+    draft_shape: Annotated[str | None, typer.Option(help="chain, samples, tree or auto")] = None,
+    num_drafts: Annotated[int | None, typer.Option(help="joint drafts of the shape samples")] = None,
+    tree_budget: Annotated[str | None, typer.Option(help="nodes of a tree, or auto: as many as pay on this machine")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "float32",
     device_map: Annotated[str, typer.Option(help="as for from_pretrained")] = "auto",
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
@@ -78,9 +82,12 @@ def generate_command(
             assistant_model=assistant,
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
-            gamma=gamma,
+            gamma=number_or_word(gamma),
             num_denoising_steps=num_denoising_steps,
             acceptance=acceptance,
+            draft_shape=draft_shape,
+            num_drafts=num_drafts,
+            tree_budget=number_or_word(tree_budget),
             return_dict_in_generate=True,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             **sampling,
@@ -105,6 +112,8 @@ def train_command(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     num_anchors: Annotated[int, typer.Option(min=1, help="windows of a sequence and step")] = 8,
     learning_rate: Annotated[float, typer.Option()] = 1e-3,
+    loss: Annotated[list[str] | None, typer.Option(help="objective:weight, several times; by default decayed_ce:1")] = None,
+    context_weight: Annotated[float, typer.Option(help="of next-token prediction on the context, for tokens")] = 0.0,
     loss_decay: Annotated[float, typer.Option(help="positions after which a position's weight has fallen by e")] = 7.0,
     seed: Annotated[int, typer.Option()] = 0,
     save_steps: Annotated[int, typer.Option(min=1)] = 250,
@@ -131,6 +140,8 @@ def train_command(
         batch_size=batch_size,
         num_anchors=num_anchors,
         learning_rate=learning_rate,
+        loss_weights=read_loss_weights(loss) if loss else {"decayed_ce": 1.0},
+        context_weight=context_weight,
         loss_decay=loss_decay,
         seed=seed,
         bf16=bf16,
@@ -142,6 +153,39 @@ def train_command(
         )
         raise typer.Exit(INTERRUPTED)
     typer.echo(f"The drafter is in {output}.")
+
+
+def number_or_word(value: str | None) -> int | str | None:
+    """Return an option that is an integer or a word such as "auto"; the entry refuses other words."""
+    return int(value) if value is not None and value.lstrip("-").isdecimal() else value
+
+
+def read_loss_weights(terms: list[str]) -> dict[str, float]:
+    """Read `--loss` arguments.
+
+    Args:
+        terms (`list[str]`): each an objective's name, a colon and its weight; the weight may be left out and is then 1.
+
+    Returns:
+        `dict[str, float]`: weights by name.
+
+    Raises:
+        ValueError: if an objective is unknown or named twice, or a weight is no positive number.
+    """
+    weights: dict[str, float] = {}
+    for term in terms:
+        name, _, weight = term.partition(":")
+        try:
+            value = float(weight or 1)
+        except ValueError:
+            value = 0.0
+        if name not in OBJECTIVES or name in weights or not 0 < value < float("inf"):
+            raise ValueError(
+                f"`--loss` must be objective:weight, each of {', '.join(OBJECTIVES)} at most once and with a positive weight, "
+                f"got {term!r}."
+            )
+        weights[name] = value
+    return weights
 
 
 def load_model(role: str, name: str, *, dtype: str, device_map: str) -> Any:

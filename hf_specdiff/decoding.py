@@ -58,7 +58,8 @@ class Round:
     Attributes:
         rows (`list[int]`): which rows of the batch these are.
         tokens (`list[list[int]]`): for each of them, accepted tokens and the bonus token, cut where the text ends.
-        nodes (`list[list[int]]`): for each of them, the drafted tokens behind whose logits each new token stands; 0 is the anchor.
+        nodes (`list[list[int]]`): for each of them, the drafted tokens behind whose logits each new token stands; 0 is the
+            anchor.
         scores (`Scores`): the target's logits of the pass.
         num_drafted (`list[int]`): tokens that were drafted for each of them; 0 for the prefill.
     """

@@ -47,8 +47,8 @@ class Drafter(Protocol):
 
         Args:
             text (`Text`): the committed text; calls of one generation only extend it.
-            features (`Features`, *optional*): hidden states of the tokens that the target has processed since the last call; the
-                anchor, the last token, is never among them.
+            features (`Features`, *optional*): hidden states of the tokens that the target has processed since the last call;
+                the anchor, the last token, is never among them.
 
         Returns:
             `Draft` or `DraftTree`: at least one token for each row.
@@ -241,8 +241,8 @@ class DenoisingDrafter:
         """Return where a pass stands in the text: positions of its tokens and the mask of its keys.
 
         The keys of a pass are the cached context, the new context, and the window, whose slot 0 is the anchor, the text's last
-        token. Rows with less new context than others have filler behind it. The context may begin after the text does, where the
-        target started from a filled cache.
+        token. Rows with less new context than others have filler behind it. The context may begin after the text does, where
+        the target started from a filled cache.
 
         Args:
             text (`Text`): committed.

@@ -66,7 +66,8 @@ def generate(
             `profile` (`Profile` or path, *optional*): what passes cost, for `"auto"`; by default measured once and kept in the
             user's cache;
             `draft_temperature` (`float`): of the draft distribution, by default 1.0; 0 drafts the most probable tokens;
-            `acceptance` (`str`): `"match"`, `"ratio"`, `"block"`, `"self_selection"` or `"auto"` (default: the rule that accepts
+            `acceptance` (`str`): `"match"`, `"ratio"`, `"block"`, `"self_selection"` or `"auto"` (default: the rule that
+                accepts
             most).
 
     Returns:
@@ -239,12 +240,13 @@ def _check_batch(text: Text, model: Any, processors: LogitsProcessorList, config
     for processor in processors:
         if isinstance(processor, BATCH_PROCESSORS):
             raise ValueError(
-                f"`logits_processor` must read one row at a time, got {type(processor).__name__}, which knows its rows by their "
-                "place in the batch. Call generate once for each prompt."
+                f"`logits_processor` must read one row at a time, got {type(processor).__name__}, which knows its rows by "
+                "their place in the batch. Call generate once for each prompt."
             )
     if stop.others and config.pad_token_id is None:
         raise ValueError(
-            "`pad_token_id` must be given when rows can end at different tokens, got None. Pass pad_token_id=tokenizer.pad_token_id."
+            "`pad_token_id` must be given when rows can end at different tokens, got None. Pass "
+            "pad_token_id=tokenizer.pad_token_id."
         )
 
 

@@ -1,7 +1,7 @@
 """A target that is told who sees whom: for draft trees, and for batches whose rows accept different lengths.
 
-Letters: B batch, N drafted nodes, C cached slots, V vocabulary, D hidden size. Knows which masks the host's models read; knows no
-drafter and no rule. Imported by the entry.
+Letters: B batch, N drafted nodes, C cached slots, V vocabulary, D hidden size. Knows which masks the host's models read; knows
+no drafter and no rule. Imported by the entry.
 """
 
 from typing import Any
@@ -188,8 +188,8 @@ def _with_full_layers(cache: Cache) -> Cache:
         return cache
     if cache.get_seq_length() > 0:
         raise ValueError(
-            "`past_key_values` must be empty or keep every token, got a filled cache with sliding layers. Leave it out, or pass "
-            "draft_shape='chain' and one prompt at a time."
+            "`past_key_values` must be empty or keep every token, got a filled cache with sliding layers. Leave it out, or "
+            "pass draft_shape='chain' and one prompt at a time."
         )
     return DynamicCache()
 

@@ -94,9 +94,9 @@ def process_without_prefix(processors: LogitsProcessorList, logits: torch.Tensor
 class Scores:
     """The target's processed logits of one pass, each row of them with its own true prefix.
 
-    Plain decoding shows a processor the text up to the token in question. So does this: row `b`'s node `v` is processed with the
-    committed text and the drafted tokens that lead to `v`. Rows of the batch are processed one by one where the prefix counts,
-    since their lengths differ.
+    Plain decoding shows a processor the text up to the token in question. So does this: row `b`'s node `v` is processed with
+    the committed text and the drafted tokens that lead to `v`. Rows of the batch are processed one by one where the prefix
+    counts, since their lengths differ.
 
     Args:
         processors (`LogitsProcessorList`): what `generate` built from its arguments.

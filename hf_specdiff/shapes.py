@@ -46,8 +46,8 @@ def draft_tree(
     Args:
         scores (`torch.Tensor` of shape `(B, G, V)`, float32): processed logits of one pass.
         speculation (`SpeculationConfig`): the budget, the temperature of the marginals, and the rule.
-        choose (`Callable`, *optional*): from each row's path probabilities, falling, to how many nodes are worth verifying. It is
-            asked before anything is drawn.
+        choose (`Callable`, *optional*): from each row's path probabilities, falling, to how many nodes are worth verifying. It
+            is asked before anything is drawn.
 
     Returns:
         `DraftTree`: with `sampled` for the ratio rule; or a `Draft` of nothing, where no node is worth it.
@@ -74,8 +74,8 @@ def draft_tree(
 def chain_values(scores: torch.Tensor) -> list[list[float]]:
     """Return how probable it is that a chain is right so far, position by position.
 
-    It reads the marginals alone, not the tokens that were drawn: a draft that is cut because of a token it holds does not have the
-    law that the ratio and the block rule count on.
+    It reads the marginals alone, not the tokens that were drawn: a draft that is cut because of a token it holds does not have
+    the law that the ratio and the block rule count on.
 
     Args:
         scores (`torch.Tensor` of shape `(B, G, V)`, float32): processed logits of one pass.

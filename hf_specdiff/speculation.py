@@ -87,7 +87,8 @@ def resolve_speculation(
             `generation_config`, then the package's.
         drafter (`SpecDiffDrafter`): has `config.block_size` and `generation_config`.
         do_sample (`bool`): whether the target samples. A greedy target is met with greedy chains.
-        why_no_tree (`Callable`): says why the target cannot verify several drafts in a pass, or `None`; asked only if it matters.
+        why_no_tree (`Callable`): says why the target cannot verify several drafts in a pass, or `None`; asked only if it
+            matters.
 
     Returns:
         `SpeculationConfig`: complete; `"auto"` is replaced by what was picked.
@@ -115,8 +116,8 @@ def resolve_speculation(
     is_adaptive = is_auto["tree_budget"] if shape == "tree" else is_auto["gamma"]
     if is_adaptive and (shape == "samples" or steps > 1):
         raise ValueError(
-            f"`gamma` must be an integer with `draft_shape` {shape!r} and `num_denoising_steps` {steps}, got 'auto': there are no "
-            "probabilities of one pass to choose by. Pass a number, or draft_shape='tree' with tree_budget='auto'."
+            f"`gamma` must be an integer with `draft_shape` {shape!r} and `num_denoising_steps` {steps}, got 'auto': there "
+            "are no probabilities of one pass to choose by. Pass a number, or draft_shape='tree' with tree_budget='auto'."
         )
     speculation = SpeculationConfig(gamma, steps, order, shape, num_drafts, budget, is_adaptive, temperature, acceptance)
     return _with_rule(speculation, do_sample=do_sample)

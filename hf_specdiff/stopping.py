@@ -33,9 +33,7 @@ class StopCheck:
         self.eos_token_ids = {token for ids in ends for token in ids}
         self.others = [criterion for criterion in criteria if type(criterion) not in (MaxLengthCriteria, EosTokenCriteria)]
 
-    def cut(
-        self, text: Text, tokens: list[list[int]], nodes: list[list[int]], scores: Scores
-    ) -> tuple[list[int], list[bool]]:
+    def cut(self, text: Text, tokens: list[list[int]], nodes: list[list[int]], scores: Scores) -> tuple[list[int], list[bool]]:
         """Return how many of the new tokens plain decoding would have written before it stopped.
 
         Args:
@@ -50,9 +48,7 @@ class StopCheck:
         answers = [self._cut_row(text, i, tokens[i], nodes[i], scores) for i in range(text.num_rows)]
         return [count for count, _ in answers], [is_done for _, is_done in answers]
 
-    def _cut_row(
-        self, text: Text, index: int, tokens: list[int], nodes: list[int], scores: Scores
-    ) -> tuple[int, bool]:
+    def _cut_row(self, text: Text, index: int, tokens: list[int], nodes: list[int], scores: Scores) -> tuple[int, bool]:
         """Return what `cut` does, for the row at `index` of the text."""
         row = text.rows[index]
         count, is_done = self._cut_in_closed_form(text.lengths[index], tokens)

@@ -1,7 +1,7 @@
 """The target as the loop sees it: a prefill, one pass over each draft, and its cache kept to the committed text.
 
-Letters: B batch, G drafted tokens, V vocabulary, D hidden size, K target layers read. Knows how the host prepares a model's inputs;
-knows no drafter and no rule. Imported by the loop.
+Letters: B batch, G drafted tokens, V vocabulary, D hidden size, K target layers read. Knows how the host prepares a model's
+inputs; knows no drafter and no rule. Imported by the loop.
 """
 
 from typing import Any
@@ -103,8 +103,8 @@ class Target:
         """Keep what was accepted of the last pass and forget the rest; of the prefill all is kept.
 
         Args:
-            nodes (`list[list[int]]`): for each row, the tokens of the pass to keep, the anchor (0) first. The last token that the
-                round added is not among them: it is the next anchor, which no pass has seen.
+            nodes (`list[list[int]]`): for each row, the tokens of the pass to keep, the anchor (0) first. The last token that
+                the round added is not among them: it is the next anchor, which no pass has seen.
             num_drafted (`int`): tokens that the pass saw after the anchor.
 
         Returns:

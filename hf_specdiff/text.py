@@ -15,8 +15,8 @@ class Text:
     """What is final of every row.
 
     Attributes:
-        tokens (`torch.Tensor` of shape `(B, L)`, int64): row `b` is `tokens[b, :lengths[b]]`, left padding of the prompt included;
-            what lies behind is filler.
+        tokens (`torch.Tensor` of shape `(B, L)`, int64): row `b` is `tokens[b, :lengths[b]]`, left padding of the prompt
+            included; what lies behind is filler.
         lengths (`list[int]`): tokens of each row, padding included.
         prompt_length (`int`): tokens of the prompt, the same for all rows.
         prompt_mask (`torch.Tensor` of shape `(B, M)`, int64, *optional*): 0 on padding of the prompt; `None`: no padding. M may

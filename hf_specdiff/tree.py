@@ -73,8 +73,8 @@ class SampledChildren:
     """The children that were drawn, where a tree has one such child under each inner node.
 
     Attributes:
-        laws (`torch.Tensor` of shape `(n, V)`, float32): what each was drawn from: its position's marginal without the tokens of
-            its siblings, normalised.
+        laws (`torch.Tensor` of shape `(n, V)`, float32): what each was drawn from: its position's marginal without the tokens
+            of its siblings, normalised.
         row_of (`list[dict[int, int]]`): for each batch row, from inner node to its row in `laws`.
         token_of (`list[dict[int, int]]`): for each batch row, from inner node to the token that was drawn under it.
     """

@@ -100,11 +100,10 @@ def test_rows_that_end_early_are_padded_and_leave_the_batch(drafter: SpecDiffDra
     firsts = {token: [row.tolist().index(token) if token in row else 30 for row in free] for token in range(3, 29)}
     eos = max(firsts, key=lambda token: len(set(firsts[token])))
     assert len(set(firsts[eos])) >= 3
-    expected = target.generate(ids, **settings, eos_token_id=eos, pad_token_id=0)
+    expected = target.generate(ids, **{**settings, "eos_token_id": eos, "pad_token_id": 0})
+    settings |= {"eos_token_id": eos, "pad_token_id": 0}
     for shape in SHAPES.values():
-        result = hf_specdiff.generate(
-            target, ids, assistant_model=drafter, **settings, eos_token_id=eos, pad_token_id=0, **shape, return_dict_in_generate=True
-        )
+        result = hf_specdiff.generate(target, ids, assistant_model=drafter, **settings, **shape, return_dict_in_generate=True)
         assert torch.equal(result.sequences, expected)
     rows_per_round = [len(row) for row in result.speculation.num_accepted]
     assert rows_per_round == sorted(rows_per_round, reverse=True)
@@ -125,11 +124,10 @@ def test_several_sequences_of_one_prompt(drafter: SpecDiffDrafter, prompt: torch
 def test_processors_see_each_rows_own_prefix(shape: str, drafter: SpecDiffDrafter) -> None:
     target = make_target(1)
     ids, mask = batch_of([4, 7, 3], 1)
-    settings = {"do_sample": False, "max_new_tokens": 20, "attention_mask": mask, "repetition_penalty": 1.5, "min_new_tokens": 9}
+    settings = {"do_sample": False, "max_new_tokens": 20, "attention_mask": mask}
+    settings |= {"repetition_penalty": 1.5, "min_new_tokens": 9}
     expected = target.generate(ids, **settings)
-    assert torch.equal(
-        hf_specdiff.generate(target, ids, assistant_model=drafter, **settings, **SHAPES[shape]), expected
-    )
+    assert torch.equal(hf_specdiff.generate(target, ids, assistant_model=drafter, **settings, **SHAPES[shape]), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -186,7 +184,8 @@ def test_only_rows_on_the_path_are_processed(monkeypatch: pytest.MonkeyPatch, pr
 
 
 def test_a_model_that_reads_the_text_in_order_is_found_out(prompt: torch.Tensor) -> None:
-    alibi = make_model(BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.6, **SPECIAL_IDS))
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.6}
+    alibi = make_model(BloomConfig(**sizes, **SPECIAL_IDS))
     convolving = make_model(Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]))
     for target, words in ((alibi, "Bloom"), (convolving, "conv")):
         assert words in why_not_masked(target)
@@ -241,7 +240,9 @@ def test_one_draft_drawn_from_samples_is_a_chain(tiny_target: LlamaForCausalLM, 
     assert result.speculation.draft_shape == "samples"
 
 
-def test_speculation_says_what_was_picked(tiny_target: LlamaForCausalLM, token_drafter: SpecDiffDrafter, prompt: torch.Tensor) -> None:
+def test_speculation_says_what_was_picked(
+    tiny_target: LlamaForCausalLM, token_drafter: SpecDiffDrafter, prompt: torch.Tensor
+) -> None:
     def picked(**kwargs: object) -> tuple[str, str]:
         settings = {"max_new_tokens": 4, "return_dict_in_generate": True, **kwargs}
         stats = hf_specdiff.generate(tiny_target, prompt, assistant_model=token_drafter, **settings).speculation

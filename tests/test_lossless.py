@@ -202,9 +202,7 @@ def test_several_denoising_steps_preserve_the_law(
     assert distance(plain, ours) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "scheme", ["ratio", "block", "auto-chain", "hot-drafts", "argmax-drafts"]
-)
+@pytest.mark.parametrize("scheme", ["ratio", "block", "auto-chain", "hot-drafts", "argmax-drafts"])
 def test_windows_of_two_tokens_preserve_the_law(scheme: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long enough for two drafted tokens and a bonus token in one round."""
     settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 2, "repetition_penalty": 1.3}

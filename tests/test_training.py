@@ -20,7 +20,6 @@ from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import collate
 from hf_specdiff.training.data import read_prompts
 from hf_specdiff.training.data import sample_windows
-from hf_specdiff.training.losses import decayed_cross_entropy
 from hf_specdiff.training.pipeline import last_whole_checkpoint
 from hf_specdiff.training.trainer import SpecDiffTrainer
 from hf_specdiff.training.trainer import SpecDiffTrainingArguments
@@ -101,18 +100,33 @@ def test_windows_hold_the_text_behind_their_anchor() -> None:
             assert ids[row, column].tolist() == [text[anchor]] + [MASK_TOKEN_ID] * 5
 
 
-def test_decayed_cross_entropy_equals_its_definition() -> None:
-    torch.manual_seed(0)
-    log_probs = torch.randn(3, 4, 7).log_softmax(-1)
-    labels = torch.tensor([[1, 2, 3, 4], [5, 6, -100, -100], [0, -100, -100, -100]])
-    total, weight_sum = 0.0, 0.0
-    for n in range(3):
-        for k in range(4):
-            if labels[n, k] != -100:
-                weight = float(torch.exp(torch.tensor(-k / 2.0)))
-                total -= weight * float(log_probs[n, k, labels[n, k]])
-                weight_sum += weight
-    assert float(decayed_cross_entropy(log_probs, labels, decay=2.0)) == pytest.approx(total / weight_sum, rel=1e-5)
+def test_the_context_is_learnt_where_it_has_a_weight(tmp_path: Path) -> None:
+    """The loss grows by the weighted loss of the context, and the windows' logits stay what they were."""
+    drafter = make_drafter().eval()
+    outputs = []
+    for weight in (0.0, 0.5, 1.0):
+        trainer = make_trainer(tmp_path, drafter, num_anchors=3, context_weight=weight)
+        batch = collate([trainer.train_dataset[i] for i in range(4)])
+        with torch.no_grad():
+            outputs.append(trainer.compute_loss(drafter, batch, return_outputs=True))
+    losses = [float(loss) for loss, _ in outputs]
+    assert losses[1] - losses[0] == pytest.approx(0.5 * (losses[2] - losses[0]), rel=1e-4)
+    assert losses[2] - losses[0] > 1.0  # an untrained drafter's loss is about log 31
+    torch.testing.assert_close(outputs[0][1]["log_probs"], outputs[2][1]["log_probs"], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"loss_weights": {"typo": 1.0}}, "`loss_weights` must give some of ce"),
+        ({"loss_weights": {}}, "`loss_weights` must give some of ce"),
+        ({"loss_weights": {"ce": -1.0}}, "a positive weight"),
+        ({"context_weight": -0.1}, "`context_weight` must be at least 0"),
+    ],
+)
+def test_bad_losses_are_refused(arguments: dict, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        SpecDiffTrainingArguments(output_dir=str(tmp_path), **arguments)
 
 
 @pytest.mark.parametrize("layers", [None, [0, 2]])

@@ -124,11 +124,12 @@ class RoundTimes:
         return self.between / (self.target_pass + self.drafter_pass + self.between)
 
 
-def measure_rounds(kind: str, prompts: list[str], max_new_tokens: int) -> RoundTimes:
+def measure_rounds(kind: str, draft_shape: str, prompts: list[str], max_new_tokens: int) -> RoundTimes:
     """Time the parts of a round of the bundled pair, greedy, on top of the comparison.
 
     Args:
         kind (`str`): `"features"` or `"tokens"`.
+        draft_shape (`str`): `"chain"` or `"tree"` (of 32).
         prompts (`list[str]`): texts.
         max_new_tokens (`int`): the length limit.
 
@@ -146,6 +147,7 @@ def measure_rounds(kind: str, prompts: list[str], max_new_tokens: int) -> RoundT
                 target,
                 tokenizer(text, return_tensors="pt").input_ids,
                 assistant_model=drafter,
+                draft_shape=draft_shape,
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 return_dict_in_generate=True,
@@ -178,12 +180,13 @@ def demo_decoders() -> tuple[Any, dict[str, Decoder]]:
 
         return decode
 
-    def ours(drafter: Any) -> Decoder:
+    def ours(drafter: Any, draft_shape: str) -> Decoder:
         def decode(ids: torch.Tensor, max_new_tokens: int, streamer: Any | None = None) -> tuple[torch.Tensor, list[int]]:
             output = generate(
                 target,
                 ids,
                 assistant_model=drafter,
+                draft_shape=draft_shape,
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 return_dict_in_generate=True,
@@ -197,8 +200,10 @@ def demo_decoders() -> tuple[Any, dict[str, Decoder]]:
         PLAIN: host(None),
         "transformers, AR assistant": host(autoregressive),
         "transformers, our token drafter": host(tokens),
-        "hf_specdiff, token drafter": ours(tokens),
-        "hf_specdiff, feature drafter": ours(features),
+        "hf_specdiff, token drafter, chain": ours(tokens, "chain"),
+        "hf_specdiff, token drafter, tree": ours(tokens, "tree"),
+        "hf_specdiff, feature drafter, chain": ours(features, "chain"),
+        "hf_specdiff, feature drafter, tree": ours(features, "tree"),
     }
 
 

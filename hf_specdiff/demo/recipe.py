@@ -1,4 +1,4 @@
-"""How the bundled pair is made: `python -m hf_specdiff.demo.recipe OUTPUT`, about two hours on two cores.
+"""How the bundled pair is made: `python -m hf_specdiff.demo.recipe OUTPUT`, about three hours on two cores.
 
 Every stage is skipped where its result exists, and goes on from its last checkpoint where it was interrupted. The bundled
 drafters' first stage was cut from a longer schedule of the same kind (step 1,000 of 2,607 for features, 1,250 for tokens); here
@@ -11,6 +11,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
+from typing import Any
 
 import torch
 import typer
@@ -37,6 +38,8 @@ NUM_CORPUS_PROBLEMS = 32_000
 NUM_CORPUS_CODE_EPOCHS = 2
 NUM_TRAINING_PROBLEMS = 5_000
 NUM_TRAINING_PROMPTS = 5_120
+NUM_MORE_CODE = 10_240
+NUM_MORE_PROBLEMS = 5_120
 NUM_HELD_OUT = 96
 TARGET_LAYERS = 16
 MAX_LENGTH = 256
@@ -97,13 +100,42 @@ def training_prompts() -> list[str]:
     return prompts[:NUM_TRAINING_PROMPTS]
 
 
-def drafter_plans() -> dict[str, tuple[TrainingPlan, TrainingPlan]]:
-    """Return how each bundled drafter is trained: on continuations and code as it stands, then on continuations alone."""
+def more_prompts() -> list[str]:
+    """Return many more prompts, for the last stage: several beginnings of each definition and of pieces of it, new problems."""
+    rng = random.Random(5)
+    heads = set()
+    for text in training_definitions():
+        lines = text.splitlines()
+        heads |= {code_prompt(text, size) for size in (60, 120, 180, 300)}
+        for _ in range(min(6, len(text) // 900)):
+            start = rng.randrange(len(lines))
+            heads.add(code_prompt("\n".join(lines[start:]), rng.choice((80, 160))))
+    code = sorted(head for head in heads if head)
+    rng.shuffle(code)
+    problems = itertools.islice(iter_problems(5, held_out=False), NUM_MORE_PROBLEMS)
+    return code[:NUM_MORE_CODE] + [problem.prompt for problem in problems]
+
+
+def drafter_plans() -> dict[str, list[TrainingPlan]]:
+    """Return the three stages of each bundled drafter.
+
+    First continuations and code as it stands, then continuations alone, then many more of them with D-PACE weights; the
+    token-conditioned drafter then also learns to continue the context, which is how it learns to calculate.
+    """
     features = TrainingPlan(spread_layers(TARGET_LAYERS, 4), num_layers=3, num_epochs=0.9, num_anchors=16, learning_rate=2e-3)
     tokens = TrainingPlan(None, num_layers=4, num_epochs=1.1, num_anchors=10, learning_rate=2e-3)
+    aligned: dict[str, Any] = {"learning_rate": 1.2e-3, "loss_weights": {"dpace": 1.0}}
     return {
-        "features": (features, replace(features, num_epochs=4.4, learning_rate=1.5e-3)),
-        "tokens": (tokens, replace(tokens, num_epochs=4.4, learning_rate=1.5e-3)),
+        "features": [
+            features,
+            replace(features, num_epochs=4.4, learning_rate=1.5e-3),
+            replace(features, num_epochs=2.5, num_anchors=24, **aligned),
+        ],
+        "tokens": [
+            tokens,
+            replace(tokens, num_epochs=4.4, learning_rate=1.5e-3),
+            replace(tokens, num_epochs=2.75, num_anchors=16, context_weight=0.5, **aligned),
+        ],
     }
 
 
@@ -126,12 +158,23 @@ def make_drafters(pair: Path, work: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pair / "target")
     target = AutoModelForCausalLM.from_pretrained(pair / "target", dtype=torch.float32).eval()
     continued = regenerate(target, tokenizer, training_prompts(), work / "sequences", max_length=MAX_LENGTH, batch_size=128)
+    quick = AutoModelForCausalLM.from_pretrained(pair / "target", dtype=torch.bfloat16).eval()
+    more = regenerate(
+        quick,
+        tokenizer,
+        more_prompts(),
+        work / "more-sequences",
+        max_length=MAX_LENGTH,
+        batch_size=128,
+        cache_implementation="static",
+    )
     mixed = Sequences.concatenate([continued, sequences_of_texts(tokenizer, training_definitions(), MAX_LENGTH)])
+    stages = [mixed, continued, Sequences.concatenate([continued, more])]
     for name, plans in drafter_plans().items():
         if (pair / name / "model.safetensors").is_file():
             continue
         start_from = None
-        for stage, (plan, sequences) in enumerate(zip(plans, (mixed, continued), strict=True), 1):
+        for stage, (plan, sequences) in enumerate(zip(plans, stages, strict=True), 1):
             output = work / f"{name}-{stage}"
             if not fit_drafter(target, sequences, output, plan, mask_token_id=tokenizer.mask_token_id, start_from=start_from):
                 raise typer.Exit(130)

@@ -34,7 +34,8 @@ from hf_specdiff.demo.comparison import compare
 from hf_specdiff.demo.comparison import demo_decoders
 from hf_specdiff.demo.comparison import measure_rounds
 
-OURS = "hf_specdiff, feature drafter"
+OURS = "hf_specdiff, feature drafter, chain"
+ROUNDS = [(kind, shape) for kind in ("features", "tokens") for shape in ("chain", "tree")]
 
 
 class Recording:
@@ -145,10 +146,11 @@ def run_demo(num_prompts: int, output: Path | None = None) -> bool:
             results[task] = compare(decoders, prompts, MAX_NEW_TOKENS[task], partial(progress.advance, bar))
     for task, tallies in results.items():
         console.print(table_of(task, tallies))
-    rounds = {kind: measure_rounds(kind, sets["math"][:num_prompts], MAX_NEW_TOKENS["math"]) for kind in ("features", "tokens")}
-    for kind, times in rounds.items():
+    timed = sets["math"][:num_prompts]
+    rounds = {pair: measure_rounds(*pair, timed, MAX_NEW_TOKENS["math"]) for pair in ROUNDS}
+    for (kind, shape), times in rounds.items():
         console.print(
-            f"a round of math, {kind}: target pass {1e3 * times.target_pass:.2f} ms, drafter pass "
+            f"a round of math, {kind}, {shape}: target pass {1e3 * times.target_pass:.2f} ms, drafter pass "
             f"{1e3 * times.drafter_pass:.2f} ms, everything between them {100 * times.between_share:.1f} %",
             highlight=False,
         )
@@ -163,7 +165,7 @@ def run_demo(num_prompts: int, output: Path | None = None) -> bool:
     return num_identical == num_outputs
 
 
-def write_results(path: Path, results: dict[str, dict[str, Tally]], rounds: dict[str, RoundTimes]) -> None:
+def write_results(path: Path, results: dict[str, dict[str, Tally]], rounds: dict[tuple[str, str], RoundTimes]) -> None:
     """Write figures and their conditions to a JSON file, beside it first."""
     record = {
         "conditions": {
@@ -173,12 +175,12 @@ def write_results(path: Path, results: dict[str, dict[str, Tally]], rounds: dict
             "python": platform.python_version(),
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
-            "settings": "greedy, float32, batch 1, gamma 15, one denoising step",
+            "settings": "greedy, float32, batch 1, gamma 15, one denoising step, trees of 32",
             "command": f"hf-specdiff demo --num-prompts {next(iter(results['math'].values())).num_prompts} --output {path}",
         },
         "rounds": [
-            {"task": "math", "drafter": kind, **asdict(times), "between_share": times.between_share}
-            for kind, times in rounds.items()
+            {"task": "math", "drafter": kind, "shape": shape, **asdict(times), "between_share": times.between_share}
+            for (kind, shape), times in rounds.items()
         ],
         "rows": [
             {

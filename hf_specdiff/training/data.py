@@ -258,6 +258,7 @@ def regenerate(
     max_length: int,
     batch_size: int = 64,
     shard_size: int = 512,
+    **generate_kwargs: Any,
 ) -> Sequences:
     """Let the target continue the prompts, greedily; a drafter learns best from the text it will have to predict.
 
@@ -271,6 +272,7 @@ def regenerate(
         max_length (`int`): tokens of prompt and continuation.
         batch_size (`int`): prompts generated together.
         shard_size (`int`): prompts of a shard.
+        **generate_kwargs: more arguments of the target's `generate`, `cache_implementation="static"` for one.
 
     Returns:
         `Sequences`: prompts and continuations, cut after the end-of-text token.
@@ -289,13 +291,13 @@ def regenerate(
     for number, shard in enumerate(track(shards, description="Target continues the prompts")):
         path = folder / f"sequences-{number:05d}.safetensors"
         if not path.is_file():
-            Sequences.from_lists(*_continue_all(target, tokenizer, shard, max_length, batch_size)).save(path)
+            Sequences.from_lists(*_continue_all(target, tokenizer, shard, max_length, batch_size, generate_kwargs)).save(path)
         parts.append(Sequences.load(path))
     return Sequences.concatenate(parts)
 
 
 def _continue_all(
-    target: Any, tokenizer: Any, prompts: list[list[int]], max_length: int, batch_size: int
+    target: Any, tokenizer: Any, prompts: list[list[int]], max_length: int, batch_size: int, generate_kwargs: dict[str, Any]
 ) -> tuple[list[list[int]], list[int]]:
     """Return the continued prompts and the prompts' lengths, in an order by length (padding costs time)."""
     ends = target.generation_config.eos_token_id
@@ -304,7 +306,7 @@ def _continue_all(
     for batch in _batches(sorted(prompts, key=len), batch_size):
         inputs = tokenizer.pad({"input_ids": batch}, return_tensors="pt").to(target.device)
         width = inputs["input_ids"].shape[1]
-        output = target.generate(**inputs, max_new_tokens=max_length - width, do_sample=False)
+        output = target.generate(**inputs, max_new_tokens=max_length - width, do_sample=False, **generate_kwargs)
         for prompt, row in zip(batch, output[:, width:].tolist(), strict=True):
             end = next((i for i, token in enumerate(row, 1) if token in end_tokens), len(row))
             sequences.append(prompt + row[:end])

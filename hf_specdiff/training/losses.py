@@ -1,7 +1,7 @@
 """Training objectives: pure functions of the drafter's log-probabilities and the target's tokens.
 
-Letters: N windows, G drafted tokens, V vocabulary; q_j is the probability that the drafter gave the target's token at position j.
-Knows no model. A position past the text's end has the label -100 and takes part in nothing.
+Letters: N windows, G drafted tokens, V vocabulary; q_j is the probability that the drafter gave the target's token at position
+j. Knows no model. A position past the text's end has the label -100 and takes part in nothing.
 """
 
 from collections.abc import Mapping
@@ -27,19 +27,19 @@ def position_weights(gamma: int, decay: float, device: torch.device | None = Non
     return torch.exp(-torch.arange(gamma, dtype=torch.float32, device=device) / decay)
 
 
-def cross_entropy(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = float("inf")) -> torch.Tensor:
+def cross_entropy(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) -> torch.Tensor:
     """Return -mean_j log q_j over all positions that have a label.
 
     Args:
         log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.
         labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens.
-        decay (`float`): weighs positions, see `position_weights`.
+        decay (`float`): takes no part.
 
     Returns:
         `torch.Tensor`: a scalar, in nats; 0 if no position has a label.
     """
     picked, has_label = _picked(log_probs, labels)
-    return -_mean(picked, position_weights(labels.shape[1], decay, log_probs.device) * has_label)
+    return -_mean(picked, has_label.to(picked.dtype))
 
 
 def decayed_cross_entropy(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) -> torch.Tensor:
@@ -55,7 +55,8 @@ def decayed_cross_entropy(log_probs: torch.Tensor, labels: torch.Tensor, decay: 
 
     Source: arXiv:2602.06036, section 4.
     """
-    return cross_entropy(log_probs, labels, decay)
+    picked, has_label = _picked(log_probs, labels)
+    return -_mean(picked, position_weights(labels.shape[1], decay, log_probs.device) * has_label)
 
 
 def streak(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) -> torch.Tensor:
@@ -118,9 +119,9 @@ def first_error_focal(log_probs: torch.Tensor, labels: torch.Tensor, decay: floa
 def dpace(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0, smoothing: float = 0.5) -> torch.Tensor:
     """Return -mean over windows of sum_j w_j log q_j / sum_j w_j with w_j = sum_{m>=j} prod_{i<=m} a_i held fixed.
 
-    a_i = (1 - smoothing) q_i + smoothing; without smoothing w_j is the streak's derivative by log q_j. So a window's weight lies
-    where its accepted length is decided: early in hard text, everywhere in easy text. Each window is scaled to weigh the same,
-    or easy text, whose weights sum to much more, would drown the hard.
+    a_i = (1 - smoothing) q_i + smoothing; without smoothing w_j is the streak's derivative by log q_j. So a window's weight
+    lies where its accepted length is decided: early in hard text, everywhere in easy text. Each window is scaled to weigh the
+    same, or easy text, whose weights sum to much more, would drown the hard.
 
     Args:
         log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.

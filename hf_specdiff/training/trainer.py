@@ -36,7 +36,8 @@ class SpecDiffTrainingArguments(TrainingArguments):
 
     Attributes:
         num_anchors (`int`): windows cut from each sequence and step.
-        loss_weights (`dict[str, float]`): the weight of each objective, by its name in `hf_specdiff.training.losses.OBJECTIVES`.
+        loss_weights (`dict[str, float]`): the weight of each objective, by its name in
+            `hf_specdiff.training.losses.OBJECTIVES`.
         loss_decay (`float`): positions after which a position's weight in `decayed_ce` and `focal` has fallen by e.
         context_weight (`float`): weight of next-token prediction on the context, for token-conditioned drafters: what a window
             reads of the text before it is learnt from every token, not only through windows.
