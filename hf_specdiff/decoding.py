@@ -62,6 +62,7 @@ class Round:
             anchor.
         scores (`Scores`): the target's logits of the pass.
         num_drafted (`list[int]`): tokens that were drafted for each of them; 0 for the prefill.
+        hidden_states (`tuple[torch.Tensor, ...]`, *optional*): of the pass, if the call wants them.
     """
 
     rows: list[int]
@@ -69,6 +70,7 @@ class Round:
     nodes: list[list[int]]
     scores: Scores
     num_drafted: list[int]
+    hidden_states: tuple[torch.Tensor, ...] | None
 
 
 def decode(
@@ -107,7 +109,7 @@ def decode(
         nodes = [row[:count] for row, count in zip(nodes, counts, strict=True)]
         # Commit: keep the accepted keys and values in place, forget the rest; rows that have ended leave.
         features = target.commit(nodes, draft.num_tokens)
-        yield Round(text.rows, tokens, nodes, scores, draft.num_drafted())
+        yield Round(text.rows, tokens, nodes, scores, draft.num_drafted(), target.hidden_states)
         if all(is_done):
             return
         text = text.extended(tokens)
@@ -247,6 +249,7 @@ def run(
         sequences=record.sequences(config.pad_token_id),
         scores=None if stop.scores is None else stack_steps(stop.scores),
         logits=None if record.logits is None else stack_steps(record.logits),
+        hidden_states=record.steps_of_states() if target.keeps_states else None,
         past_key_values=target.cache,
         speculation=stats,
     )
@@ -264,6 +267,8 @@ class Record:
         self.prompt = text.tokens
         self.tokens: list[list[int]] = [[] for _ in range(text.num_rows)]
         self.logits: list[list[torch.Tensor]] | None = [[] for _ in range(text.num_rows)] if keep_logits else None
+        self.prompt_states: tuple[torch.Tensor, ...] | None = None
+        self.states: list[list[torch.Tensor]] = [[] for _ in range(text.num_rows)]
 
     def add(self, addition: Round) -> None:
         """Take in what a round added."""
@@ -271,6 +276,21 @@ class Record:
             self.tokens[row] += addition.tokens[index]
             if self.logits is not None:
                 self.logits[row] += addition.scores.logits[index, addition.nodes[index]].float().unbind()
+        if addition.hidden_states is None:
+            return
+        if self.prompt_states is None:
+            self.prompt_states = addition.hidden_states
+            return
+        for index, row in enumerate(addition.rows):
+            # (layers, tokens, D), by token
+            states = torch.stack([layer[index, addition.nodes[index]] for layer in addition.hidden_states])
+            self.states[row] += states.unbind(dim=1)
+
+    def steps_of_states(self) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """Return hidden states as the host does: for each step and layer `(B, tokens of the step, D)`, the prompt's first."""
+        assert self.prompt_states is not None
+        steps = stack_steps(self.states) if any(self.states) else ()  # each (B, layers, D)
+        return (self.prompt_states, *(step[:, :, None].unbind(dim=1) for step in steps))
 
     def sequences(self, pad_token_id: int | None) -> torch.Tensor:
         """Return prompts and new tokens, `(B, longest)`; rows that ended earlier are padded on the right."""
@@ -283,5 +303,5 @@ class Record:
 def stack_steps(rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
     """Turn scores by row into the host's scores by step: a tensor `(B, V)` for each step, 0 where a row had ended."""
     longest = max(map(len, rows))
-    nothing = torch.zeros_like(rows[0][0])
+    nothing = torch.zeros_like(next(row[0] for row in rows if row))
     return tuple(torch.stack([row[step] if step < len(row) else nothing for row in rows]) for step in range(longest))

@@ -210,10 +210,8 @@ def _check_call(
     if not model_kwargs.get("use_cache", True) or model_kwargs.get("past_key_values") is None:
         raise ValueError("`use_cache` must be True, got False. Rounds build on the keys and values of the committed text.")
     check_can_roll_back(model_kwargs["past_key_values"])
-    if config.output_attentions or config.output_hidden_states:
-        raise ValueError(
-            "`output_attentions` and `output_hidden_states` must be False, got True. Use plain model.generate for them."
-        )
+    if config.output_attentions:
+        raise ValueError("`output_attentions` must be False, got True. Use plain model.generate for it.")
     for processor in processors:
         if isinstance(processor, STATEFUL_PROCESSORS):
             raise ValueError(

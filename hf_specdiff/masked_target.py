@@ -96,8 +96,7 @@ class MaskedTarget(Target):
         self.rows.keep(nodes)
         if self.layer_ids is None:
             return None
-        states = self._outputs.hidden_states
-        features = target_features(states, self.layer_ids, num_drafted + 1)
+        features = target_features(self._layer_states(), self.layer_ids, num_drafted + 1)
         most = max(map(len, nodes))
         index = torch.tensor([row + [0] * (most - len(row)) for row in nodes], device=features.device)
         if len(nodes) == 1:

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from .cache import roll_back
 from .cache import start_recording
+from .conditioning import FIRST_LAYER_INDEX
 from .conditioning import layer_output_indices
 from .conditioning import target_features
 from .draft import Draft
@@ -44,7 +45,10 @@ class Target:
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
         self.layer_ids = layer_ids
-        if layer_ids is not None:
+        self.keeps_states = bool(generation_config.return_dict_in_generate and generation_config.output_hidden_states)
+        if self.keeps_states:
+            self.model_kwargs["output_hidden_states"] = True
+        elif layer_ids is not None:
             self.model_kwargs["output_hidden_states"] = layer_output_indices(layer_ids)
         self._outputs: Any = None
         self._is_prompt = True  # whether the last pass was the prefill
@@ -53,6 +57,16 @@ class Target:
     def cache(self) -> Any:
         """The key/value cache."""
         return self.model_kwargs["past_key_values"]
+
+    @property
+    def hidden_states(self) -> tuple[torch.Tensor, ...] | None:
+        """All hidden states of the last pass, if the call wants them."""
+        return self._outputs.hidden_states if self.keeps_states else None
+
+    def _layer_states(self) -> tuple[torch.Tensor, ...]:
+        """Return the last pass's hidden states, indexed as if `layer_output_indices` had been asked for."""
+        states = self._outputs.hidden_states
+        return states[1 - FIRST_LAYER_INDEX :] if self.keeps_states else states
 
     def has_room(self, text: Text) -> bool:
         """Return whether, in some row, a drafted token and the target's own both fit under the length limit."""
@@ -112,10 +126,10 @@ class Target:
         """
         if self._is_prompt:
             return self._features_of_prompt()
-        outputs, num_kept = self._outputs, len(nodes[0])
+        num_kept = len(nodes[0])
         # The pass wrote the anchor and the draft; of a chain the first ones stay.
-        roll_back(outputs.past_key_values, num_drafted + 1 - num_kept)
-        return self._advance(outputs, num_kept)
+        roll_back(self._outputs.past_key_values, num_drafted + 1 - num_kept)
+        return self._advance(num_kept)
 
     def select_rows(self, rows: list[int]) -> None:
         """Forget all but some rows of the batch. A single row is never taken away."""
@@ -133,17 +147,17 @@ class Target:
     def _prompt_states(self) -> Features | None:
         if self.layer_ids is None:
             return None
-        states = self._outputs.hidden_states
+        states = self._layer_states()
         length = states[layer_output_indices(self.layer_ids)[0]].shape[1]
         features = target_features(states, self.layer_ids, length)
         return Features(features, [length] * features.shape[0])
 
-    def _advance(self, outputs: Any, num_tokens: int) -> Features | None:
+    def _advance(self, num_tokens: int) -> Features | None:
         """Let mask and positions grow with the text, and read the drafter's features off the pass."""
-        self._grow(outputs, num_tokens)
+        self._grow(self._outputs, num_tokens)
         if self.layer_ids is None:
             return None
-        return Features(target_features(outputs.hidden_states, self.layer_ids, num_tokens), [num_tokens])
+        return Features(target_features(self._layer_states(), self.layer_ids, num_tokens), [num_tokens])
 
     def _grow(self, outputs: Any, num_tokens: int) -> None:
         """Let mask, positions and token types grow with the text, as the host does it."""

@@ -58,7 +58,7 @@ def silent_target(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
         ({"num_beams": 2}, ValueError, ["`num_beams`", "2", "beam search"]),
         ({"cache_implementation": "static"}, ValueError, ["`cache_implementation`", "Static"]),
         ({"use_cache": False}, ValueError, ["`use_cache`", "False"]),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, ValueError, ["`output_hidden_states`"]),
+        ({"output_attentions": True, "return_dict_in_generate": True}, ValueError, ["`output_attentions`"]),
         ({"penalty_alpha": 0.6, "top_k": 4}, ValueError, ["`generation_config`", "contrastive"]),
         ({"prompt_lookup_num_tokens": 3}, ValueError, ["`generation_config`", "assisted"]),
         ({"guidance_scale": 2.0}, ValueError, ["`logits_processor`", "Guidance"]),

@@ -150,6 +150,27 @@ def test_scores_and_logits_are_those_of_plain_generate(shape: str, drafter: Spec
         torch.testing.assert_close(torch.stack(result[name]), torch.stack(expected[name]), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+@pytest.mark.parametrize("lengths", [[5], [4, 6]], ids=["one", "batch"])
+def test_hidden_states_are_those_of_plain_generate(lengths: list[int], shape: str, drafter: SpecDiffDrafter) -> None:
+    target = make_target(0, eos_token_id=None)
+    drafter = make_drafter(drafter.config.target_layer_ids, eos_token_id=None)
+    ids, mask = batch_of(lengths, 1)
+    settings = {"do_sample": False, "max_new_tokens": 12, "attention_mask": mask, "return_dict_in_generate": True}
+    settings["output_hidden_states"] = True
+    expected = target.generate(ids, **settings)
+    result = hf_specdiff.generate(target, ids, assistant_model=drafter, **settings, **SHAPES[shape])
+    assert torch.equal(result.sequences, expected.sequences)
+    assert len(result.hidden_states) == len(expected.hidden_states)
+    is_text = mask.bool()
+    for step, (ours, plain) in enumerate(zip(result.hidden_states, expected.hidden_states, strict=True)):
+        for our_layer, plain_layer in zip(ours, plain, strict=True):
+            assert our_layer.shape == plain_layer.shape
+            if step == 0:
+                our_layer, plain_layer = our_layer[is_text], plain_layer[is_text]
+            torch.testing.assert_close(our_layer, plain_layer, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("shape", ["samples", "tree"])
 def test_cache_after_tree_rounds_equals_a_clean_forward(shape: str, drafter: SpecDiffDrafter, prompt: torch.Tensor) -> None:
     """The accepted path's keys and values were moved, nothing was computed twice."""
