@@ -22,6 +22,7 @@ quality: $(STAMP)  ## format, lint and types, nothing changed
 
 bench: $(STAMP)  ## the figures of README.md's results table
 	$(BIN)/hf-specdiff demo --num-prompts 64 --output benchmarks/results/demo.json
+	$(BIN)/python -m hf_specdiff.benchmarks.shapes benchmarks/results/shapes.json
 
 clean:
 	rm -rf $(VENV)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_specdiff.attach import attach
 from hf_specdiff.attach import detach
+from hf_specdiff.budget import Profile
 from hf_specdiff.candidate_generator import SpecDiffCandidateGenerator
 from hf_specdiff.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.demo.bundle import load_demo
@@ -19,6 +20,7 @@ from hf_specdiff.modeling_specdiff import SpecDiffDrafter
 
 __version__ = "0.1.0"
 __all__ = [
+    "Profile",
     "SpecDiffCandidateGenerator",
     "SpecDiffConfig",
     "SpecDiffDrafter",

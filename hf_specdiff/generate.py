@@ -67,8 +67,7 @@ def generate(
             user's cache;
             `draft_temperature` (`float`): of the draft distribution, by default 1.0; 0 drafts the most probable tokens;
             `acceptance` (`str`): `"match"`, `"ratio"`, `"block"`, `"self_selection"` or `"auto"` (default: the rule that
-                accepts
-            most).
+            accepts most).
 
     Returns:
         What `model.generate` returns. With `return_dict_in_generate=True` the output also has `.speculation`, a

@@ -1,9 +1,12 @@
 """Tiny models that every test may use; none of them is ever changed."""
 
 import os
+import tempfile
 
 # Before transformers is imported: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor may one leave measured profiles in the user's cache.
+os.environ["HF_SPECDIFF_CACHE"] = tempfile.mkdtemp(prefix="hf_specdiff-tests-")
 
 import pytest
 import torch

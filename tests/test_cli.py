@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 import hf_specdiff
 from hf_specdiff.cli import app
+from hf_specdiff.cli import number_or_word
+from hf_specdiff.cli import read_loss_weights
 from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.demo.bundle import load_prompts
 
@@ -140,3 +142,14 @@ def test_mistakes_end_in_one_line(arguments: list[str], words: str) -> None:
     assert result.returncode == 2
     assert words in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
+
+
+def test_loss_terms_are_read_or_refused() -> None:
+    assert read_loss_weights(["ce:1", "streak:0.5", "dpace"]) == {"ce": 1.0, "streak": 0.5, "dpace": 1.0}
+    for term in (["typo:1"], ["ce:0"], ["ce:x"], ["ce:1", "ce:2"], ["ce:nan"]):
+        with pytest.raises(ValueError, match="`--loss` must be objective:weight"):
+            read_loss_weights(term)
+
+
+def test_numbers_and_words_are_told_apart() -> None:
+    assert [number_or_word(value) for value in (None, "7", "-1", "auto", "1.5")] == [None, 7, -1, "auto", "1.5"]

@@ -59,7 +59,7 @@ def test_the_target_solves_held_out_problems() -> None:
 def test_sampling_with_every_rule_writes_text(pair: tuple) -> None:
     target, drafter, tokenizer = pair
     (ids,) = ids_of(tokenizer, "math", 1)
-    for acceptance in ("match", "ratio", "block"):
+    for acceptance in ("match", "ratio", "block", "self_selection"):
         torch.manual_seed(0)
         result = hf_specdiff.generate(
             target,
@@ -100,6 +100,35 @@ def test_the_pipeline_takes_the_feature_drafter_on_an_attached_target() -> None:
     hf_specdiff.attach(target)
     fast = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=drafter)(prompt, **settings)
     assert fast == plain
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("kind", ["features", "tokens"])
+def test_pipelines_on_an_attached_target_take_lists_and_chats(kind: str, batch_size: int) -> None:
+    target, drafter, tokenizer = hf_specdiff.load_demo(kind)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    texts = [record["prompt"] for record in hf_specdiff.load_prompts("math")[:5]]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    cases = [
+        (texts, {"return_full_text": True}),
+        (texts, {"return_full_text": False, "stop_sequence": "."}),
+        (chats, {}),
+    ]
+    plain = pipeline("text-generation", model=target, tokenizer=tokenizer)
+    settings = {"do_sample": False, "max_new_tokens": 40, "batch_size": batch_size}
+    expected = [plain(inputs, **settings, **kwargs) for inputs, kwargs in cases]
+    hf_specdiff.attach(target)
+    fast = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=drafter)
+    assert [fast(inputs, **settings, **kwargs) for inputs, kwargs in cases] == expected
+
+
+def test_stop_strings_end_every_row_of_a_batch(pair: tuple) -> None:
+    target, drafter, tokenizer = pair
+    texts = [record["prompt"] for record in hf_specdiff.load_prompts("math")[:4]]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    settings = {"do_sample": False, "max_new_tokens": 90, "stop_strings": [" so now", "left"], "tokenizer": tokenizer}
+    expected = target.generate(**inputs, **settings)
+    assert torch.equal(hf_specdiff.generate(target, **inputs, assistant_model=drafter, **settings), expected)
 
 
 def test_the_assistant_is_an_ordinary_causal_model() -> None:

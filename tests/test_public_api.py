@@ -12,6 +12,7 @@ from hf_specdiff.speculation import SPECULATION_ARGUMENTS
 
 def test_public_names() -> None:
     assert set(hf_specdiff.__all__) == {
+        "Profile",
         "SpecDiffCandidateGenerator",
         "SpecDiffConfig",
         "SpecDiffDrafter",
@@ -44,6 +45,7 @@ def test_parameter_names(function: object, parameters: list[str]) -> None:
 
 def test_speculation_arguments() -> None:
     expected = {"gamma", "num_denoising_steps", "reveal_order", "draft_shape", "draft_temperature", "acceptance"}
+    expected |= {"num_drafts", "tree_budget"}
     assert set(SPECULATION_ARGUMENTS) == expected
     for name in expected:
         assert f"`{name}`" in str(inspect.getdoc(hf_specdiff.generate))
