@@ -1,4 +1,4 @@
-"""One drafter pass, three shapes: how many tokens a round adds, and that the text stays the same."""
+"""One drafter pass, three shapes: how many tokens a round adds, and that the tokens stay the same."""
 
 import torch
 
@@ -12,4 +12,4 @@ plain = target.generate(**inputs, **settings)
 for shape in ("chain", "samples", "tree"):
     output = hf_specdiff.generate(target, **inputs, assistant_model=drafter, draft_shape=shape, **settings)
     same = torch.equal(output.sequences, plain.sequences)
-    print(f"{shape}: {output.speculation.tokens_per_round:.2f} tokens per round, same text: {same}")
+    print(f"{shape}: {output.speculation.tokens_per_round:.2f} tokens per round, same tokens: {same}")

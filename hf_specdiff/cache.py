@@ -92,11 +92,15 @@ class RaggedCache:
         # Rows that keep fewer move filler behind their end, where nobody looks.
         sources = torch.tensor([row + [0] * (most - len(row)) for row in kept]) + start
         goals = torch.tensor(self.ends)[:, None] + torch.arange(most)
+        rows = torch.arange(len(kept))[:, None]
         for layer in self.cache.layers:
             for states in (layer.keys, layer.values):
-                index = (torch.arange(len(kept), device=states.device)[:, None], sources.to(states.device))
-                moved = states.transpose(1, 2)[index]  # (B, most, heads, dim), a copy
-                states.transpose(1, 2)[index[0], goals.to(states.device)] = moved
+                if len(kept) == 1:
+                    moved = states.index_select(2, sources[0].to(states.device))
+                    states[:, :, self.ends[0] : self.ends[0] + most] = moved
+                    continue
+                by_slot = states.transpose(1, 2)  # a view (B, slots, heads, dim)
+                by_slot[rows, goals] = by_slot[rows, sources]
 
     def select(self, rows: list[int]) -> None:
         """Keep some rows only."""

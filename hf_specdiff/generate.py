@@ -6,6 +6,7 @@ loaded from the Hub is of another class than the installed one. This file is als
 """
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,7 +115,9 @@ def generate(
         stop = StopCheck(stopping_criteria, text.num_rows, keep_scores=_wants(generation_config, "output_scores"))
         _check_batch(text, model, logits_processor, generation_config, stop)
         is_masked = text.num_rows > 1 or speculation.draft_shape != "chain"
-        drafter = make_drafter(assistant_model, model, speculation, logits_processor, generation_config.max_length)
+        # A greedy target meets every draft by match, so there is nothing to draw for another rule.
+        drafting = speculation if generation_config.do_sample else replace(speculation, acceptance="match")
+        drafter = make_drafter(assistant_model, model, drafting, logits_processor, generation_config.max_length)
         if speculation.is_adaptive:
             drafter.budget = Budget(profile_of(model, assistant_model, speculation, profile), text.num_rows)
         target_class = MaskedTarget if is_masked else Target

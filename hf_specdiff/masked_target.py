@@ -11,6 +11,7 @@ import torch
 from transformers import Cache
 from transformers import DynamicCache
 from transformers import GenerationConfig
+from transformers import GenerationMixin
 
 from .cache import RaggedCache
 from .conditioning import target_features
@@ -76,17 +77,25 @@ class MaskedTarget(Target):
             `torch.Tensor` of shape `(B, N + 1, V)`: raw logits after the anchor (node 0) and after each node.
         """
         tokens = torch.cat([text.anchors(), draft.tokens], dim=1)  # (B, N + 1)
-        kwargs = dict(self.model_kwargs, attention_mask=None, position_ids=None)
-        for name in TOKEN_TYPE_NAMES:
-            if kwargs.get(name) is not None:
-                kwargs[name] = kwargs[name][:, -1:].expand(-1, tokens.shape[1])
-        inputs = self.model.prepare_inputs_for_generation(tokens, is_first_iteration=False, **kwargs)
         positions, keys = self._positions(draft, tokens.device)
+        inputs = self._inputs(tokens)
         inputs["position_ids"] = positions
         # One row's chain without padding is what the host's own causal mask is for.
         is_plain = text.num_rows == 1 and text.prompt_mask is None and isinstance(draft, Draft)
         inputs["attention_mask"] = None if is_plain else self._masks(self._visible(draft, keys), positions, keys)
         return self._run(inputs, tokens.shape[1])
+
+    def _inputs(self, tokens: torch.Tensor) -> dict[str, Any]:
+        """Return the model's inputs for some tokens `(B, N + 1)`, positions and mask left out."""
+        kwargs = dict(self.model_kwargs, attention_mask=None, position_ids=None)
+        for name in TOKEN_TYPE_NAMES:
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name][:, -1:].expand(-1, tokens.shape[1])
+        prepare = self.model.prepare_inputs_for_generation
+        if getattr(prepare, "__func__", None) is GenerationMixin.prepare_inputs_for_generation:
+            # The host's own preparation slices what it is given to the new tokens, and nothing here is longer.
+            return kwargs | {"input_ids": tokens}
+        return prepare(tokens, is_first_iteration=False, **kwargs)
 
     def commit(self, nodes: list[list[int]], num_drafted: int) -> Features | None:
         """Move the kept tokens to their rows' ends; see `Target.commit`."""

@@ -61,6 +61,7 @@ def draft_tree(
     if choose is not None:
         count = choose([shape.values for shape in shapes])
         shapes = [shape.first(count) for shape in shapes]
+    shapes = [shape.depth_first() for shape in shapes]
     tokens = [
         [row[depth - 1][rank] for depth, rank in zip(shape.depths, shape.ranks, strict=True)]
         for shape, row in zip(shapes, all_tokens, strict=True)

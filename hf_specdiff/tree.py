@@ -30,6 +30,28 @@ class TreeShape:
         """Return the first so many nodes: parents come before children, so they are a tree too."""
         return TreeShape(self.parents[:count], self.depths[:count], self.ranks[:count], self.values[:count])
 
+    def depth_first(self) -> "TreeShape":
+        """Return the same tree with its nodes in depth-first order, the more probable child first.
+
+        The most probable path then has nodes 1, 2, 3, ...: where it is accepted, its keys and values already lie where they
+        belong.
+        """
+        children: dict[int, list[int]] = {}
+        for node, parent in enumerate(self.parents, 1):
+            children.setdefault(parent, []).append(node)
+        order, place, stack = [], {0: 0}, children.get(0, [])[::-1]
+        while stack:
+            node = stack.pop()
+            order.append(node - 1)
+            place[node] = len(order)
+            stack += children.get(node, [])[::-1]
+        return TreeShape(
+            [place[self.parents[i]] for i in order],
+            [self.depths[i] for i in order],
+            [self.ranks[i] for i in order],
+            [self.values[i] for i in order],
+        )
+
 
 def best_first(ranked_probs: list[list[float]], budget: int) -> TreeShape:
     """Return the `budget` most probable prefixes under a product of marginals, most probable first.
@@ -156,7 +178,7 @@ class DraftTree:
         edges.scatter_(2, torch.tensor(padded)[:, :, None], 1.0)
         reach = edges + torch.eye(size)
         # Each product doubles the distance that is reached.
-        for _ in range(max(1, (size - 1).bit_length())):
+        for _ in range(int(self.depths().max()).bit_length()):
             reach = (reach @ reach).clamp_(max=1)
         return (reach > 0).to(self.tokens.device)
 

@@ -176,15 +176,16 @@ def test_the_drafter_does_not_see_padding(layers: list[int] | None, prompt: torc
 
 @pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize("is_whole", [False, True])
+@pytest.mark.parametrize("shape", ["chain", "tree"])
 def test_a_filled_cache_is_gone_on_from(
-    drafter: SpecDiffDrafter, prompt: torch.Tensor, is_whole: bool, is_padded: bool
+    drafter: SpecDiffDrafter, prompt: torch.Tensor, shape: str, is_whole: bool, is_padded: bool
 ) -> None:
     """A second turn that passes the first one's cache, with the whole text or with the new tokens alone."""
     target = make_target(eos_token_id=None)
     drafter = make_drafter(drafter.config.target_layer_ids, eos_token_id=None)
     first, mask = pad_left(prompt, 2 if is_padded else 0)
     turns = []
-    for call in (plain, lambda model, ids, **kwargs: ours(model, ids, drafter, **kwargs)):
+    for call in (plain, lambda model, ids, **kwargs: ours(model, ids, drafter, draft_shape=shape, **kwargs)):
         output = call(target, first, attention_mask=mask, max_new_tokens=6, return_dict_in_generate=True)
         text = torch.cat([output.sequences, torch.tensor([[4, 9]])], dim=1)
         full_mask = torch.nn.functional.pad(mask, (0, 8), value=1)
@@ -202,7 +203,9 @@ def test_token_types_go_on_with_the_last_ones(drafter: SpecDiffDrafter, prompt: 
     target = AutoModelForCausalLM.from_config(config).eval()
     types = torch.tensor([[3, 3, 3, 3, 3, 3, 4]])
     expected = plain(target, prompt, token_type_ids=types, max_new_tokens=20)
-    assert torch.equal(ours(target, prompt, drafter, token_type_ids=types, max_new_tokens=20), expected)
+    for shape in ("chain", "tree"):
+        result = ours(target, prompt, drafter, token_type_ids=types, max_new_tokens=20, draft_shape=shape)
+        assert torch.equal(result, expected)
 
 
 def test_a_drafter_that_holds_this_file_as_its_generate_stays_a_drafter(

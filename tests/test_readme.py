@@ -25,6 +25,7 @@ def test_examples_run_and_keep_the_tokens(path: Path) -> None:
     result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr
     assert "same tokens: True" in result.stdout
+    assert "False" not in result.stdout
 
 
 def test_make_targets_exist() -> None:

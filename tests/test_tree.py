@@ -12,6 +12,7 @@ from hf_specdiff.acceptance import accept_by_walk
 from hf_specdiff.acceptance import sampled_child_law
 from hf_specdiff.acceptance import select_draft
 from hf_specdiff.tree import DraftTree
+from hf_specdiff.tree import TreeShape
 from hf_specdiff.tree import best_first
 from hf_specdiff.tree import merge_drafts
 
@@ -35,6 +36,23 @@ def test_best_first_finds_the_most_probable_prefixes(seed: int, budget: int) -> 
     for node, (parent, depth) in enumerate(zip(shape.parents, shape.depths, strict=True), 1):
         assert parent < node
         assert depth == 1 + (shape.depths[parent - 1] if parent else 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_depth_first_order_is_the_same_tree_with_the_best_path_first(seed: int) -> None:
+    shape = best_first(random_marginals(seed, gamma=4, vocab_size=3), budget=20)
+    ordered = shape.depth_first()
+
+    def paths(tree: TreeShape) -> dict[tuple[int, ...], float]:
+        ranks: list[tuple[int, ...]] = [()]
+        for parent, rank in zip(tree.parents, tree.ranks, strict=True):
+            ranks.append((*ranks[parent], rank))
+        return dict(zip(ranks[1:], tree.values, strict=True))
+
+    assert paths(ordered) == paths(shape)
+    assert [len(path) for path in paths(ordered)] == ordered.depths
+    deepest = max(len(path) for path in paths(shape) if not any(path))
+    assert list(paths(ordered))[:deepest] == [(0,) * (i + 1) for i in range(deepest)]
 
 
 def test_best_first_leaves_out_what_cannot_be() -> None:
