@@ -23,6 +23,7 @@ quality: $(STAMP)  ## format, lint and types, nothing changed
 bench: $(STAMP)  ## the figures of README.md's results table
 	$(BIN)/hf-specdiff demo --num-prompts 64 --output benchmarks/results/demo.json
 	$(BIN)/python -m hf_specdiff.benchmarks.shapes benchmarks/results/shapes.json
+	$(BIN)/python -m hf_specdiff.benchmarks.report README.md
 
 clean:
 	rm -rf $(VENV)

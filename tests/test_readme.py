@@ -2,11 +2,16 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from hf_specdiff.benchmarks.report import demo_section
+from hf_specdiff.benchmarks.report import main as report
+from hf_specdiff.benchmarks.report import shapes_section
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,18 +40,28 @@ def test_make_targets_exist() -> None:
 
 
 def test_result_tables_hold_the_measured_figures() -> None:
-    rows = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text(encoding="utf-8"))["rows"]
-    assert {row["task"] for row in rows} == {"math", "code"}
-    for row in rows:
-        cells = [
-            row["task"],
-            row["decoder"],
-            f"{row['tokens_per_second']:.0f}",
-            f"{row['ratio_to_plain']:.2f}x",
-            f"{row['tokens_per_round']:.2f}",
-            f"{row['num_identical']}/{row['num_prompts']}",
-        ]
-        assert f"| {' | '.join(cells)} |" in README
+    results = ROOT / "benchmarks" / "results"
+    demo = json.loads((results / "demo.json").read_text(encoding="utf-8"))
+    shapes = json.loads((results / "shapes.json").read_text(encoding="utf-8"))
+    assert {row["task"] for row in demo["rows"]} == {"math", "code"}
+    assert demo_section(demo) in README
+    assert shapes_section(shapes) in README
+    for link in re.findall(r"\]\((benchmarks/[^)]+)\)", README):
+        assert (ROOT / link).is_file(), link
+
+
+def test_report_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n", encoding="utf-8")
+    report(readme)
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- results -->\nThe bundled pair")
+    assert text.endswith("<!-- /results -->\nafter\n")
+    assert "old" not in text
+    readme.write_text("no markers", encoding="utf-8")
+    with pytest.raises(ValueError, match="markers"):
+        report(readme)
 
 
 def test_every_mapped_file_exists() -> None:
