@@ -39,8 +39,8 @@ def demo_section(record: dict[str, Any]) -> str:
     lines += [demo_row(row) for row in record["rows"]]
     lines += [
         "",
-        "Tokens per round counts the target's own token. For the assistants in transformers' loop the pass over the prompt is a "
-        "round.",
+        "Tokens per round counts the target's own token. For the assistants in transformers' loop the pass over the prompt is "
+        "a round.",
         "",
         "| a round of math | whole | target pass | drafter pass | everything between them |",
         "|---|---|---|---|---|",
