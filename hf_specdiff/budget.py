@@ -34,6 +34,9 @@ class Profile:
 
     def __post_init__(self) -> None:
         """Check that there is something to interpolate."""
+        numbers = [*self.sizes, *self.target_seconds, self.drafter_seconds]
+        if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+            raise ValueError(f"`profile` must hold numbers, got {numbers}.")
         is_rising = all(low < high for low, high in zip(self.sizes, self.sizes[1:], strict=False))
         if len(self.sizes) < 2 or len(self.sizes) != len(self.target_seconds) or self.sizes[0] != 1 or not is_rising:
             raise ValueError(
@@ -70,7 +73,7 @@ class Budget:
 
     def __init__(self, profile: Profile, num_rows: int) -> None:
         self.profile = profile
-        self.plain_rate = num_rows / profile.target_cost(num_rows)
+        self.num_rows = num_rows
         self.promised = self.accepted = PRIOR_NODES
         self.tokens = self.seconds = 0.0
         self._pause = FIRST_PAUSE
@@ -81,6 +84,11 @@ class Budget:
     def trust(self) -> float:
         """Accepted nodes for each one that the drafter's probabilities promise."""
         return self.accepted / self.promised
+
+    @property
+    def plain_rate(self) -> float:
+        """Tokens per second of plain decoding with as many rows as are left."""
+        return self.num_rows / self.profile.target_cost(self.num_rows)
 
     @property
     def rate(self) -> float:
@@ -94,6 +102,9 @@ class Budget:
             lengths (`list[int]`): of the committed rows.
         """
         self._close_round(lengths)
+        if len(lengths) != self.num_rows:
+            # What so many rows brought together says nothing about fewer.
+            self.num_rows, self.tokens, self.seconds = len(lengths), 0.0, 0.0
         if self._rounds_left == 0:
             return True
         self._rounds_left -= 1
@@ -119,7 +130,7 @@ class Budget:
         seconds = self.profile.drafter_seconds + self.profile.target_cost(num_rows * (best + 1))
         self._last = (list(lengths), best_promised, seconds)
         expected_rate = (num_rows + trust * best_promised) / seconds
-        if expected_rate < num_rows / self.profile.target_cost(num_rows):
+        if expected_rate < self.plain_rate:
             self._rounds_left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
         else:
             self._pause = FIRST_PAUSE

@@ -81,7 +81,8 @@ class RaggedCache:
             kept (`list[list[int]]`): for each row, slots counted from the first one that the pass wrote.
         """
         start, total = self.length, self.cache.get_seq_length()
-        if any(end != start or row != list(range(len(row))) for end, row in zip(self.ends, kept, strict=True)):
+        is_moved = any(end != start or row != list(range(len(row))) for end, row in zip(self.ends, kept, strict=True))
+        if is_moved and any(kept):
             self._move(start, kept)
         self.ends = [end + len(row) for end, row in zip(self.ends, kept, strict=True)]
         roll_back(self.cache, total - self.length)
@@ -90,7 +91,7 @@ class RaggedCache:
         """Copy each row's kept slots to its own end, within the tail."""
         most = max(map(len, kept))
         # Rows that keep fewer move filler behind their end, where nobody looks.
-        sources = torch.tensor([row + [0] * (most - len(row)) for row in kept]) + start
+        sources = torch.tensor([row + [0] * (most - len(row)) for row in kept], dtype=torch.long) + start
         goals = torch.tensor(self.ends)[:, None] + torch.arange(most)
         rows = torch.arange(len(kept))[:, None]
         for layer in self.cache.layers:

@@ -4,6 +4,7 @@ Letters: B batch, L committed length, G drafted tokens, V vocabulary. Knows the 
 rule. Imported by the modelling file, for the host's stock loop.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
         settings = resolve_speculation(
             {"draft_shape": "chain"} | (speculation or {}), assistant_model, do_sample=bool(generation_config.do_sample)
         )
+        settings = replace(settings, is_adaptive=False)  # "auto" is the full loop's; a loop with candidates gets whole windows
         processors = LogitsProcessorList() if logits_processor is None else logits_processor
         self.max_length = generation_config.max_length
         self.drafter = make_drafter(assistant_model, target, settings, processors, self.max_length)

@@ -62,6 +62,7 @@ class Round:
             anchor.
         scores (`Scores`): the target's logits of the pass.
         num_drafted (`list[int]`): tokens that were drafted for each of them; 0 for the prefill.
+        draft_depths (`list[int]`): how far ahead the drafts reached.
         hidden_states (`tuple[torch.Tensor, ...]`, *optional*): of the pass, if the call wants them.
     """
 
@@ -70,6 +71,7 @@ class Round:
     nodes: list[list[int]]
     scores: Scores
     num_drafted: list[int]
+    draft_depths: list[int]
     hidden_states: tuple[torch.Tensor, ...] | None
 
 
@@ -109,7 +111,7 @@ def decode(
         nodes = [row[:count] for row, count in zip(nodes, counts, strict=True)]
         # Commit: keep the accepted keys and values in place, forget the rest; rows that have ended leave.
         features = target.commit(nodes, draft.num_tokens)
-        yield Round(text.rows, tokens, nodes, scores, draft.num_drafted(), target.hidden_states)
+        yield Round(text.rows, tokens, nodes, scores, draft.num_drafted(), draft.deepest(), target.hidden_states)
         if all(is_done):
             return
         text = text.extended(tokens)
@@ -221,7 +223,8 @@ def run(
         streamer (`BaseStreamer`, *optional*): gets every token once, on the CPU, in order; for a single row.
 
     Returns:
-        `SpecDiffGenerateOutput`: sequences, scores, logits, cache and statistics.
+        `SpecDiffGenerateOutput`: sequences, scores, logits, hidden states, cache (of a single row: rows of a batch leave it
+            when they end) and statistics.
     """
     config, device = target.generation_config, text.tokens.device
     watches = {name: Stopwatch(device) for name in ("prefill", "draft", "verify")}
@@ -236,6 +239,7 @@ def run(
         if step > 0:
             stats.num_drafted.append(addition.num_drafted)
             stats.num_accepted.append([len(tokens) - 1 for tokens in addition.tokens])
+            stats.draft_depths.append(addition.draft_depths)
         if streamer is not None:
             for token in addition.tokens[0]:
                 streamer.put(torch.tensor([token]))
@@ -250,7 +254,7 @@ def run(
         scores=None if stop.scores is None else stack_steps(stop.scores),
         logits=None if record.logits is None else stack_steps(record.logits),
         hidden_states=record.steps_of_states() if target.keeps_states else None,
-        past_key_values=target.cache,
+        past_key_values=target.cache if text.num_rows == 1 else None,
         speculation=stats,
     )
 
@@ -283,7 +287,10 @@ class Record:
             return
         for index, row in enumerate(addition.rows):
             # (layers, tokens, D), by token
-            states = torch.stack([layer[index, addition.nodes[index]] for layer in addition.hidden_states])
+            # A sharded target's layers are on several devices.
+            states = torch.stack(
+                [layer[index, addition.nodes[index]].to(self.prompt.device) for layer in addition.hidden_states]
+            )
             self.states[row] += states.unbind(dim=1)
 
     def steps_of_states(self) -> tuple[tuple[torch.Tensor, ...], ...]:

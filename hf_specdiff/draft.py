@@ -4,6 +4,7 @@ Letters: B batch, G drafted tokens (gamma), V vocabulary. Knows no model and dra
 """
 
 from dataclasses import dataclass
+from dataclasses import field
 
 import torch
 
@@ -43,6 +44,10 @@ class Draft:
     def num_drafted(self) -> list[int]:
         """Return the drafted tokens of each row."""
         return [self.num_tokens] * self.tokens.shape[0]
+
+    def deepest(self) -> list[int]:
+        """Return how far ahead each row's draft reaches."""
+        return self.num_drafted()
 
     def depths(self) -> torch.Tensor:
         """Return how far behind the anchor each token stands, `(1, G + 1)` int64; the anchor is the first."""
@@ -133,6 +138,8 @@ class SpeculationStats:
         drafter_seconds (`float`): all drafter passes.
         target_seconds (`float`): all target passes after the prefill.
         total_seconds (`float`): the whole decoding, prefill included.
+        draft_depths (`list[list[int]]`): for each round and sequence, how far ahead the draft reached: the drafted tokens of a
+            chain, the longest path of a tree. Empty: that of chains.
     """
 
     draft_shape: str
@@ -143,6 +150,7 @@ class SpeculationStats:
     drafter_seconds: float = 0.0
     target_seconds: float = 0.0
     total_seconds: float = 0.0
+    draft_depths: list[list[int]] = field(default_factory=list)
 
     @property
     def num_rounds(self) -> int:
@@ -162,15 +170,15 @@ class SpeculationStats:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted over drafted tokens; 0 without drafts."""
+        """Accepted over drafted tokens, all of a tree's nodes counted; 0 without drafts."""
         return sum(map(sum, self.num_accepted)) / max(self.num_drafted_tokens, 1)
 
     @property
     def acceptance_per_position(self) -> list[float]:
-        """For each window position, the share of the windows reaching so far in which it was accepted."""
+        """For each window position, the share of the drafts reaching so far in which it was accepted."""
         pairs = [
             pair
-            for drafted, accepted in zip(self.num_drafted, self.num_accepted, strict=True)
+            for drafted, accepted in zip(self.draft_depths or self.num_drafted, self.num_accepted, strict=True)
             for pair in zip(drafted, accepted, strict=True)
         ]
         longest = max((drafted for drafted, _ in pairs), default=0)

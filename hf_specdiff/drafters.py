@@ -94,6 +94,7 @@ class DenoisingDrafter:
         self.rows: RaggedCache | None = None  # from the first draft on, which tells how many rows there are
         self.budget: Budget | None = None  # set where the draft's size is to follow the machine
         self._unseen: list[Features] = []
+        self._home = network.device  # where the target's processors hold their tensors
         # A tree's positions have many prefixes, and out of order a prefix is not known yet: nothing for a processor to read.
         reads_prefixes = speculation.draft_shape == "chain" and speculation.reveals_in_order
         self.processors = logits_processor if reads_prefixes else prefix_free_part(logits_processor)
@@ -105,6 +106,7 @@ class DenoisingDrafter:
             self._unseen.append(features)
         if self.budget is not None and not self.budget.wants_draft(text.lengths):
             return Draft.nothing(text.tokens)
+        self._home = text.tokens.device
         text = text.to(self.network.device)
         if self.rows is None:
             self.rows = RaggedCache(self.cache, text.num_rows)
@@ -126,7 +128,7 @@ class DenoisingDrafter:
         steps = reveal_counts(window.shape[1] - 1, speculation.num_denoising_steps)
         if len(steps) > 1:
             return self._denoise(text, window, logits, steps)
-        count = logits.shape[1] if choose is None else choose(chain_values(logits))
+        count = logits.shape[1] if choose is None else choose(chain_values(self._without_mask(logits)))
         tokens, probs = self._draw_in_order(text, window[:, 1:1], logits)
         return Draft(tokens, probs, speculation.has_prefix_law).first(count)
 
@@ -204,18 +206,18 @@ class DenoisingDrafter:
         row_processors = [processors_of_row(self.processors, row) for row in text.rows]
         tokens, probs = prefix, []
         for i in range(logits.shape[1]):
-            rows = [
-                processors(torch.cat([text.row(row), tokens[row : row + 1]], dim=1), logits[row, i : i + 1].clone())
-                for row, processors in enumerate(row_processors)
-            ]
-            token, law = draw_from_scores(torch.stack(rows), temperature)
+            rows = []
+            for row, processors in enumerate(row_processors):
+                ids = torch.cat([text.row(row), tokens[row : row + 1]], dim=1)
+                rows.append(processors(ids.to(self._home), logits[row, i : i + 1].to(self._home, copy=True)))
+            token, law = draw_from_scores(torch.stack(rows).to(logits.device), temperature)
             tokens = torch.cat([tokens, token], dim=1)
             probs.append(law)
         return tokens[:, prefix.shape[1] :], None if probs[0] is None else torch.cat(probs, dim=1)
 
     def _free_scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Return logits after the processors, none of which reads a prefix, `(B, n, V)` float32."""
-        return process_without_prefix(self.processors, self._without_mask(logits))
+        return process_without_prefix(self.processors, self._without_mask(logits).to(self._home)).to(logits.device)
 
     def _without_mask(self, logits: torch.Tensor) -> torch.Tensor:
         """Return float32 logits in which the mask id cannot be drafted."""

@@ -58,7 +58,8 @@ def generate(
             `model.generate`.
         assistant_model (`SpecDiffDrafter`): the drafter, made for this target.
         **kwargs: all arguments of `model.generate`, and those of speculation, each with the drafter's own default:
-            `gamma` (`int`): tokens drafted per round, by default `block_size - 1`; `"auto"`: as many as pay on this machine;
+            `gamma` (`int`): tokens drafted per round, by default `block_size - 1`; `"auto"`: as many as pay on this machine
+            (also for a tree's nodes);
             `num_denoising_steps` (`int`): drafter passes per round, by default 1;
             `reveal_order` (`str`): `"confidence"` (default) or `"left_to_right"`, for more than one denoising step;
             `draft_shape` (`str`): `"chain"`, `"samples"`, `"tree"` or `"auto"` (default: a tree where the model takes one);
@@ -72,14 +73,15 @@ def generate(
 
     Returns:
         What `model.generate` returns. With `return_dict_in_generate=True` the output also has `.speculation`, a
-        `SpeculationStats`.
+        `SpeculationStats`. Batches return no `past_key_values`: rows leave the cache when they end.
 
     Raises:
         TypeError: if `assistant_model` is no drafter.
         ValueError: if target and drafter do not fit, or an argument is out of range or would not be lossless; for beams, for
             models whose state cannot be rolled back, and for batches of models that take no mask of ours.
 
-    Lossless when: always; what would not be is refused. Greedy tokens equal `model.generate`'s in float32; in lower precision
+    Lossless when: always; what is known not to be is refused, and whether a model reads masks of ours is tried. Greedy tokens
+    equal `model.generate`'s in float32; in lower precision
     near-ties can flip, as they do between any two batch shapes. Processors and criteria must be functions of ids and scores.
     """
     if getattr(getattr(model, "config", None), "model_type", None) == "specdiff":
@@ -91,6 +93,7 @@ def generate(
         check_prompt(prompt, assistant_model.config.mask_token_id)
     arguments = _pop_speculation(kwargs)
     profile = kwargs.pop("profile", None)
+    own_cache = kwargs.get("past_key_values")
     streamer = kwargs.pop("streamer", None)
     kwargs = _with_stop_strings(model, kwargs)
 
@@ -109,17 +112,20 @@ def generate(
             arguments,
             assistant_model,
             do_sample=generation_config.do_sample,
-            why_no_tree=lambda: why_not_masked(model),
+            why_no_tree=lambda: _why_no_masks(model, input_ids, model_kwargs, own_cache),
         )
+        if profile is not None and not speculation.is_adaptive:
+            raise ValueError("`profile` must be None unless `gamma` or `tree_budget` is 'auto', got one. Leave it out.")
         text = Text.of_prompt(input_ids, model_kwargs.get("attention_mask"))
         stop = StopCheck(stopping_criteria, text.num_rows, keep_scores=_wants(generation_config, "output_scores"))
-        _check_batch(text, model, logits_processor, generation_config, stop)
+        obstacle = _why_no_masks(model, input_ids, model_kwargs, own_cache) if text.num_rows > 1 else None
+        _check_batch(text, obstacle, logits_processor, generation_config, stop)
         is_masked = text.num_rows > 1 or speculation.draft_shape != "chain"
         # A greedy target meets every draft by match, so there is nothing to draw for another rule.
         drafting = speculation if generation_config.do_sample else replace(speculation, acceptance="match")
         drafter = make_drafter(assistant_model, model, drafting, logits_processor, generation_config.max_length)
         if speculation.is_adaptive:
-            drafter.budget = Budget(profile_of(model, assistant_model, speculation, profile), text.num_rows)
+            drafter.budget = Budget(profile_of(model, assistant_model, speculation, input_ids.device, profile), text.num_rows)
         target_class = MaskedTarget if is_masked else Target
         target = target_class(model, generation_config, model_kwargs, drafter.target_layer_ids)
         output = run(target, drafter, speculation, stop, logits_processor, text, streamer)
@@ -222,7 +228,34 @@ def _check_call(
             )
 
 
-def _check_batch(text: Text, model: Any, processors: LogitsProcessorList, config: GenerationConfig, stop: StopCheck) -> None:
+def _why_no_masks(model: Any, input_ids: torch.Tensor, model_kwargs: dict[str, Any], own_cache: Any | None) -> str | None:
+    """Return why this call cannot verify with masks of ours, which trees and batches need; `None` if it can."""
+    cache = model_kwargs["past_key_values"]
+    if own_cache is not None and any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        return "the `past_key_values` that were passed have sliding layers, which drop tokens by count"
+    if getattr(cache, "offloading", False):
+        return "the cache is offloaded"
+    if not _are_places(model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")):
+        return "its `position_ids` are not the tokens' places in the text"
+    return why_not_masked(model, input_ids.device)
+
+
+def _are_places(positions: torch.Tensor | None, mask: torch.Tensor | None) -> bool:
+    """Return whether positions `(B, n)` count the tokens of the text that are no padding, as they do by default."""
+    if positions is None:
+        return True
+    if positions.dim() != 2:
+        return False
+    if mask is None:
+        mask = torch.ones_like(positions)
+    num_new = positions.shape[1]
+    places = (mask.cumsum(dim=1) - 1)[:, -num_new:]
+    return bool(((positions == places) | (mask[:, -num_new:] == 0)).all())
+
+
+def _check_batch(
+    text: Text, obstacle: str | None, processors: LogitsProcessorList, config: GenerationConfig, stop: StopCheck
+) -> None:
     """Refuse batches whose rows could not be decoded as if they were alone."""
     mask = text.prompt_mask
     if mask is not None and bool((mask[:, -1] == 0).any()):
@@ -231,7 +264,6 @@ def _check_batch(text: Text, model: Any, processors: LogitsProcessorList, config
         )
     if text.num_rows == 1:
         return
-    obstacle = why_not_masked(model)
     if obstacle is not None:
         raise ValueError(
             f"`input_ids` must be one sequence and `num_return_sequences` 1 for this model, got {text.num_rows} sequences: "

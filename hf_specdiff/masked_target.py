@@ -4,6 +4,7 @@ Letters: B batch, N drafted nodes, C cached slots, V vocabulary, D hidden size. 
 no drafter and no rule. Imported by the entry.
 """
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,8 +24,14 @@ from .text import Text
 from .tree import DraftTree
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
-# For each model that was asked: the attention implementation it had then, and why it cannot be masked (None: it can).
-_ANSWERS: WeakKeyDictionary[Any, tuple[str | None, str | None]] = WeakKeyDictionary()
+# Tokens in front of the tree that a model is tried with, and how many times the noise of a cached pass it may be off.
+CONTEXT = 6
+NOISE_MARGIN = 8.0
+# Windows that our masks know of, and settings about them that are no windows.
+KNOWN_WINDOWS = {"sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern"}
+INPUT_NAMES = {"past_key_values", "use_cache", "attention_mask", "position_ids", "output_hidden_states", "logits_to_keep"}
+# For each model that was asked: the state it was in, and why it cannot be masked (None: it can).
+_ANSWERS: WeakKeyDictionary[Any, tuple[Any, str | None]] = WeakKeyDictionary()
 
 
 class MaskedTarget(Target):
@@ -42,6 +49,7 @@ class MaskedTarget(Target):
 
     Raises:
         ValueError: if the cache is already filled and holds sliding layers, which have dropped what a mask would have to cover.
+            An empty one with sliding layers is replaced by one that drops nothing; the entry never hands over a user's own.
     """
 
     def __init__(
@@ -56,11 +64,13 @@ class MaskedTarget(Target):
         model_kwargs["past_key_values"] = _with_full_layers(self.cache)
         self.rows: RaggedCache | None = None
         self.prompt_positions: torch.Tensor | None = None  # (B, prompt slots), -1 on padding
+        self.num_cached = 0  # tokens in the cache before the text begins
 
     def prefill(self, text: Text) -> torch.Tensor:
         """Run the prompt; see `Target.prefill`."""
         logits = super().prefill(text)
         self.rows = RaggedCache(self.cache, text.num_rows)
+        self.num_cached = self.rows.length - text.prompt_length
         if text.prompt_mask is not None:
             mask = text.prompt_mask.long()
             self.prompt_positions = (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, -1)
@@ -83,7 +93,7 @@ class MaskedTarget(Target):
         # One row's chain without padding is what the host's own causal mask is for.
         is_plain = text.num_rows == 1 and text.prompt_mask is None and isinstance(draft, Draft)
         inputs["attention_mask"] = None if is_plain else self._masks(self._visible(draft, keys), positions, keys)
-        return self._run(inputs, tokens.shape[1])
+        return self._run(inputs, tokens.shape[1], text.tokens.device)
 
     def _inputs(self, tokens: torch.Tensor) -> dict[str, Any]:
         """Return the model's inputs for some tokens `(B, N + 1)`, positions and mask left out."""
@@ -92,8 +102,9 @@ class MaskedTarget(Target):
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name][:, -1:].expand(-1, tokens.shape[1])
         prepare = self.model.prepare_inputs_for_generation
-        if getattr(prepare, "__func__", None) is GenerationMixin.prepare_inputs_for_generation:
-            # The host's own preparation slices what it is given to the new tokens, and nothing here is longer.
+        is_generic = getattr(prepare, "__func__", None) is GenerationMixin.prepare_inputs_for_generation
+        if is_generic and kwargs.keys() <= INPUT_NAMES and tokens.device == self.model.device:
+            # The host's own preparation would slice these to the new tokens, and nothing here is longer.
             return kwargs | {"input_ids": tokens}
         return prepare(tokens, is_first_iteration=False, **kwargs)
 
@@ -140,7 +151,7 @@ class MaskedTarget(Target):
         max_length = self.generation_config.max_length
         if max_length is not None and len(self.rows.ends) > 1:
             # A row near its end is drafted past it, since others are not; what stands there is never kept.
-            positions = positions.clamp(max=max_length - 1)
+            positions = positions.clamp(max=self.num_cached + max_length - 1)
         keys = torch.cat([cached.expand(positions.shape[0], -1), positions], dim=1)
         return positions, keys
 
@@ -202,49 +213,75 @@ def _with_full_layers(cache: Cache) -> Cache:
     return DynamicCache()
 
 
-@torch.no_grad()
-def why_not_masked(model: Any) -> str | None:
+def why_not_masked(model: Any, device: torch.device) -> str | None:
     """Return why a model cannot verify with masks of our own, or `None` if it can; found by trying, once for each model.
 
-    A small tree, with one cached token and a sibling in the way, must give the logits of the plain text along its path.
+    A tree with siblings in the way must give the logits of the plain text along its path, as closely as the same text read
+    through the cache does.
 
     Args:
         model (`transformers.PreTrainedModel`): the target.
+        device (`torch.device`): of the call's inputs.
 
     Returns:
         `str`, *optional*: the reason.
     """
-    implementation = model.config._attn_implementation
-    asked_with, answer = _ANSWERS.get(model, (implementation, ""))
-    if answer == "" or asked_with != implementation:
-        answer = _try(model)
-        _ANSWERS[model] = (implementation, answer)
+    state = (model.config._attn_implementation, model.dtype, model.training, device)
+    asked_in, answer = _ANSWERS.get(model, (None, None))
+    if asked_in != state:
+        answer = _why_not_by_config(model) or _why_not_by_trying(model, device)
+        _ANSWERS[model] = (state, answer)
     return answer
 
 
-def _try(model: Any) -> str | None:
-    config = model.config.get_text_config()
-    name = type(model).__name__
+def _why_not_by_config(model: Any) -> str | None:
+    """Return what a model's configuration says against masks of our own."""
+    config, name = model.config.get_text_config(), type(model).__name__
     if model.config._attn_implementation not in ("eager", "sdpa"):
         return f"{name} with attention implementation {model.config._attn_implementation!r} reads no mask of ours; use 'sdpa'"
     unknown = [kind for kind in layer_kinds(config) if kind not in (FULL, SLIDING, CHUNKED)]
     if unknown:
         return f"{name} has layers of the kind {unknown[0]!r}, which read the text in order"
-    device = model.get_input_embeddings().weight.device
-    device = model.device if device.type == "meta" else device
-    ids = torch.tensor([[5, 1, 3, 2, 4]], device=device) % config.vocab_size  # anchor's context, anchor, sibling, path
-    text = Text.of_prompt(ids[:, :2])
-    tree = DraftTree(ids[:, 2:], [[0, 0, 2]])
+    attention = getattr(config, "attn_config", None)
+    if getattr(config, "alibi", False) or getattr(attention, "alibi", False):
+        return f"{name} places tokens by their order (ALiBi)"
+    # A window that the model measures inside its layers, by slots of the cache and not by positions.
+    windows = [key for key, value in config.to_dict().items() if "window" in key and type(value) is int]
+    strange = sorted(set(windows) - KNOWN_WINDOWS)
+    if strange or getattr(config, "attention_types", None):
+        return f"{name} has a window of its own kind (`{(strange or ['attention_types'])[0]}`)"
+    return None
+
+
+@torch.no_grad()
+def _why_not_by_trying(model: Any, device: torch.device) -> str | None:
+    name, vocab_size = type(model).__name__, model.config.get_text_config().vocab_size
+    # Context, anchor, nine siblings in the way, and a path of three under the last of ten children.
+    ids = ((torch.arange(CONTEXT + 13, device=device) * 7 + 3) % vocab_size)[None]
+    text = Text.of_prompt(ids[:, : CONTEXT + 1])
+    tree = DraftTree(ids[:, CONTEXT + 1 :], [[0] * 10 + [10, 11]])
+    path = [0, 10, 11, 12]
     try:
-        plain = model(ids[:, [0, 1, 3, 4]], use_cache=False).logits[:, 1:]
-        settings = GenerationConfig()
-        target = MaskedTarget(model, settings, {"past_key_values": DynamicCache(), "use_cache": True}, None)
-        target._run({"input_ids": ids[:, :1], "past_key_values": target.cache, "use_cache": True}, 1)
-        target.rows = RaggedCache(target.cache, 1)
-        masked = target.verify(text, tree)[:, [0, 2, 3]]
+        plain_ids = torch.cat([ids[:, :CONTEXT], ids[:, CONTEXT:][:, path]], dim=1)
+        plain = model(plain_ids, use_cache=False).logits[:, CONTEXT:]
+        masked = _after_context(model, ids, lambda target: target.verify(text, tree))[:, path]
+        chain = Draft(plain_ids[:, CONTEXT + 1 :], None, has_prefix_law=True)
+        cached = _after_context(model, ids, lambda target: target.verify(text, chain))
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
         return f"{name} does not take a mask over draft trees ({type(error).__name__}: {str(error)[:80]})"
-    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.1
-    if not torch.allclose(masked, plain, rtol=0, atol=tolerance * float(plain.abs().max().clamp(min=1))):
-        return f"{name} gives other logits under a mask over draft trees (it may place tokens by their order, as ALiBi does)"
+    rounding = max(1e-6, torch.finfo(plain.dtype).eps / 2) * float(plain.abs().max().clamp(min=1))
+    noise = max(float((cached - plain).abs().max()), rounding)
+    if float((masked - plain).abs().max()) > NOISE_MARGIN * noise:
+        return f"{name} gives other logits under a mask over draft trees"
     return None
+
+
+def _after_context(model: Any, ids: torch.Tensor, verify: Callable[[MaskedTarget], torch.Tensor]) -> torch.Tensor:
+    """Return a pass's logits behind the first tokens of `ids` `(1, n)`."""
+    model_kwargs = {"past_key_values": DynamicCache(), "use_cache": True}
+    target = MaskedTarget(model, GenerationConfig(), model_kwargs, None)
+    target._run({"input_ids": ids[:, :CONTEXT], "past_key_values": target.cache, "use_cache": True}, 1, ids.device)
+    target.rows = RaggedCache(target.cache, 1)
+    return verify(target)

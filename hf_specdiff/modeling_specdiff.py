@@ -315,7 +315,9 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
     def _window_arguments(self, max_new_tokens: int | None) -> dict[str, Any]:
         """Return the arguments of speculation for a window of at most so many tokens, to be met with the ratio rule."""
         most = self.config.max_gamma if max_new_tokens is None else max_new_tokens
-        gamma = min(most, getattr(self.generation_config, "gamma", None) or most)
+        default = getattr(self.generation_config, "gamma", None)
+        # "auto" is a choice per round, which the stock loop leaves to nobody: it gets the whole window.
+        gamma = min(most, default) if isinstance(default, int) else most
         steps = getattr(self.generation_config, "num_denoising_steps", None) or 1
         return {"gamma": gamma, "num_denoising_steps": min(steps, gamma), "acceptance": "ratio"}
 

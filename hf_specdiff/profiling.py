@@ -39,13 +39,16 @@ NUM_REPEATS = 7
 _KNOWN: dict[str, Profile] = {}
 
 
-def profile_of(model: Any, drafter: Any, speculation: SpeculationConfig, given: Profile | str | Path | None = None) -> Profile:
+def profile_of(
+    model: Any, drafter: Any, speculation: SpeculationConfig, device: torch.device, given: Profile | str | Path | None = None
+) -> Profile:
     """Return what rounds cost: as given, as stored, or measured now and stored.
 
     Args:
         model (`transformers.PreTrainedModel`): the target.
         drafter (`SpecDiffDrafter`): the drafter.
         speculation (`SpeculationConfig`): the shape decides how passes are prepared.
+        device (`torch.device`): of the call's inputs.
         given (`Profile` or path, *optional*): to be used as it is, so that a run can be repeated.
 
     Returns:
@@ -57,53 +60,59 @@ def profile_of(model: Any, drafter: Any, speculation: SpeculationConfig, given: 
     if isinstance(given, Profile):
         return given
     if given is not None:
+        if not isinstance(given, str | Path):
+            raise ValueError(f"`profile` must be a Profile or a file that holds one, got {type(given).__name__}.")
         return _read(Path(given))
     key = _pair_key(model, drafter, speculation)
     if key not in _KNOWN:
-        _KNOWN[key] = _stored_or_measured(cache_folder() / f"{key}.json", model, drafter, speculation)
+        _KNOWN[key] = _stored_or_measured(cache_folder() / f"{key}.json", model, drafter, speculation, device)
     return _KNOWN[key]
 
 
-def measure_profile(model: Any, drafter: Any, speculation: SpeculationConfig) -> Profile:
+def measure_profile(model: Any, drafter: Any, speculation: SpeculationConfig, device: torch.device) -> Profile:
     """Measure target passes over 1 to 65 tokens and the drafter's pass, each with all that the loop does around it.
 
     Args:
         model (`transformers.PreTrainedModel`): the target.
         drafter (`SpecDiffDrafter`): the drafter.
         speculation (`SpeculationConfig`): what rounds look like.
+        device (`torch.device`): of the call's inputs.
 
     Returns:
-        `Profile`: medians of several passes; a larger pass never counts as cheaper than a smaller one.
+        `Profile`: medians of several passes; a larger pass never counts as cheaper than a smaller one. torch's generators are
+        left as they were.
     """
-    device = model.get_input_embeddings().weight.device
-    device = model.device if device.type == "meta" else device
-    vocab_size = model.config.get_text_config().vocab_size
-    ids = (torch.arange(CONTEXT_LENGTH, device=device)[None] * 7 + 5) % vocab_size
-    ids = torch.where(ids == drafter.config.mask_token_id, ids - 1, ids)
+    config = model.config.get_text_config()
+    room = getattr(config, "max_position_embeddings", None) or CONTEXT_LENGTH + SIZES[-1]
+    sizes = [size for size in SIZES if size <= max(2, room - CONTEXT_LENGTH)]
+    ids = torch.arange(max(1, min(CONTEXT_LENGTH, room - sizes[-1] - 1)), device=device)[None] * 7 % config.vocab_size
+    ids = torch.where(ids == drafter.config.mask_token_id, (ids + 1) % config.vocab_size, ids)
     put_around = make_drafter(drafter, model, speculation, LogitsProcessorList())
-    cache = DynamicCache(config=model.config.get_text_config())
-    model_kwargs = {"past_key_values": cache, "use_cache": True, "attention_mask": torch.ones_like(ids)}
+    model_kwargs = {
+        "past_key_values": DynamicCache(config=config),
+        "use_cache": True,
+        "attention_mask": torch.ones_like(ids),
+    }
     target_class = Target if speculation.draft_shape == "chain" else MaskedTarget
     target = target_class(model, GenerationConfig(), model_kwargs, put_around.target_layer_ids)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
         text = Text.of_prompt(ids)
         target.prefill(text)
         features = target.commit([[0]], 0)
-        text = text.extended([[5]])
-        drafter_seconds = [_seconds(lambda: put_around.draft(text, features), device, 1)]
-        drafter_seconds += [_seconds(lambda: put_around.draft(text, None), device, NUM_REPEATS)]
+        text = text.extended([[int(ids[0, 0])]])
+        _seconds(lambda: put_around.draft(text, features), device, 1)
+        drafter_seconds = _seconds(lambda: put_around.draft(text, None), device, NUM_REPEATS)
 
         def one_pass(draft: Draft | DraftTree) -> None:
             target.verify(text, draft)
-            # Only the anchor stays, and is taken back at once: the next pass stands where this one stood.
-            target.forget(draft.num_tokens + 1)
+            target.forget(draft.num_tokens + 1)  # the next pass stands where this one stood
 
         target_seconds: list[float] = []
-        for size in SIZES:
-            call = partial(one_pass, _chain_of(size - 1, device, is_tree=speculation.draft_shape != "chain"))
+        for size in sizes:
+            call = partial(one_pass, _chain_of(ids[:, :1], size - 1, is_tree=speculation.draft_shape != "chain"))
             _seconds(call, device, 1)  # the first pass of a size is not like the others
             target_seconds.append(max([_seconds(call, device, NUM_REPEATS), *target_seconds[-1:]]))
-    return Profile(list(SIZES), target_seconds, drafter_seconds[-1], machine_of(device))
+    return Profile(sizes, target_seconds, drafter_seconds, machine_of(device))
 
 
 def machine_of(device: torch.device) -> str:
@@ -118,8 +127,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HF_SPECDIFF_CACHE") or Path(home) / "hf_specdiff") / "profiles"
 
 
-def _stored_or_measured(path: Path, model: Any, drafter: Any, speculation: SpeculationConfig) -> Profile:
-    machine = machine_of(model.device)
+def _stored_or_measured(path: Path, model: Any, drafter: Any, speculation: SpeculationConfig, device: torch.device) -> Profile:
+    machine = machine_of(device)
     if path.is_file():
         try:
             stored = _read(path)
@@ -129,7 +138,7 @@ def _stored_or_measured(path: Path, model: Any, drafter: Any, speculation: Specu
         except ValueError as error:
             reason = f"cannot be read ({error})"
         logger.warning(f"The stored profile {path} {reason}; measuring again on {machine}.")
-    profile = measure_profile(model, drafter, speculation)
+    profile = measure_profile(model, drafter, speculation, device)
     try:
         write_profile(profile, path)
     except OSError as error:
@@ -154,14 +163,15 @@ def _read(path: Path) -> Profile:
 
 def _pair_key(model: Any, drafter: Any, speculation: SpeculationConfig) -> str:
     """Return a name for everything about a pair that decides what its rounds cost, but for the machine."""
-    parts = [transformers.__version__, speculation.draft_shape, str(speculation.gamma), str(model.device.type)]
+    parts = [transformers.__version__, speculation.draft_shape, str(speculation.gamma)]
     for network in (model, drafter):
-        parts += [network.config.to_json_string(), str(network.dtype), str(network.config._attn_implementation)]
+        placement = getattr(network, "hf_device_map", None) or network.device.type
+        parts += [network.config.to_json_string(), str(network.dtype), str(network.config._attn_implementation), str(placement)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
-def _chain_of(count: int, device: torch.device, *, is_tree: bool) -> Draft | DraftTree:
-    tokens = torch.full((1, count), 5, device=device)
+def _chain_of(token: torch.Tensor, count: int, *, is_tree: bool) -> Draft | DraftTree:
+    tokens = token.expand(1, count)
     return DraftTree(tokens, [list(range(count))]) if is_tree else Draft(tokens, None, has_prefix_law=True)
 
 

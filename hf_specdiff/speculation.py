@@ -113,11 +113,11 @@ def resolve_speculation(
     shape = _shape(shape, acceptance, steps, temperature, why_no_tree)
     if shape == "chain" and not do_sample:
         temperature = 0.0
-    is_adaptive = is_auto["tree_budget"] if shape == "tree" else is_auto["gamma"]
+    is_adaptive = any(is_auto.values())
     if is_adaptive and (shape == "samples" or steps > 1):
         raise ValueError(
-            f"`gamma` must be an integer with `draft_shape` {shape!r} and `num_denoising_steps` {steps}, got 'auto': there "
-            "are no probabilities of one pass to choose by. Pass a number, or draft_shape='tree' with tree_budget='auto'."
+            f"`gamma` and `tree_budget` must be integers with `draft_shape` {shape!r} and `num_denoising_steps` {steps}, got "
+            "'auto': there are no probabilities of one pass to choose by. Pass numbers, or draft_shape='tree'."
         )
     speculation = SpeculationConfig(gamma, steps, order, shape, num_drafts, budget, is_adaptive, temperature, acceptance)
     return _with_rule(speculation, do_sample=do_sample)
@@ -157,9 +157,9 @@ def _shape(shape: str, acceptance: str, steps: int, temperature: float, why_no_t
         obstacle = f"with `num_denoising_steps` {steps} a pass has no marginals that several drafts could share"
     elif temperature == 0:
         obstacle = "at `draft_temperature` 0 all drafts are the same"
+    if shape == "auto" and acceptance == "self_selection":
+        shape = "samples"
     if shape == "auto":
-        if acceptance == "self_selection":
-            return "samples"
         is_for_trees = acceptance == "auto" or acceptance == "match"
         return "tree" if is_for_trees and obstacle is None and why_no_tree() is None else "chain"
     obstacle = obstacle or why_no_tree()

@@ -103,15 +103,15 @@ class Target:
         inputs = self.model.prepare_inputs_for_generation(
             torch.cat([text.tokens, draft.tokens], dim=1), next_sequence_length=gamma + 1, is_first_iteration=False, **kwargs
         )
-        return self._run(inputs, gamma + 1)
+        return self._run(inputs, gamma + 1, text.tokens.device)
 
-    def _run(self, inputs: dict[str, Any], num_tokens: int) -> torch.Tensor:
-        """Run the model over the last `num_tokens` tokens; returns their logits, on the inputs' device."""
+    def _run(self, inputs: dict[str, Any], num_tokens: int, device: torch.device) -> torch.Tensor:
+        """Run the model over the last `num_tokens` tokens; returns their logits on the text's device."""
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = num_tokens
         self._outputs = self.model(**inputs, return_dict=True)
         self._is_prompt = False
-        return self._outputs.logits[:, -num_tokens:].to(inputs["input_ids"].device)
+        return self._outputs.logits[:, -num_tokens:].to(device)
 
     def commit(self, nodes: list[list[int]], num_drafted: int) -> Features | None:
         """Keep what was accepted of the last pass and forget the rest; of the prefill all is kept.

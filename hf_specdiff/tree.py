@@ -152,6 +152,10 @@ class DraftTree:
         """Return the nodes of each row."""
         return [len(parents) for parents in self.parents]
 
+    def deepest(self) -> list[int]:
+        """Return the longest path of each row."""
+        return self.depths().amax(dim=1).tolist()
+
     def children(self) -> list[dict[tuple[int, int], int]]:
         """Return, for each row, from (node, token) to the child of that node with that token."""
         return [

@@ -4,11 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers import BloomConfig
+from transformers import DynamicCache
 from transformers import Gemma3TextConfig
 from transformers import GPT2Config
+from transformers import GPTNeoConfig
 from transformers import Lfm2Config
 from transformers import LlamaForCausalLM
 from transformers import MistralConfig
+from transformers import MptConfig
 from transformers import Qwen3Config
 from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.generation import BaseStreamer
@@ -30,6 +33,7 @@ SHAPES = {
     "tree": {"draft_shape": "tree", "tree_budget": 12},
     "auto": {},
 }
+CPU = torch.device("cpu")
 SMALL = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 16,
@@ -209,7 +213,7 @@ def test_a_model_that_reads_the_text_in_order_is_found_out(prompt: torch.Tensor)
     alibi = make_model(BloomConfig(**sizes, **SPECIAL_IDS))
     convolving = make_model(Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]))
     for target, words in ((alibi, "Bloom"), (convolving, "conv")):
-        assert words in why_not_masked(target)
+        assert words in why_not_masked(target, CPU)
         with pytest.raises(ValueError, match="`draft_shape` must be 'chain' here"):
             hf_specdiff.generate(target, prompt, assistant_model=make_drafter(), max_new_tokens=5, draft_shape="tree")
         with pytest.raises(ValueError, match="`input_ids` must be one sequence"):
@@ -223,11 +227,11 @@ def test_a_model_that_reads_the_text_in_order_is_found_out(prompt: torch.Tensor)
 
 def test_models_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     target = make_target(5)
-    assert why_not_masked(target) is None
-    monkeypatch.setattr(masked_target, "_try", lambda model: "asked again")
-    assert why_not_masked(target) is None
+    assert why_not_masked(target, CPU) is None
+    monkeypatch.setattr(masked_target, "_why_not_by_trying", lambda model, device: "asked again")
+    assert why_not_masked(target, CPU) is None
     target.set_attn_implementation("eager")
-    assert why_not_masked(target) == "asked again"
+    assert why_not_masked(target, CPU) == "asked again"
 
 
 class Silent(BaseStreamer):
@@ -276,3 +280,84 @@ def test_speculation_says_what_was_picked(
     assert picked(do_sample=True, acceptance="self_selection") == ("samples", "self_selection")
     assert picked(do_sample=True, num_denoising_steps=2) == ("chain", "match")
     assert picked(do_sample=True, draft_temperature=0) == ("chain", "match")
+
+
+def test_windows_that_a_model_measures_by_slots_are_found_out() -> None:
+    """GPT-Neo cuts its local layers' window inside them, by the cache's slots: trees would see another window."""
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 64}
+    kinds = {"attention_types": [[["global", "local"], 1]], "window_size": 8, "initializer_range": 0.6}
+    target = make_model(GPTNeoConfig(**sizes, **kinds, **SPECIAL_IDS))
+    assert "window" in why_not_masked(target, CPU)
+    ids, _ = batch_of([20])
+    result = hf_specdiff.generate(target, ids, assistant_model=make_drafter(), do_sample=False, max_new_tokens=20)
+    assert torch.equal(result, target.generate(ids, do_sample=False, max_new_tokens=20))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_alibi_is_found_out_in_low_precision_too(dtype: torch.dtype) -> None:
+    config = MptConfig(vocab_size=VOCAB_SIZE, d_model=16, n_heads=2, n_layers=2, initializer_range=0.02, **SPECIAL_IDS)
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+    for model in (make_model(config), make_model(BloomConfig(**sizes, **SPECIAL_IDS)), make_model(Qwen3Config(**SMALL))):
+        reason = why_not_masked(model.to(dtype), CPU)
+        assert (reason is None) == (model.config.model_type == "qwen3"), reason
+
+
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_batch_goes_on_from_a_filled_cache(is_whole: bool, shape: str, drafter: SpecDiffDrafter) -> None:
+    target = make_target(0, eos_token_id=None)
+    drafter = make_drafter(drafter.config.target_layer_ids, eos_token_id=None)
+    ids, mask = batch_of([30, 34], 4)
+    turns = []
+    for call in (target.generate, lambda text, **kwargs: hf_specdiff.generate(target, text, assistant_model=drafter, **kwargs)):
+        with torch.no_grad():
+            cache = target(ids[:, :-4], attention_mask=mask[:, :-4]).past_key_values
+        settings = {"do_sample": False, "max_new_tokens": 12, "attention_mask": mask, "past_key_values": cache}
+        settings |= SHAPES[shape] if call != target.generate else {}
+        text = ids if is_whole else ids[:, -4:]
+        turns.append(call(text, **settings)[:, text.shape[1] :])
+    assert torch.equal(turns[0], turns[1])
+
+
+def test_positions_of_the_calls_own_are_drafted_for_by_chains(token_drafter: SpecDiffDrafter, prompt: torch.Tensor) -> None:
+    target = make_target()
+    settings = {"do_sample": False, "max_new_tokens": 15, "position_ids": torch.tensor([[0, 1, 2, 30, 31, 32, 33]])}
+    expected = target.generate(prompt, **settings)
+    assert torch.equal(hf_specdiff.generate(target, prompt, assistant_model=token_drafter, **settings), expected)
+    with pytest.raises(ValueError, match="`position_ids`"):
+        hf_specdiff.generate(target, prompt, assistant_model=token_drafter, draft_shape="tree", **settings)
+
+
+def test_self_selection_meets_the_same_obstacles_as_samples(token_drafter: SpecDiffDrafter, prompt: torch.Tensor) -> None:
+    settings = {"assistant_model": token_drafter, "max_new_tokens": 5, "acceptance": "self_selection"}
+    for kwargs in ({"draft_temperature": 0}, {"num_denoising_steps": 2}):
+        with pytest.raises(ValueError, match="`draft_shape` must be 'chain' here"):
+            hf_specdiff.generate(make_target(), prompt, **settings, **kwargs)
+
+
+@pytest.mark.parametrize("order", ["confidence", "left_to_right"])
+def test_several_denoising_steps_in_a_batch(order: str, drafter: SpecDiffDrafter) -> None:
+    target = make_target(1)
+    ids, mask = batch_of([4, 7, 1, 6], 1)
+    settings = {"do_sample": False, "max_new_tokens": 20, "attention_mask": mask}
+    steps = {"num_denoising_steps": 2, "reveal_order": order}
+    result = hf_specdiff.generate(target, ids, assistant_model=drafter, **settings, **steps)
+    assert torch.equal(result, target.generate(ids, **settings))
+
+
+def test_a_cache_of_the_callers_own_with_sliding_layers_is_used(token_drafter: SpecDiffDrafter, prompt: torch.Tensor) -> None:
+    target = make_model(MistralConfig(**SMALL, sliding_window=6))
+    cache = DynamicCache(config=target.config)
+    settings = {"do_sample": False, "max_new_tokens": 10, "return_dict_in_generate": True}
+    result = hf_specdiff.generate(target, prompt, assistant_model=token_drafter, past_key_values=cache, **settings)
+    assert result.past_key_values is cache
+    assert cache.get_seq_length() == result.sequences.shape[1] - 1
+    assert result.speculation.draft_shape == "chain"
+
+
+def test_statistics_of_trees_count_depths_not_nodes(token_drafter: SpecDiffDrafter, prompt: torch.Tensor) -> None:
+    settings = {"do_sample": False, "max_new_tokens": 20, "return_dict_in_generate": True, **SHAPES["tree"]}
+    stats = hf_specdiff.generate(make_target(), prompt, assistant_model=token_drafter, **settings).speculation
+    assert max(count for row in stats.num_drafted for count in row) == 12
+    assert len(stats.acceptance_per_position) <= 5
+    assert all(0 <= share <= 1 for share in stats.acceptance_per_position)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config
+from transformers import GPT2LMHeadModel
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
@@ -16,10 +18,12 @@ from hf_specdiff.budget import Budget
 from hf_specdiff.budget import Profile
 from hf_specdiff.speculation import SpeculationConfig
 
+from .conftest import SPECIAL_IDS
 from .conftest import make_drafter
 from .conftest import make_target
 from .test_batches import batch_of
 
+CPU = torch.device("cpu")
 FREE = Profile([1, 65], [0.010, 0.0101], drafter_seconds=0.001)  # tokens of a pass cost next to nothing
 STEEP = Profile([1, 65], [0.010, 0.330], drafter_seconds=0.001)  # each costs half of a whole pass
 DEAR = Profile([1, 65], [0.010, 0.0101], drafter_seconds=1.0)  # the drafter costs a hundred passes
@@ -122,14 +126,14 @@ def test_a_measured_profile_is_kept_and_read_again(
     monkeypatch.setenv("HF_SPECDIFF_CACHE", str(tmp_path))
     monkeypatch.setattr(profiling, "_KNOWN", {})
     target, speculation = make_target(), SpeculationConfig(5, draft_shape="tree")
-    first = profiling.profile_of(target, drafter, speculation)
+    first = profiling.profile_of(target, drafter, speculation, CPU)
     assert first.sizes[0] == 1
     assert first.target_seconds == sorted(first.target_seconds)
     monkeypatch.setattr(profiling, "measure_profile", lambda *pair: pytest.fail("measured twice"))
-    assert profiling.profile_of(target, drafter, speculation) == first
+    assert profiling.profile_of(target, drafter, speculation, CPU) == first
     profiling._KNOWN.clear()
-    assert profiling.profile_of(target, drafter, speculation) == first
-    assert profiling.profile_of(target, drafter, speculation, next(tmp_path.rglob("*.json"))) == first
+    assert profiling.profile_of(target, drafter, speculation, CPU) == first
+    assert profiling.profile_of(target, drafter, speculation, CPU, next(tmp_path.rglob("*.json"))) == first
 
 
 @pytest.mark.parametrize("damage", ["other machine", "not JSON"])
@@ -139,14 +143,14 @@ def test_a_profile_of_another_machine_is_measured_again_with_one_line(
     monkeypatch.setenv("HF_SPECDIFF_CACHE", str(tmp_path))
     monkeypatch.setattr(profiling, "_KNOWN", {})
     speculation = SpeculationConfig(5, draft_shape="tree")
-    profiling.profile_of(tiny_target, token_drafter, speculation)
+    profiling.profile_of(tiny_target, token_drafter, speculation, CPU)
     path = next(tmp_path.rglob("*.json"))
     stored = json.loads(path.read_text())
     path.write_text(json.dumps({**stored, "machine": "an abacus"}) if damage == "other machine" else "{")
     profiling._KNOWN.clear()
     lines: list[str] = []
     monkeypatch.setattr(logging.get_logger("hf_specdiff.profiling"), "warning", lines.append)
-    profile = profiling.profile_of(tiny_target, token_drafter, speculation)
+    profile = profiling.profile_of(tiny_target, token_drafter, speculation, CPU)
     assert profile.machine == stored["machine"]
     assert len(lines) == 1
     assert ("an abacus" if damage == "other machine" else "cannot be read") in lines[0]
@@ -157,15 +161,50 @@ def test_bad_profiles_and_bad_autos_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="rising `sizes`"):
         Profile([1, 1], [1.0, 2.0], 1.0)
+    with pytest.raises(ValueError, match="must hold numbers"):
+        Profile([1, "2"], [1.0, 2.0], 1.0)
     with pytest.raises(ValueError, match="positive times"):
         Profile([1, 2], [0.0, 2.0], 1.0)
     cases = [
         ({"tree_budget": "auto", "profile": tmp_path / "none.json"}, "`profile` must be a Profile or a file"),
-        ({"gamma": "auto", "draft_shape": "samples"}, "`gamma` must be an integer"),
-        ({"gamma": "auto", "draft_shape": "chain", "num_denoising_steps": 2}, "`gamma` must be an integer"),
+        ({"tree_budget": "auto", "profile": {"sizes": 1}}, "`profile` must be a Profile or a file"),
+        ({"profile": FREE}, "`profile` must be None unless"),
+        ({"gamma": "auto", "draft_shape": "samples"}, "must be integers with"),
+        ({"gamma": "auto", "draft_shape": "chain", "num_denoising_steps": 2}, "must be integers with"),
         ({"gamma": "all"}, "or 'auto', got 'all'"),
         ({"tree_budget": "most"}, "or 'auto', got 'most'"),
     ]
     for kwargs, words in cases:
         with pytest.raises(ValueError, match=words):
             hf_specdiff.generate(tiny_target, prompt, assistant_model=token_drafter, max_new_tokens=4, **kwargs)
+
+
+@pytest.mark.parametrize("arguments", [{"gamma": "auto"}, {"tree_budget": "auto"}], ids=["gamma", "tree_budget"])
+def test_either_auto_makes_any_shape_adaptive(
+    arguments: dict, tiny_target: LlamaForCausalLM, token_drafter: SpecDiffDrafter, prompt: torch.Tensor
+) -> None:
+    for shape in ("auto", "tree", "chain"):
+        settings = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "draft_shape": shape}
+        result = hf_specdiff.generate(tiny_target, prompt, assistant_model=token_drafter, **settings, **arguments, profile=DEAR)
+        assert [0] in result.speculation.num_drafted
+
+
+def test_the_rate_to_beat_is_that_of_the_rows_that_are_left() -> None:
+    steep = Profile([1, 65], [0.0057, 0.0133], drafter_seconds=0.002)
+    values = [0.8**i for i in range(1, 16)]
+    shrunk = Budget(steep, 16)
+    shrunk.wants_draft([10] * 16)
+    shrunk.choose([10] * 16, [values] * 16)
+    shrunk.wants_draft([15])
+    assert shrunk.choose([15], [values]) == Budget(steep, 1).choose([15], [values])
+
+
+@pytest.mark.parametrize("mask_token_id", [0, 30])
+def test_measuring_leaves_the_generators_alone_and_fits_short_models(mask_token_id: int) -> None:
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 31}
+    target = GPT2LMHeadModel(GPT2Config(**sizes, **SPECIAL_IDS)).eval()
+    drafter = make_drafter(mask_token_id=mask_token_id)
+    before = torch.random.get_rng_state()
+    profile = profiling.measure_profile(target, drafter, SpeculationConfig(5, draft_shape="tree", draft_temperature=1.0), CPU)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert profile.sizes[0] == 1

@@ -173,11 +173,18 @@ def measure(
             row.num_tokens += int((new_tokens != tokenizer.pad_token_id).sum())
             expected = output.sequences if expected is None else expected
             if not temperature:
-                row.num_identical += int((output.sequences == expected).all(dim=1).sum())
+                row.num_identical += count_identical(output.sequences, expected)
             row.num_prompts += len(new_tokens)
             if hasattr(output, "speculation"):
                 row.stats.append(output.speculation)
     return list(rows.values())
+
+
+def count_identical(sequences: torch.Tensor, expected: torch.Tensor) -> int:
+    """Return how many rows are the same, also where one of the two has been written further."""
+    width = max(sequences.shape[1], expected.shape[1])
+    one, other = (torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=-1) for ids in (sequences, expected))
+    return int((one == other).all(dim=1).sum())
 
 
 def record_of(rows: list[Row]) -> list[dict[str, Any]]:
