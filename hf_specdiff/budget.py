@@ -5,13 +5,16 @@ profile is reproducible. Nothing here can change what is generated: the choices 
 drafts. Imported by the drafters.
 """
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 
-# Where little is known about a drafter: so many nodes are assumed to have been accepted as promised.
-PRIOR_NODES = 3.0
 # Memory of the running means, per round.
 DECAY = 0.9
+# How quickly the temperature follows what was accepted, how slowly it forgets, and how far it may go.
+STEP = 0.15
+FORGETTING = 0.98
+LARGEST_TEMPERATURE = 4.0
 FIRST_PAUSE = 4
 LONGEST_PAUSE = 64
 
@@ -59,10 +62,13 @@ class Profile:
 class Budget:
     """Choose round by round whether to draft and how many nodes to verify, for the most tokens per second.
 
-    A round that verifies n nodes costs D + T(n + 1) and is expected to bring 1 + c * sum of the n largest path probabilities,
-    where c, how far the drafter's probabilities can be trusted, is learnt from the rounds so far. The best n is where the
-    expected gain over what the same time usually brings is largest. Where drafting brings fewer tokens per second than plain
-    decoding, it pauses, and tries again after 4, 8, 16, ... rounds.
+    A round that verifies n nodes costs D + T(n + 1) and is expected to bring 1 + the sum of the n largest path probabilities.
+    The best n is where the expected gain over what the same time usually brings is largest. Where drafting brings fewer tokens
+    per second than plain decoding, it pauses, and tries again after 4, 8, 16, ... rounds.
+
+    A path's probability is the product of its positions' marginals, which say nothing of each other: where a drafter is right
+    so far it is likelier to be right again, and a bad drafter may be sure of nonsense. So the marginals are taken at a
+    temperature that follows the rounds: lower while more is accepted than was promised, higher while less is.
 
     Args:
         profile (`Profile`): the costs.
@@ -74,16 +80,11 @@ class Budget:
     def __init__(self, profile: Profile, num_rows: int) -> None:
         self.profile = profile
         self.num_rows = num_rows
-        self.promised = self.accepted = PRIOR_NODES
+        self.temperature = 1.0
         self.tokens = self.seconds = 0.0
         self._pause = FIRST_PAUSE
         self._rounds_left = 0
         self._last: tuple[list[int], float, float] | None = None  # lengths, promised nodes, seconds of the open round
-
-    @property
-    def trust(self) -> float:
-        """Accepted nodes for each one that the drafter's probabilities promise."""
-        return self.accepted / self.promised
 
     @property
     def plain_rate(self) -> float:
@@ -120,16 +121,16 @@ class Budget:
         Returns:
             `int`: 0 to the nodes of the largest row.
         """
-        num_rows, trust, rate = len(values), self.trust, self.rate
+        num_rows, rate = len(values), self.rate
         promised, best, best_gain, best_promised = 0.0, 0, -rate * self.profile.target_cost(num_rows), 0.0
         for count in range(1, max(map(len, values)) + 1):
             promised += sum(row[count - 1] for row in values if len(row) >= count)
-            gain = trust * promised - rate * self.profile.target_cost(num_rows * (count + 1))
+            gain = promised - rate * self.profile.target_cost(num_rows * (count + 1))
             if gain > best_gain:
                 best, best_gain, best_promised = count, gain, promised
         seconds = self.profile.drafter_seconds + self.profile.target_cost(num_rows * (best + 1))
         self._last = (list(lengths), best_promised, seconds)
-        expected_rate = (num_rows + trust * best_promised) / seconds
+        expected_rate = (num_rows + best_promised) / seconds
         if expected_rate < self.plain_rate:
             self._rounds_left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
         else:
@@ -145,9 +146,8 @@ class Budget:
         if len(earlier) != len(lengths):
             return
         written = sum(lengths) - sum(earlier)
-        # The prior is fed in again and again, so that a drafter that failed gets another chance in easier text.
-        prior = (1 - DECAY) * PRIOR_NODES
-        self.promised = DECAY * self.promised + prior + promised
-        self.accepted = DECAY * self.accepted + prior + written - len(lengths)
+        surplus = (written - len(lengths) - promised) / (len(lengths) + promised)
+        change = math.exp(-STEP * surplus) * self.temperature**FORGETTING
+        self.temperature = min(max(change, 1 / LARGEST_TEMPERATURE), LARGEST_TEMPERATURE)
         self.tokens = DECAY * self.tokens + written
         self.seconds = DECAY * self.seconds + seconds

@@ -116,8 +116,10 @@ class MaskedTarget(Target):
         self.rows.keep(nodes)
         if self.layer_ids is None:
             return None
-        features = target_features(self._layer_states(), self.layer_ids, num_drafted + 1)
         most = max(map(len, nodes))
+        if nodes == [list(range(most))]:
+            return Features(target_features(self._layer_states(), self.layer_ids, most), [most])
+        features = target_features(self._layer_states(), self.layer_ids, num_drafted + 1)
         index = torch.tensor([row + [0] * (most - len(row)) for row in nodes], device=features.device)
         if len(nodes) == 1:
             return Features(features[:, index[0]], [most])

@@ -4,9 +4,11 @@ Knows clocks and files. Imported by the entry.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -33,8 +35,8 @@ from .tree import DraftTree
 logger = logging.get_logger(__name__)
 
 SIZES = [1, 2, 4, 8, 12, 16, 24, 32, 48, 65]
-CONTEXT_LENGTH = 96
-NUM_REPEATS = 7
+CONTEXT_LENGTH = 192
+NUM_REPEATS = 9
 # What was measured or read in this process, by the pair's key.
 _KNOWN: dict[str, Profile] = {}
 
@@ -100,19 +102,19 @@ def measure_profile(model: Any, drafter: Any, speculation: SpeculationConfig, de
         target.prefill(text)
         features = target.commit([[0]], 0)
         text = text.extended([[int(ids[0, 0])]])
-        _seconds(lambda: put_around.draft(text, features), device, 1)
-        drafter_seconds = _seconds(lambda: put_around.draft(text, None), device, NUM_REPEATS)
+        put_around.draft(text, features)
 
         def one_pass(draft: Draft | DraftTree) -> None:
             target.verify(text, draft)
             target.forget(draft.num_tokens + 1)  # the next pass stands where this one stood
 
-        target_seconds: list[float] = []
-        for size in sizes:
-            call = partial(one_pass, _chain_of(ids[:, :1], size - 1, is_tree=speculation.draft_shape != "chain"))
-            _seconds(call, device, 1)  # the first pass of a size is not like the others
-            target_seconds.append(max([_seconds(call, device, NUM_REPEATS), *target_seconds[-1:]]))
-    return Profile(sizes, target_seconds, drafter_seconds, machine_of(device))
+        is_tree = speculation.draft_shape != "chain"
+        calls: list[Callable[[], Any]] = [partial(one_pass, _chain_of(ids[:, :1], size - 1, is_tree=is_tree)) for size in sizes]
+        calls.append(lambda: put_around.draft(text, None))
+        # In turn, so that a drifting machine hits all alike; the first passes are not like the others.
+        times = [[_seconds(call, device) for call in calls] for _ in range(NUM_REPEATS + 1)][1:]
+    *target_seconds, drafter_seconds = (statistics.median(column) for column in zip(*times, strict=True))
+    return Profile(sizes, list(itertools.accumulate(target_seconds, max)), drafter_seconds, machine_of(device))
 
 
 def machine_of(device: torch.device) -> str:
@@ -175,16 +177,13 @@ def _chain_of(token: torch.Tensor, count: int, *, is_tree: bool) -> Draft | Draf
     return DraftTree(tokens, [list(range(count))]) if is_tree else Draft(tokens, None, has_prefix_law=True)
 
 
-def _seconds(call: Callable[[], Any], device: torch.device, num_repeats: int) -> float:
-    """Return the median time of a call."""
-    times = []
-    for _ in range(num_repeats):
-        _wait(device)
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the time of a call."""
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:

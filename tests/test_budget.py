@@ -53,14 +53,24 @@ def test_the_choice_is_the_best_of_all() -> None:
     assert budget.choose([10], [values]) == max(range(7), key=gains.__getitem__)
 
 
-def test_trust_follows_what_was_accepted() -> None:
-    budget = Budget(FREE, 1)
-    length = 10
-    for _ in range(30):
-        assert budget.wants_draft([length])
-        budget.choose([length], [[0.9, 0.8, 0.7]])
-        length += 3  # two accepted of 2.4 promised, and the bonus token
-    assert budget.trust == pytest.approx(2 / 2.4, abs=0.05)
+@pytest.mark.parametrize(("num_accepted", "is_sharpened"), [(3, True), (0, False)])
+def test_the_temperature_follows_what_was_accepted(num_accepted: int, is_sharpened: bool) -> None:
+    budget, length = Budget(FREE, 1), 10
+    temperatures = [budget.temperature]
+    for _ in range(20):
+        if budget.wants_draft([length]):
+            budget.choose([length], [[0.9, 0.7, 0.5]])
+        length += num_accepted + 1
+        temperatures.append(budget.temperature)
+    assert (temperatures[-1] < 0.9) if is_sharpened else (temperatures[-1] > 1.2)
+    # Without news it goes back to 1.
+    budget._last = None
+    settled = temperatures[-1]
+    for _ in range(5):
+        budget._last = ([length], 2.0, 0.01)
+        length += 3  # just as promised
+        budget.wants_draft([length])
+    assert abs(budget.temperature - 1) < abs(settled - 1)
 
 
 def test_drafting_pauses_where_it_does_not_pay_and_tries_again() -> None:
