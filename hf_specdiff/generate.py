@@ -120,13 +120,13 @@ def generate(
         stop = StopCheck(stopping_criteria, text.num_rows, keep_scores=_wants(generation_config, "output_scores"))
         obstacle = _why_no_masks(model, input_ids, model_kwargs, own_cache) if text.num_rows > 1 else None
         _check_batch(text, obstacle, logits_processor, generation_config, stop)
-        is_masked = text.num_rows > 1 or speculation.draft_shape != "chain"
         # A greedy target meets every draft by match, so there is nothing to draw for another rule.
         drafting = speculation if generation_config.do_sample else replace(speculation, acceptance="match")
         drafter = make_drafter(assistant_model, model, drafting, logits_processor, generation_config.max_length)
         if speculation.is_adaptive:
             drafter.budget = Budget(profile_of(model, assistant_model, speculation, input_ids.device, profile), text.num_rows)
-        target_class = MaskedTarget if is_masked else Target
+        needs_masks = text.num_rows > 1 or speculation.draft_shape != "chain"
+        target_class = MaskedTarget if needs_masks else Target
         target = target_class(model, generation_config, model_kwargs, drafter.target_layer_ids)
         output = run(target, drafter, speculation, stop, logits_processor, text, streamer)
         return output if generation_config.return_dict_in_generate else output.sequences

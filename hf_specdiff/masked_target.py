@@ -62,6 +62,9 @@ class MaskedTarget(Target):
         super().__init__(model, generation_config, model_kwargs, layer_ids)
         # A sliding layer drops slots by count, which is not by position once rows differ; the masks do its work.
         model_kwargs["past_key_values"] = _with_full_layers(self.cache)
+        self.text_config = model.config.get_text_config()
+        self.kinds = layer_kinds(self.text_config)
+        self.dtype = model.dtype
         self.rows: RaggedCache | None = None
         self.prompt_positions: torch.Tensor | None = None  # (B, prompt slots), -1 on padding
         self.num_cached = 0  # tokens in the cache before the text begins
@@ -165,9 +168,9 @@ class MaskedTarget(Target):
 
     def _masks(self, visible: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor) -> Any:
         """Return the mask that the model reads, added to its scores: one, or one for each kind of layer."""
-        config = self.model.config.get_text_config()
-        kinds = layer_kinds(config)
-        masks = {kind: _additive(_narrowed(visible, positions, keys, kind, config), self.model.dtype) for kind in kinds}
+        masks = {
+            kind: _additive(_narrowed(visible, positions, keys, kind, self.text_config), self.dtype) for kind in self.kinds
+        }
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 

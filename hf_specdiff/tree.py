@@ -154,7 +154,7 @@ class DraftTree:
 
     def deepest(self) -> list[int]:
         """Return the longest path of each row."""
-        return self.depths().amax(dim=1).tolist()
+        return [max(row) for row in self._depth_rows()]
 
     def children(self) -> list[dict[tuple[int, int], int]]:
         """Return, for each row, from (node, token) to the child of that node with that token."""
@@ -165,26 +165,33 @@ class DraftTree:
 
     def depths(self) -> torch.Tensor:
         """Return how far behind the anchor each node stands, `(B, N + 1)` int64: 0 for the anchor and for filler."""
+        size = self.num_tokens + 1
+        rows = [row + [0] * (size - len(row)) for row in self._depth_rows()]
+        return torch.tensor(rows, device=self.tokens.device)
+
+    def _depth_rows(self) -> list[list[int]]:
         rows = []
         for parents in self.parents:
             depths = [0]
             for parent in parents:
                 depths.append(depths[parent] + 1)
-            rows.append(depths + [0] * (self.num_tokens + 1 - len(depths)))
-        return torch.tensor(rows, device=self.tokens.device)
+            rows.append(depths)
+        return rows
 
     def ancestor_mask(self) -> torch.Tensor:
         """Return who sees whom, `(B, N + 1, N + 1)` bool: true at [i, j] if j is i or an ancestor of i; filler sees itself."""
         size = self.num_tokens + 1
-        edges = torch.zeros(len(self.parents), size, size)
-        # Filler hangs under itself.
-        padded = [[0, *parents, *range(len(parents) + 1, size)] for parents in self.parents]
-        edges.scatter_(2, torch.tensor(padded)[:, :, None], 1.0)
-        reach = edges + torch.eye(size)
-        # Each product doubles the distance that is reached.
-        for _ in range(int(self.depths().max()).bit_length()):
-            reach = (reach @ reach).clamp_(max=1)
-        return (reach > 0).to(self.tokens.device)
+        seen: list[int] = []  # flat places in the mask
+        for row, parents in enumerate(self.parents):
+            paths = [[0]]
+            for node, parent in enumerate([*parents, *[None] * (size - 1 - len(parents))], 1):
+                paths.append([node] if parent is None else [*paths[parent], node])
+            for node, path in enumerate(paths):
+                first = (row * size + node) * size
+                seen += [first + ancestor for ancestor in path]
+        mask = torch.zeros(len(self.parents) * size * size, dtype=torch.bool)
+        mask[torch.tensor(seen)] = True
+        return mask.view(len(self.parents), size, size).to(self.tokens.device)
 
 
 def merge_drafts(drafts: list[list[int]]) -> tuple[list[int], list[int], list[list[int]]]:
