@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 # Memory of the running means, per round.
 DECAY = 0.9
-# How quickly the temperature follows what was accepted, how slowly it forgets, and how far it may go.
-STEP = 0.15
+# How quickly the exponent follows what was accepted, how slowly it forgets, and how far it may go.
+STEP = 0.2
 FORGETTING = 0.98
-LARGEST_TEMPERATURE = 4.0
+LARGEST_EXPONENT = 4.0
 FIRST_PAUSE = 4
 LONGEST_PAUSE = 64
 
@@ -28,16 +28,19 @@ class Profile:
         target_seconds (`list[float]`): time of a pass over so many tokens, all that the loop does with it included.
         drafter_seconds (`float`): time of a drafter pass, all that the loop does with it included.
         machine (`str`): what it was measured on; see `hf_specdiff.profiling`.
+        exponent (`float`): calibration of the drafter: to which power its path probabilities are raised at first (see
+            `Budget`); 1 as long as nothing has been generated, then near where the last call left it.
     """
 
     sizes: list[int]
     target_seconds: list[float]
     drafter_seconds: float
     machine: str = ""
+    exponent: float = 1.0
 
     def __post_init__(self) -> None:
         """Check that there is something to interpolate."""
-        numbers = [*self.sizes, *self.target_seconds, self.drafter_seconds]
+        numbers = [*self.sizes, *self.target_seconds, self.drafter_seconds, self.exponent]
         if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
             raise ValueError(f"`profile` must hold numbers, got {numbers}.")
         is_rising = all(low < high for low, high in zip(self.sizes, self.sizes[1:], strict=False))
@@ -46,10 +49,8 @@ class Profile:
                 f"`profile` must have rising `sizes` from 1 on and as many `target_seconds`, got {self.sizes} and "
                 f"{self.target_seconds}."
             )
-        if not all(seconds > 0 for seconds in (*self.target_seconds, self.drafter_seconds)):
-            raise ValueError(
-                f"`profile` must have positive times, got {self.target_seconds} and {self.drafter_seconds} seconds."
-            )
+        if not all(number > 0 for number in numbers):
+            raise ValueError(f"`profile` must have positive times and exponent, got {numbers}.")
 
     def target_cost(self, num_tokens: int) -> float:
         """Return the seconds of a target pass over so many tokens, all rows together; linear between and beyond the sizes."""
@@ -67,8 +68,9 @@ class Budget:
     per second than plain decoding, it pauses, and tries again after 4, 8, 16, ... rounds.
 
     A path's probability is the product of its positions' marginals, which say nothing of each other: where a drafter is right
-    so far it is likelier to be right again, and a bad drafter may be sure of nonsense. So the marginals are taken at a
-    temperature that follows the rounds: lower while more is accepted than was promised, higher while less is.
+    so far it is likelier to be right again, and a bad drafter may be sure of nonsense. So the products are raised to a power
+    that follows the rounds: lower while more is accepted than was promised, higher while less is. The next call goes on from
+    where this one ends, unless the caller gives it a profile.
 
     Args:
         profile (`Profile`): the costs.
@@ -80,7 +82,7 @@ class Budget:
     def __init__(self, profile: Profile, num_rows: int) -> None:
         self.profile = profile
         self.num_rows = num_rows
-        self.temperature = 1.0
+        self.exponent = profile.exponent
         self.tokens = self.seconds = 0.0
         self._pause = FIRST_PAUSE
         self._rounds_left = 0
@@ -95,6 +97,13 @@ class Budget:
     def rate(self) -> float:
         """Tokens per second of late, at least plain decoding's."""
         return max(self.tokens / self.seconds if self.seconds else 0.0, self.plain_rate)
+
+    @property
+    def smallest_value(self) -> float:
+        """A path probability below which no node is worth its cost, taken as half the mean of a pass's tokens for safety."""
+        span = self.profile.sizes[-1] - self.profile.sizes[0]
+        slope = (self.profile.target_seconds[-1] - self.profile.target_seconds[0]) / span
+        return (0.5 * self.rate * slope) ** (1 / self.exponent)
 
     def wants_draft(self, lengths: list[int]) -> bool:
         """Return whether this round shall draft at all.
@@ -123,8 +132,8 @@ class Budget:
         """
         num_rows, rate = len(values), self.rate
         promised, best, best_gain, best_promised = 0.0, 0, -rate * self.profile.target_cost(num_rows), 0.0
-        for count in range(1, max(map(len, values)) + 1):
-            promised += sum(row[count - 1] for row in values if len(row) >= count)
+        for count in range(1, max(map(len, values), default=0) + 1):
+            promised += sum(row[count - 1] ** self.exponent for row in values if len(row) >= count)
             gain = promised - rate * self.profile.target_cost(num_rows * (count + 1))
             if gain > best_gain:
                 best, best_gain, best_promised = count, gain, promised
@@ -147,7 +156,8 @@ class Budget:
             return
         written = sum(lengths) - sum(earlier)
         surplus = (written - len(lengths) - promised) / (len(lengths) + promised)
-        change = math.exp(-STEP * surplus) * self.temperature**FORGETTING
-        self.temperature = min(max(change, 1 / LARGEST_TEMPERATURE), LARGEST_TEMPERATURE)
+        start = self.profile.exponent
+        exponent = math.exp(-STEP * surplus) * start * (self.exponent / start) ** FORGETTING
+        self.exponent = min(max(exponent, 1 / LARGEST_EXPONENT), LARGEST_EXPONENT)
         self.tokens = DECAY * self.tokens + written
         self.seconds = DECAY * self.seconds + seconds

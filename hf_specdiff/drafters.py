@@ -121,15 +121,16 @@ class DenoisingDrafter:
         """Turn the first pass into a draft of the shape that was asked for."""
         budget, speculation = self.budget, self.speculation
         choose = None if budget is None else lambda values: budget.choose(text.lengths, values)
-        sharpness = 1.0 if budget is None else budget.temperature
         if speculation.draft_shape == "samples":
             return draft_samples(self._free_scores(logits), speculation)
         if speculation.draft_shape == "tree":
-            return draft_tree(self._free_scores(logits) / sharpness, speculation, choose)
+            return draft_tree(
+                self._free_scores(logits), speculation, choose, budget.smallest_value if budget is not None else 0.0
+            )
         steps = reveal_counts(window.shape[1] - 1, speculation.num_denoising_steps)
         if len(steps) > 1:
             return self._denoise(text, window, logits, steps)
-        count = logits.shape[1] if choose is None else choose(chain_values(self._without_mask(logits) / sharpness))
+        count = logits.shape[1] if choose is None else choose(chain_values(self._without_mask(logits)))
         tokens, probs = self._draw_in_order(text, window[:, 1:1], logits)
         return Draft(tokens, probs, speculation.has_prefix_law).first(count)
 

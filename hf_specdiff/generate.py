@@ -29,6 +29,7 @@ from .conditioning import make_drafter
 from .decoding import run
 from .masked_target import MaskedTarget
 from .masked_target import why_not_masked
+from .profiling import learn
 from .profiling import profile_of
 from .speculation import SPECULATION_ARGUMENTS
 from .speculation import check_prompt
@@ -129,6 +130,8 @@ def generate(
         target_class = MaskedTarget if needs_masks else Target
         target = target_class(model, generation_config, model_kwargs, drafter.target_layer_ids)
         output = run(target, drafter, speculation, stop, logits_processor, text, streamer)
+        if drafter.budget is not None and profile is None:
+            learn(model, assistant_model, speculation, drafter.budget.exponent)
         return output if generation_config.return_dict_in_generate else output.sequences
 
     return GenerationMixin.generate(model, inputs, streamer=streamer, custom_generate=speculative_loop, **kwargs)

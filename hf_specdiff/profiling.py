@@ -6,12 +6,14 @@ Knows clocks and files. Imported by the entry.
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ logger = logging.get_logger(__name__)
 SIZES = [1, 2, 4, 8, 12, 16, 24, 32, 48, 65]
 CONTEXT_LENGTH = 192
 NUM_REPEATS = 9
+# A calibration is written again when it has moved by such a factor, as a logarithm.
+NOTABLE_CHANGE = 0.15
 # What was measured or read in this process, by the pair's key.
 _KNOWN: dict[str, Profile] = {}
 
@@ -69,6 +73,24 @@ def profile_of(
     if key not in _KNOWN:
         _KNOWN[key] = _stored_or_measured(cache_folder() / f"{key}.json", model, drafter, speculation, device)
     return _KNOWN[key]
+
+
+def learn(model: Any, drafter: Any, speculation: SpeculationConfig, exponent: float) -> None:
+    """Let the next call with this pair start from what this one has learnt of the drafter.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target.
+        drafter (`SpecDiffDrafter`): the drafter.
+        speculation (`SpeculationConfig`): of the call.
+        exponent (`float`): where the call's `Budget` ended.
+    """
+    key = _pair_key(model, drafter, speculation)
+    known = _KNOWN[key]
+    # Half way: one text is not like the next.
+    _KNOWN[key] = profile = replace(known, exponent=math.sqrt(known.exponent * exponent))
+    path = cache_folder() / f"{key}.json"
+    if path.is_file() and abs(math.log(profile.exponent / _read(path).exponent)) > NOTABLE_CHANGE:
+        write_profile(profile, path)
 
 
 def measure_profile(model: Any, drafter: Any, speculation: SpeculationConfig, device: torch.device) -> Profile:
@@ -165,7 +187,7 @@ def _read(path: Path) -> Profile:
 
 def _pair_key(model: Any, drafter: Any, speculation: SpeculationConfig) -> str:
     """Return a name for everything about a pair that decides what its rounds cost, but for the machine."""
-    parts = [transformers.__version__, speculation.draft_shape, str(speculation.gamma)]
+    parts = [transformers.__version__, speculation.draft_shape, speculation.acceptance, str(speculation.gamma)]
     for network in (model, drafter):
         placement = getattr(network, "hf_device_map", None) or network.device.type
         parts += [network.config.to_json_string(), str(network.dtype), str(network.config._attn_implementation), str(placement)]

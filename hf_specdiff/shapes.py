@@ -39,7 +39,10 @@ def draft_samples(scores: torch.Tensor, speculation: SpeculationConfig) -> Draft
 
 
 def draft_tree(
-    scores: torch.Tensor, speculation: SpeculationConfig, choose: Callable[[list[list[float]]], int] | None = None
+    scores: torch.Tensor,
+    speculation: SpeculationConfig,
+    choose: Callable[[list[list[float]]], int] | None = None,
+    smallest: float = 0.0,
 ) -> Draft | DraftTree:
     """Take the most probable prefixes as a tree; for the ratio rule, draw the last child of each inner node.
 
@@ -48,6 +51,7 @@ def draft_tree(
         speculation (`SpeculationConfig`): the budget, the temperature of the marginals, and the rule.
         choose (`Callable`, *optional*): from each row's path probabilities, falling, to how many nodes are worth verifying. It
             is asked before anything is drawn.
+        smallest (`float`): paths of at most this probability are left out.
 
     Returns:
         `DraftTree`: with `sampled` for the ratio rule; or a `Draft` of nothing, where no node is worth it.
@@ -57,7 +61,7 @@ def draft_tree(
     marginals = to_probs(scores / speculation.draft_temperature)
     probs, ranked_tokens = marginals.topk(min(speculation.tree_budget, marginals.shape[-1]), dim=-1)
     all_probs, all_tokens = probs.tolist(), ranked_tokens.tolist()
-    shapes = [best_first(ranked_probs, speculation.tree_budget) for ranked_probs in all_probs]
+    shapes = [best_first(ranked_probs, speculation.tree_budget, smallest) for ranked_probs in all_probs]
     if choose is not None:
         count = choose([shape.values for shape in shapes])
         shapes = [shape.first(count) for shape in shapes]

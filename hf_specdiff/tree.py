@@ -53,7 +53,7 @@ class TreeShape:
         )
 
 
-def best_first(ranked_probs: list[list[float]], budget: int) -> TreeShape:
+def best_first(ranked_probs: list[list[float]], budget: int, smallest: float = 0.0) -> TreeShape:
     """Return the `budget` most probable prefixes under a product of marginals, most probable first.
 
     A prefix's probability is the product of its tokens', so no prefix comes before its parent, and among the trees of so many
@@ -62,6 +62,7 @@ def best_first(ranked_probs: list[list[float]], budget: int) -> TreeShape:
     Args:
         ranked_probs (`list[list[float]]`): for each window position the probabilities of its tokens, falling.
         budget (`int`): most nodes.
+        smallest (`float`): prefixes of at most this probability are left out.
 
     Returns:
         `TreeShape`: fewer nodes where there are not so many prefixes of positive probability.
@@ -74,7 +75,7 @@ def best_first(ranked_probs: list[list[float]], budget: int) -> TreeShape:
     while heap and len(shape.parents) < budget:
         negative, _, parent, depth, rank, above = heapq.heappop(heap)
         value = -negative
-        if value <= 0:
+        if value <= smallest:
             break
         shape.parents.append(parent)
         shape.depths.append(depth)

@@ -54,23 +54,23 @@ def test_the_choice_is_the_best_of_all() -> None:
 
 
 @pytest.mark.parametrize(("num_accepted", "is_sharpened"), [(3, True), (0, False)])
-def test_the_temperature_follows_what_was_accepted(num_accepted: int, is_sharpened: bool) -> None:
+def test_the_exponent_follows_what_was_accepted(num_accepted: int, is_sharpened: bool) -> None:
     budget, length = Budget(FREE, 1), 10
-    temperatures = [budget.temperature]
+    exponents = [budget.exponent]
     for _ in range(20):
         if budget.wants_draft([length]):
             budget.choose([length], [[0.9, 0.7, 0.5]])
         length += num_accepted + 1
-        temperatures.append(budget.temperature)
-    assert (temperatures[-1] < 0.9) if is_sharpened else (temperatures[-1] > 1.2)
-    # Without news it goes back to 1.
+        exponents.append(budget.exponent)
+    assert (exponents[-1] < 0.9) if is_sharpened else (exponents[-1] > 1.2)
+    # Without news it goes back to where the profile had it.
     budget._last = None
-    settled = temperatures[-1]
+    settled = exponents[-1]
     for _ in range(5):
         budget._last = ([length], 2.0, 0.01)
         length += 3  # just as promised
         budget.wants_draft([length])
-    assert abs(budget.temperature - 1) < abs(settled - 1)
+    assert abs(budget.exponent - 1) < abs(settled - 1)
 
 
 def test_drafting_pauses_where_it_does_not_pay_and_tries_again() -> None:
@@ -173,7 +173,7 @@ def test_bad_profiles_and_bad_autos_are_refused(
         Profile([1, 1], [1.0, 2.0], 1.0)
     with pytest.raises(ValueError, match="must hold numbers"):
         Profile([1, "2"], [1.0, 2.0], 1.0)
-    with pytest.raises(ValueError, match="positive times"):
+    with pytest.raises(ValueError, match="positive times and exponent"):
         Profile([1, 2], [0.0, 2.0], 1.0)
     cases = [
         ({"tree_budget": "auto", "profile": tmp_path / "none.json"}, "`profile` must be a Profile or a file"),
@@ -218,3 +218,23 @@ def test_measuring_leaves_the_generators_alone_and_fits_short_models(mask_token_
     profile = profiling.measure_profile(target, drafter, SpeculationConfig(5, draft_shape="tree", draft_temperature=1.0), CPU)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert profile.sizes[0] == 1
+
+
+def test_the_next_call_goes_on_from_what_was_learnt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: torch.Tensor
+) -> None:
+    monkeypatch.setenv("HF_SPECDIFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(profiling, "_KNOWN", {})
+    monkeypatch.setattr(profiling, "measure_profile", lambda *pair: FREE)
+    monkeypatch.setattr(profiling, "machine_of", lambda device: FREE.machine)
+    target, drafter = make_target(0, eos_token_id=None), make_drafter(eos_token_id=None)  # as good as never accepted
+    settings = {"do_sample": False, "max_new_tokens": 30, "tree_budget": "auto"}
+    for _ in range(12):
+        hf_specdiff.generate(target, prompt, assistant_model=drafter, **settings)
+    (known,) = profiling._KNOWN.values()
+    assert known.exponent > 1.05
+    stored = profiling._read(next(tmp_path.rglob("*.json")))
+    assert stored.exponent == pytest.approx(known.exponent, rel=0.2)
+    # A given profile is neither changed nor learnt from.
+    hf_specdiff.generate(target, prompt, assistant_model=drafter, **settings, profile=FREE)
+    assert next(iter(profiling._KNOWN.values())) == known
