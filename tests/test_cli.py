@@ -66,9 +66,9 @@ def test_demo_compares_all_decoders_and_writes_its_figures(tmp_path: Path) -> No
     path = tmp_path / "demo.json"
     result = CliRunner().invoke(app, ["demo", "--num-prompts", "1", "--output", str(path)])
     assert result.exit_code == 0, result.output
-    assert "identical: 8/8" in result.output
+    assert "identical: 12/12" in result.output
     record = json.loads(path.read_text())
-    assert len(record["rows"]) == 10
+    assert len(record["rows"]) == 14
     for times in record["rounds"]:
         parts = [times[name] for name in ("target_pass", "drafter_pass", "between")]
         assert min(parts) > 0

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "hf_specdiff"
 LEVELS = [
     {"draft", "text", "tree", "budget", "cache", "configuration_specdiff", "denoising", "stopwatch"},
     {"sampling", "speculation"},
-    {"acceptance", "shapes", "stopping"},
-    {"drafters"},
+    {"acceptance", "record", "shapes", "stopping"},
+    {"drafters", "rules"},
     {"conditioning"},
     {"candidate_generator", "target"},
     {"masked_target", "decoding", "modeling_specdiff"},

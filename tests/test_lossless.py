@@ -20,9 +20,9 @@ from hf_specdiff import SpecDiffCandidateGenerator
 from hf_specdiff import SpecDiffDrafter
 from hf_specdiff import drafters
 from hf_specdiff import shapes
-from hf_specdiff.decoding import make_rule
 from hf_specdiff.decoding import run
 from hf_specdiff.draft import Draft
+from hf_specdiff.rules import make_rule
 from hf_specdiff.sampling import Scores
 from hf_specdiff.sampling import draw
 from hf_specdiff.sampling import draw_from_scores

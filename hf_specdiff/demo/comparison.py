@@ -137,6 +137,9 @@ def measure_rounds(kind: str, draft_shape: str, prompts: list[str], max_new_toke
         `RoundTimes`: means over all rounds, prefills left out.
     """
     target, drafter, tokenizer = load_demo(kind)
+    warm_up = tokenizer(prompts[0], return_tensors="pt").input_ids
+    # The first call with a target tries whether it takes trees, and that is no part of a round.
+    generate(target, warm_up, assistant_model=drafter, draft_shape=draft_shape, do_sample=False, max_new_tokens=4)
     lent = [target.get_input_embeddings(), target.get_output_embeddings()]
     total = prefill = 0.0
     num_rounds = 0
