@@ -53,12 +53,12 @@ def test_result_tables_hold_the_measured_figures() -> None:
 def test_report_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n", encoding="utf-8")
+    readme.write_text("before\n<!-- results -->\nlast year\n<!-- /results -->\nafter\n", encoding="utf-8")
     report(readme)
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n<!-- results -->\nThe bundled pair")
     assert text.endswith("<!-- /results -->\nafter\n")
-    assert "old" not in text
+    assert "last year" not in text
     readme.write_text("no markers", encoding="utf-8")
     with pytest.raises(ValueError, match="markers"):
         report(readme)
