@@ -82,8 +82,8 @@ def generate(
             models whose state cannot be rolled back, and for batches of models that take no mask of ours.
 
     Lossless when: always; what is known not to be is refused, and whether a model reads masks of ours is tried. Greedy tokens
-    equal `model.generate`'s in float32; in lower precision
-    near-ties can flip, as they do between any two batch shapes. Processors and criteria must be functions of ids and scores.
+    equal `model.generate`'s in float32; in lower precision near-ties can flip, as they do between any two batch shapes.
+    Processors and criteria must be functions of ids and scores.
     """
     if getattr(getattr(model, "config", None), "model_type", None) == "specdiff":
         # A drafter loaded from a Hub repository that also holds this file gets it as its `generate`.

@@ -52,6 +52,8 @@ class MaskedTarget(Target):
             An empty one with sliding layers is replaced by one that drops nothing; the entry never hands over a user's own.
     """
 
+    takes_trees_and_batches = True
+
     def __init__(
         self,
         model: Any,

@@ -89,8 +89,12 @@ def learn(model: Any, drafter: Any, speculation: SpeculationConfig, exponent: fl
     # Half way: one text is not like the next.
     _KNOWN[key] = profile = replace(known, exponent=math.sqrt(known.exponent * exponent))
     path = cache_folder() / f"{key}.json"
-    if path.is_file() and abs(math.log(profile.exponent / _read(path).exponent)) > NOTABLE_CHANGE:
-        write_profile(profile, path)
+    try:
+        if path.is_file() and abs(math.log(profile.exponent / _read(path).exponent)) > NOTABLE_CHANGE:
+            write_profile(profile, path)
+    except (OSError, ValueError) as error:
+        # The text has been generated; what was learnt of the drafter must not cost it.
+        logger.warning(f"What was learnt of this drafter could not be kept in {path} ({error}).")
 
 
 def measure_profile(model: Any, drafter: Any, speculation: SpeculationConfig, device: torch.device) -> Profile:

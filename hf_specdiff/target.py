@@ -34,6 +34,8 @@ class Target:
         layer_ids (`list[int]`, *optional*): layers whose outputs the drafter reads.
     """
 
+    takes_trees_and_batches = False
+
     def __init__(
         self,
         model: Any,
@@ -81,7 +83,12 @@ class Target:
 
         Returns:
             `torch.Tensor` of shape `(B, 1, V)`: raw logits of the token that follows.
+
+        Raises:
+            ValueError: for more rows than this target keeps apart.
         """
+        if text.num_rows > 1 and not self.takes_trees_and_batches:
+            raise ValueError(f"`text` must be one row for a Target, got {text.num_rows}. Use a MaskedTarget.")
         self._outputs = self.model._prefill(text.tokens, self.generation_config, self.model_kwargs)
         logits = self._outputs.logits[:, -1:].to(text.tokens.device)
         # Only now: a sliding layer that records from the start would keep the whole prompt.
@@ -97,7 +104,12 @@ class Target:
 
         Returns:
             `torch.Tensor` of shape `(B, G + 1, V)`: raw logits; row `i` follows the text and the first `i` drafted tokens.
+
+        Raises:
+            ValueError: for a tree, whose branches the host's masks would let see each other.
         """
+        if isinstance(draft, DraftTree):
+            raise ValueError("`draft` must be a chain for a Target, got a DraftTree. Use a MaskedTarget.")
         gamma = draft.num_tokens
         kwargs = _extended(self.model_kwargs, gamma)
         inputs = self.model.prepare_inputs_for_generation(
@@ -132,8 +144,7 @@ class Target:
         return self._advance(num_kept)
 
     def select_rows(self, rows: list[int]) -> None:
-        """Forget all but some rows of the batch. A single row is never taken away."""
-        raise NotImplementedError
+        """Forget all but some rows of the batch: nothing here, where the single row is never taken away."""
 
     def forget(self, num_tokens: int) -> None:
         """Take back the whole last pass of so many tokens."""

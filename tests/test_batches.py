@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 from transformers import BloomConfig
 from transformers import DynamicCache
 from transformers import Gemma3TextConfig
+from transformers import GenerationConfig
 from transformers import GPT2Config
 from transformers import GPTNeoConfig
 from transformers import Lfm2Config
@@ -20,6 +21,9 @@ import hf_specdiff
 from hf_specdiff import SpecDiffDrafter
 from hf_specdiff import masked_target
 from hf_specdiff.masked_target import why_not_masked
+from hf_specdiff.target import Target
+from hf_specdiff.text import Text
+from hf_specdiff.tree import DraftTree
 
 from .conftest import SPECIAL_IDS
 from .conftest import VOCAB_SIZE
@@ -361,3 +365,14 @@ def test_statistics_of_trees_count_depths_not_nodes(token_drafter: SpecDiffDraft
     assert max(count for row in stats.num_drafted for count in row) == 12
     assert len(stats.acceptance_per_position) <= 5
     assert all(0 <= share <= 1 for share in stats.acceptance_per_position)
+
+
+def test_a_target_with_the_hosts_masks_refuses_trees_and_batches() -> None:
+    """Its masks would let branches see each other, and its cache has one end."""
+    model = make_target()
+    target = Target(model, GenerationConfig(), {"past_key_values": DynamicCache(), "use_cache": True}, None)
+    ids, _ = batch_of([4, 4])
+    with pytest.raises(ValueError, match="MaskedTarget"):
+        target.prefill(Text.of_prompt(ids))
+    with pytest.raises(ValueError, match="MaskedTarget"):
+        target.verify(Text.of_prompt(ids[:1]), DraftTree(torch.tensor([[5, 6]]), [[0, 0]]))

@@ -220,6 +220,25 @@ def test_measuring_leaves_the_generators_alone_and_fits_short_models(mask_token_
     assert profile.sizes[0] == 1
 
 
+def test_a_cache_that_cannot_be_written_costs_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: torch.Tensor
+) -> None:
+    monkeypatch.setenv("HF_SPECDIFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(profiling, "_KNOWN", {})
+    monkeypatch.setattr(profiling, "measure_profile", lambda *pair: FREE)
+    monkeypatch.setattr(profiling, "machine_of", lambda device: FREE.machine)
+    lines: list[str] = []
+    monkeypatch.setattr(logging.get_logger("hf_specdiff.profiling"), "warning", lines.append)
+    target, drafter = make_target(), make_drafter()
+    settings = {"do_sample": False, "max_new_tokens": 12}
+    expected = target.generate(prompt, **settings)
+    for _ in range(2):
+        result = hf_specdiff.generate(target, prompt, assistant_model=drafter, tree_budget="auto", **settings)
+        assert torch.equal(result, expected)
+        next(tmp_path.rglob("*.json")).write_text("{")
+    assert len(lines) == 1
+
+
 def test_the_next_call_goes_on_from_what_was_learnt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: torch.Tensor
 ) -> None:

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from transformers import LogitsProcessorList
 
 import hf_specdiff
+from hf_specdiff import Profile
 from hf_specdiff import SpecDiffCandidateGenerator
 from hf_specdiff import SpecDiffDrafter
 from hf_specdiff import drafters
@@ -156,6 +157,7 @@ STEPPED = {
     },
 }
 
+PROFILE = Profile([1, 65], [0.010, 0.100], drafter_seconds=0.0005)
 MANY = {
     "samples-match": {"draft_shape": "samples", "acceptance": "match", "num_drafts": 2, "gamma": 2},
     "samples-self-selection": {"draft_shape": "samples", "acceptance": "self_selection", "num_drafts": 2, "gamma": 2},
@@ -163,6 +165,11 @@ MANY = {
     "tree-ratio": {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": 4, "gamma": 2},
     "hot-tree-ratio": {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": 5, "gamma": 2, "draft_temperature": 3.0},
     "auto": {"gamma": 2, "tree_budget": 3},
+    # Sizes that follow a profile and what was accepted so far; never what was just drawn.
+    "adaptive-tree-ratio": {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": "auto", "profile": PROFILE},
+    "adaptive-tree-match": {"draft_shape": "tree", "acceptance": "match", "tree_budget": "auto", "profile": PROFILE},
+    "adaptive-chain-ratio": {"draft_shape": "chain", "acceptance": "ratio", "gamma": "auto", "profile": PROFILE},
+    "adaptive-chain-block": {"draft_shape": "chain", "acceptance": "block", "gamma": "auto", "profile": PROFILE},
 }
 
 
@@ -239,6 +246,35 @@ def test_many_drafts_preserve_the_law(
         lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, **settings, **MANY[scheme]), monkeypatch
     )
     assert distance(plain, ours) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"draft_shape": "chain", "acceptance": "block"},
+        {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": 2},
+        {"draft_shape": "tree", "acceptance": "match", "tree_budget": 2},
+    ],
+    ids=["chain-block", "tree-ratio", "tree-match"],
+)
+def test_rows_of_a_batch_keep_their_joint_law(scheme: dict, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows accept and end at their own pace, one of them padded, and stay as independent as in plain generate."""
+    ids = torch.tensor([[0, 1], [1, 2]])
+    mask = torch.tensor([[0, 1], [1, 1]])
+    settings = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": True, "top_k": 2, "temperature": 1.3}
+    drafter = drafter_for(None)
+
+    def joint(call: Callable[..., torch.Tensor], **kwargs: object) -> Callable[[], torch.Tensor]:
+        def sequences() -> torch.Tensor:
+            result = call(ids, **settings, **kwargs)
+            return torch.nn.functional.pad(result, (0, ids.shape[1] + 3 - result.shape[1])).flatten()[None]
+
+        return sequences
+
+    def ours(ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return hf_specdiff.generate(target, ids, assistant_model=drafter, **kwargs)
+
+    assert distance(law_of(joint(target.generate), monkeypatch), law_of(joint(ours, **scheme), monkeypatch)) < TOLERANCE
 
 
 def test_control_children_drawn_from_another_law_are_seen(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
