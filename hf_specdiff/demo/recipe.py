@@ -39,6 +39,7 @@ NUM_CORPUS_CODE_EPOCHS = 2
 NUM_TRAINING_PROBLEMS = 5_000
 NUM_TRAINING_PROMPTS = 5_120
 NUM_MORE_CODE = 10_240
+NUM_YET_MORE_CODE = 15_360
 NUM_MORE_PROBLEMS = 5_120
 NUM_HELD_OUT = 96
 TARGET_LAYERS = 16
@@ -102,17 +103,31 @@ def training_prompts() -> list[str]:
 
 def more_code_prompts() -> list[str]:
     """Return many more code prompts: several beginnings of each definition and of pieces of it."""
-    rng = random.Random(5)
+    return _code_beginnings((60, 120, 180, 300), (80, 160), characters_per_piece=900, max_pieces=6, seed=5)[:NUM_MORE_CODE]
+
+
+def yet_more_code_prompts() -> list[str]:
+    """Return code prompts beside those of `more_code_prompts`: other beginnings, and more pieces."""
+    known = set(more_code_prompts())
+    beginnings = _code_beginnings((75, 150, 240, 400), (70, 110, 220), characters_per_piece=300, max_pieces=40, seed=6)
+    return [head for head in beginnings if head not in known][:NUM_YET_MORE_CODE]
+
+
+def _code_beginnings(
+    sizes: tuple[int, ...], piece_sizes: tuple[int, ...], *, characters_per_piece: int, max_pieces: int, seed: int
+) -> list[str]:
+    """Return beginnings, in random order, of whole definitions and of pieces of them from a random line on."""
+    rng = random.Random(seed)
     heads = set()
     for text in training_definitions():
         lines = text.splitlines()
-        heads |= {code_prompt(text, size) for size in (60, 120, 180, 300)}
-        for _ in range(min(6, len(text) // 900)):
+        heads |= {code_prompt(text, size) for size in sizes}
+        for _ in range(min(max_pieces, len(text) // characters_per_piece)):
             start = rng.randrange(len(lines))
-            heads.add(code_prompt("\n".join(lines[start:]), rng.choice((80, 160))))
+            heads.add(code_prompt("\n".join(lines[start:]), rng.choice(piece_sizes)))
     code = sorted(head for head in heads if head)
     rng.shuffle(code)
-    return code[:NUM_MORE_CODE]
+    return code
 
 
 def more_math_prompts() -> list[str]:
