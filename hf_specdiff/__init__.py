@@ -35,3 +35,6 @@ __all__ = [
 AutoConfig.register("specdiff", SpecDiffConfig)
 AutoModel.register(SpecDiffConfig, SpecDiffDrafter)
 AutoModelForCausalLM.register(SpecDiffConfig, SpecDiffDrafter)
+# Saved drafters carry their code, for users who have only transformers.
+SpecDiffConfig.register_for_auto_class()
+SpecDiffDrafter.register_for_auto_class("AutoModelForCausalLM")

@@ -1,4 +1,4 @@
-"""The command line: `hf-specdiff demo | generate | train`.
+"""The command line: `hf-specdiff demo | generate | train | doctor | publish`.
 
 Turns words into calls and errors into one line; everything else lives in the modules it calls.
 """
@@ -13,12 +13,20 @@ from typing import Any
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 from transformers import TextStreamer
 from transformers import logging
 
+from hf_specdiff import doctor
+from hf_specdiff import hub
+from hf_specdiff.benchmarks.shapes import Models
+from hf_specdiff.benchmarks.shapes import record_of
+from hf_specdiff.benchmarks.shapes import write_results
+from hf_specdiff.demo.bundle import PROMPT_SETS
+from hf_specdiff.demo.bundle import load_prompts
 from hf_specdiff.demo.show import run_demo
 from hf_specdiff.draft import SpeculationStats
 from hf_specdiff.generate import generate
@@ -155,6 +163,99 @@ def train_command(
     typer.echo(f"The drafter is in {output}.")
 
 
+@app.command("doctor")
+def doctor_command(
+    target: Annotated[str, typer.Argument(help="the target: a folder or a Hub repository")],
+    drafter: Annotated[str, typer.Argument(help="its drafter: a folder or a Hub repository")],
+    prompts_file: Annotated[Path | None, typer.Option(help="a text file or JSON lines; by default the bundled prompts")] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="of each set")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "float32",
+    device_map: Annotated[str, typer.Option(help="as for from_pretrained")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures: publish puts them on the card")] = None,
+) -> None:
+    """Check that a drafter is loaded right and fits its target, and measure what it brings here."""
+    prompts = _prompt_sets(prompts_file, num_prompts)
+    model = load_model("target", target, dtype=dtype, device_map=device_map)
+    assistant = load_model("drafter", drafter, dtype=dtype, device_map=device_map)
+    tokenizer = load_tokenizer("target", target)
+    console = Console()
+    findings = doctor.compare(model, assistant, tokenizer)
+    console.print(_table(["", "target", "drafter", ""], [[f.name, f.target, f.drafter, f.warning] for f in findings]))
+    profile = doctor.costs(model, assistant)
+    console.print("\n".join(doctor.cost_lines(profile, assistant.config.block_size - 1)), highlight=False)
+    models = Models(model, tokenizer, {"drafter": assistant})
+    rows = doctor.try_prompts(models, prompts, max_new_tokens)
+    records = [record for task in prompts for record in record_of([row for row in rows if row.task == task])]
+    cells = [
+        [
+            r["task"],
+            r["method"],
+            f"{r['tokens_per_round']:.2f}",
+            f"{r['ratio_to_plain']:.2f}x",
+            f"{r['num_identical']}/{r['num_prompts']}",
+        ]
+        for r in records
+    ]
+    console.print(_table(["task", "method", "tokens per round", "speed against plain", "identical"], cells))
+    if output is not None:
+        command = " ".join(["hf-specdiff", *sys.argv[1:]])
+        write_results(output, records, command, dtype=dtype, device=str(model.device), max_new_tokens=max_new_tokens)
+        console.print(f"The figures are in {output}.", highlight=False)
+    warnings = [f"{f.name}: {f.warning}" for f in findings if f.warning] + doctor.verdict(rows, profile, models)
+    for warning in warnings:
+        console.print(f"! {warning}", style="yellow", highlight=False, markup=False)
+    if not warnings:
+        console.print("Nothing wrong was found.", style="green")
+
+
+@app.command("publish")
+def publish_command(
+    path: Annotated[Path, typer.Argument(help="folder of a trained drafter")],
+    repo: Annotated[str, typer.Argument(help="name or org/name on the Hub")],
+    target: Annotated[str | None, typer.Option(help="the target; by default the one that the drafter's config names")] = None,
+    results: Annotated[Path | None, typer.Option(help="figures of `doctor --output`; by default PATH/results.json")] = None,
+    license_name: Annotated[
+        str | None, typer.Option("--license", help="the Hub's name of a licence, apache-2.0 for one")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="of the self-check")] = "Once upon a time",
+    token: Annotated[str | None, typer.Option(help="by default the stored one, or HF_TOKEN", envvar="HF_TOKEN")] = None,
+    private: Annotated[bool, typer.Option("--private", help="for a new repository")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="do everything but the upload")] = False,
+) -> None:
+    """Put a drafter on the Hub: weights, code of both roles, card and tokenizer, checked, in one commit, tagged."""
+    if not dry_run:
+        hub.check_token(token, repo)
+    settings: dict[str, Any] = {"target": target, "results": results, "license_name": license_name, "prompt": prompt}
+    console = Console()
+    with hub.staged(path, repo, **settings) as repository:
+        sizes = [[name, f"{size:,}"] for name, size in repository.files]
+        total = sum(size for _, size in repository.files)
+        console.print(_table([f"{repo} ({'private' if private else 'public'})", "bytes"], [*sizes, ["all", f"{total:,}"]]))
+        rate = repository.tokens_per_round
+        console.print(f"Self-check passed: greedy tokens as plain generate's, {rate:.2f} tokens per round.", highlight=False)
+        if dry_run:
+            console.print("Dry run: nothing was uploaded.")
+            return
+        done = hub.publish(repository, repo, private=private, token=token, report=lambda text: typer.echo(text, err=True))
+    console.print(f"Published {done.repo_id} {done.tag} (commit {done.commit[:8]}).", highlight=False)
+
+
+def _prompt_sets(prompts_file: Path | None, num_prompts: int) -> dict[str, list[str]]:
+    """Return prompts by the name of their set."""
+    if prompts_file is not None:
+        return {prompts_file.stem: read_prompts(prompts_file)[:num_prompts]}
+    return {name: [str(record["prompt"]) for record in load_prompts(name)[:num_prompts]] for name in PROMPT_SETS}
+
+
+def _table(titles: list[str], rows: list[list[str]]) -> Table:
+    """Return a table for the terminal."""
+    table = Table(*titles)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def number_or_word(value: str | None) -> int | str | None:
     """Return an option that is an integer or a word such as "auto"; the entry refuses other words."""
     return int(value) if value is not None and value.lstrip("-").isdecimal() else value
@@ -246,7 +347,7 @@ def main() -> None:
     logging.set_verbosity_error()
     try:
         app()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ConnectionError) as error:
         Console(stderr=True).print(f"hf-specdiff: {error}", style="red", highlight=False, markup=False)
         sys.exit(2)
 

@@ -1,11 +1,18 @@
 """The drafter's configuration.
 
-Knows the names and the legal values of a drafter's fields, nothing about tensors. Any file may import it.
+Knows the names and the legal values of a drafter's fields, nothing about tensors. Any file may import it. Of a drafter on the
+Hub this file is loaded first, so it also says whether the host is one that the rest was written for.
 """
 
 from typing import Any
 
 from transformers import Qwen3Config
+from transformers.utils.versions import require_version
+
+# Of the files a drafter is saved in. A drafter of a later format is refused instead of being misread.
+FORMAT_VERSION = 1
+
+require_version("transformers>=5.17,<6", "hf_specdiff was written for these versions: pip install 'transformers>=5.17,<6'")
 
 
 class SpecDiffConfig(Qwen3Config):
@@ -22,6 +29,11 @@ class SpecDiffConfig(Qwen3Config):
         target_layer_ids (`list[int]`, *optional*): 0-based target layers whose outputs condition the drafter; the entry `i`
             reads `hidden_states[i + 1]`. `None`: a token-conditioned drafter with an embedding and a head of its own.
         num_target_layers (`int`, *optional*): layers of the target that the drafter was made for.
+        target_model (`str`, *optional*): Hub repository or folder of that target.
+        target_revision (`str`, *optional*): its commit, where it came from the Hub.
+        training (`dict`, *optional*): how the drafter was made, for its card: "data" (what it learnt from), "objective",
+            "steps" and whatever else the trainer writes down.
+        format_version (`int`): of the saved files.
 
     Raises:
         ValueError: if a field is out of range.
@@ -35,10 +47,20 @@ class SpecDiffConfig(Qwen3Config):
     mask_token_id: int | None = None
     target_layer_ids: list[int] | None = None
     num_target_layers: int | None = None
+    target_model: str | None = None
+    target_revision: str | None = None
+    training: dict | None = None
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill the host's defaults, then check the drafter's own fields."""
         super().__post_init__(**kwargs)
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` must be at most {FORMAT_VERSION} for this version of hf_specdiff, got "
+                f"{self.format_version}: the drafter was saved by a later one. Run `pip install -U hf_specdiff`, or load "
+                "with trust_remote_code=True."
+            )
         self._check_block()
         self._check_target_layers()
 
@@ -58,6 +80,12 @@ class SpecDiffConfig(Qwen3Config):
         if not isinstance(self.block_size, int) or self.block_size < 2:
             raise ValueError(
                 f"`block_size` must be an integer of at least 2 (the anchor and one drafted token), got {self.block_size!r}."
+            )
+        theirs = (getattr(self, "dflash_config", None) or {}).get("block_size", self.block_size)
+        if theirs != self.block_size:
+            raise ValueError(
+                f"`block_size` must be the same wherever the configuration names it, got {self.block_size} and "
+                f"{theirs} in `dflash_config`. Which of them was the drafter trained with?"
             )
         if self.mask_token_id is None:
             return

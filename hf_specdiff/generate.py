@@ -88,7 +88,7 @@ def generate(
     if getattr(getattr(model, "config", None), "model_type", None) == "specdiff":
         # A drafter loaded from a Hub repository that also holds this file gets it as its `generate`.
         return type(model).generate(model, inputs, **kwargs)
-    _check_pair(model, assistant_model)
+    check_pair(model, assistant_model)
     prompt = inputs if inputs is not None else kwargs.get("input_ids")
     if prompt is not None:
         check_prompt(prompt, assistant_model.config.mask_token_id)
@@ -144,8 +144,17 @@ def _pop_speculation(kwargs: dict[str, Any]) -> dict[str, Any]:
     return found | {name: kwargs.pop(name) for name in SPECULATION_ARGUMENTS if name in kwargs}
 
 
-def _check_pair(model: Any, drafter: Any) -> None:
-    """Refuse a drafter that was not made for this target."""
+def check_pair(model: Any, drafter: Any) -> None:
+    """Refuse a drafter that was not made for this target.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target.
+        drafter (`SpecDiffDrafter`): the drafter.
+
+    Raises:
+        TypeError: if `drafter` is none.
+        ValueError: if the two do not fit, or the target cannot take tokens back.
+    """
     config: Any = getattr(drafter, "config", None)
     if getattr(config, "model_type", None) != "specdiff":
         raise TypeError(

@@ -4,10 +4,14 @@ Letters: B batch, C new context tokens, Q window slots, S all keys, V vocabulary
 forward pass and how the host's stock loop calls a drafter; knows nothing of acceptance. Imported by the package's front only.
 """
 
+import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Cache
@@ -25,6 +29,10 @@ from transformers.utils import ModelOutput
 
 from .candidate_generator import SpecDiffCandidateGenerator
 from .configuration_specdiff import SpecDiffConfig
+from .repository import CARD
+from .repository import upload_repository
+from .repository import write_card
+from .repository import write_custom_generate
 from .speculation import check_prompt
 
 
@@ -174,6 +182,8 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
     def _set_assistant_defaults(self) -> None:
         """Tell the host's stock loop to ask for one whole window per round, always."""
         config = self.generation_config
+        # The host drops what it does not know, `gamma` and the like, from a file that says it was made from a model's config.
+        config._from_model_config = False
         config.num_assistant_tokens = self.config.max_gamma
         config.num_assistant_tokens_schedule = "constant"
         config.assistant_confidence_threshold = 0.0
@@ -182,11 +192,16 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a drafter; arguments and result as `transformers.PreTrainedModel.from_pretrained`.
 
+        Weights are read from safetensors only, never unpickled.
+
         Raises:
-            ValueError: if a file is missing or broken, or the weights are not those of the configuration. The host would fill
-                missing weights with random ones.
+            ValueError: if a file is missing or broken, the weights are not those of the configuration, or the defaults are not
+                those of its block size. The host would fill missing weights with random ones.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors` must be True, got False: pickled weights can run code while they are read.")
+        kwargs["use_safetensors"] = True
         try:
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -202,7 +217,107 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
                 f"{str(pretrained_model_name_or_path)!r} without {sorted(info['missing_keys'])[:3]}. Is the file cut short, or "
                 "the configuration another drafter's?"
             )
+        model._check_window_defaults()
         return (model, info) if wants_info else model
+
+    def _check_window_defaults(self) -> None:
+        """Refuse defaults that ask for more tokens than a window holds: they were written for another block size."""
+        most = self.config.max_gamma
+        for name in ("gamma", "num_assistant_tokens"):
+            value = getattr(self.generation_config, name, None)
+            if isinstance(value, int) and value > most:
+                raise ValueError(
+                    f"`{name}` in the drafter's generation_config.json must be at most `block_size` - 1 = {most}, got {value}. "
+                    "Which of the two files belongs to these weights?"
+                )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        *args: Any,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the whole Hub repository: weights, configuration, code, `custom_generate/`, and a card if there is none.
+
+        Args:
+            save_directory (`str` or path): the folder.
+            is_main_process (`bool`): whether this process writes the files.
+            *args: as `transformers.PreTrainedModel.save_pretrained`.
+            push_to_hub (`bool`): whether to upload the folder afterwards; `repo_id`, `token`, `private`, `commit_message` and
+                the rest as for `push_to_hub`.
+            **kwargs: as `transformers.PreTrainedModel.save_pretrained`.
+        """
+        hub_names = ("repo_id", "private", "commit_message", "revision", "create_pr")
+        hub = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
+        name = type(self).__name__
+        # The host writes the entry of the class it was registered for; a headless AutoModel is the same class.
+        self.config.auto_map = {"AutoModel": f"{type(self).__module__.rsplit('.', 1)[-1]}.{name}"}
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        write_custom_generate(folder)
+        if not (folder / CARD).is_file():
+            write_card(folder, self)
+        if push_to_hub:
+            hub = {"repo_id": folder.name, "token": kwargs.get("token"), **hub}
+            self._upload(folder, **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        """Upload the whole repository in one commit; a card that is on the Hub stays as it is.
+
+        `hf-specdiff publish` does the same with a tokenizer, measured figures and a self-check first.
+
+        Args:
+            repo_id (`str`): `name` or `org/name`.
+            commit_message (`str`, *optional*): of the commit.
+            commit_description (`str`, *optional*): of the commit.
+            private (`bool`, *optional*): whether a new repository is private.
+            token (`str` or `bool`, *optional*): as for `huggingface_hub`.
+            revision (`str`, *optional*): the branch.
+            create_pr (`bool`): whether to open a pull request instead.
+            max_shard_size (`int` or `str`): of one weights file.
+            tags (`list[str]`, *optional*): more tags for the card.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: the commit.
+
+        Raises:
+            ValueError: if the Hub refuses.
+            ConnectionError: if the connection breaks; the same call goes on.
+        """
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            write_card(folder, self, repo_id=repo_id, tags=tags)
+            return self._upload(
+                folder,
+                repo_id,
+                commit_message=commit_message,
+                description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def _upload(self, folder: Path, repo_id: str, commit_message: str | None = None, **kwargs: Any) -> CommitInfo:
+        message = commit_message or "Upload drafter"
+        return upload_repository(folder, repo_id, message=message, keeps_card=True, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module | None:
         """Return the drafter's own embedding; `None` if it uses the target's."""
@@ -319,7 +434,7 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
         # "auto" is a choice per round, which the stock loop leaves to nobody: it gets the whole window.
         gamma = min(most, default) if isinstance(default, int) else most
         steps = getattr(self.generation_config, "num_denoising_steps", None) or 1
-        return {"gamma": gamma, "num_denoising_steps": min(steps, gamma), "acceptance": "ratio"}
+        return {"gamma": gamma, "num_denoising_steps": min(steps, gamma), "draft_shape": "chain", "acceptance": "ratio"}
 
     @torch.no_grad()
     def generate(

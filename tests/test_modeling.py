@@ -39,7 +39,7 @@ def test_save_and_load_give_the_same_drafter(layers: list[int] | None, tmp_path:
         settings = {"do_sample": False, "max_new_tokens": 10, "return_dict_in_generate": True}
         runs = [hf_specdiff.generate(make_target(), prompt, assistant_model=each, **settings) for each in (drafter, loaded)]
         assert runs[0].speculation.num_accepted == runs[1].speculation.num_accepted
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert [path.name for path in tmp_path.iterdir() if "model." in path.name] == ["model.safetensors"]
 
 
 def test_generation_config_asks_the_hosts_loop_for_whole_windows(tmp_path: Path) -> None:

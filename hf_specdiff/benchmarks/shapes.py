@@ -57,8 +57,8 @@ BATCHED: Methods = {
 SAMPLED: Methods = {
     "features, chain by ratio": ("features", {"draft_shape": "chain", "acceptance": "ratio"}),
     "features, chain by block": ("features", {"draft_shape": "chain", "acceptance": "block"}),
-    "features, tree of 32 by match": ("features", {"draft_shape": "tree", "acceptance": "match"}),
-    "features, tree of 32 by ratio": ("features", {"draft_shape": "tree", "acceptance": "ratio"}),
+    "features, tree of 32 by match": ("features", {"draft_shape": "tree", "tree_budget": 32, "acceptance": "match"}),
+    "features, tree of 32 by ratio": ("features", {"draft_shape": "tree", "tree_budget": 32, "acceptance": "ratio"}),
     "features, auto": ("features", {"tree_budget": "auto"}),
 }
 SAMPLES: Methods = {
@@ -83,6 +83,7 @@ class Row:
         seconds (`float`): wall-clock time.
         num_tokens (`int`): tokens written, padding left out.
         num_identical (`int`): greedy outputs equal to plain `generate`'s; 0 when sampling.
+        arguments (`dict`): of speculation.
         num_prompts (`int`): prompts.
         stats (`list[SpeculationStats]`): of every call.
     """
@@ -91,6 +92,7 @@ class Row:
     method: str
     temperature: float
     batch_size: int
+    arguments: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     num_tokens: int = 0
     num_identical: int = 0
@@ -115,41 +117,55 @@ class Row:
         return sum(drafted) / len(drafted) if drafted else 0.0
 
 
-def load_pairs() -> tuple[Any, Any, dict[str, Any]]:
-    """Return target, tokenizer, and the drafters by name, one of them untrained."""
+@dataclass(frozen=True, slots=True)
+class Models:
+    """A target, its tokenizer, and drafters for it by name."""
+
+    target: Any
+    tokenizer: Any
+    drafters: dict[str, Any]
+
+
+def load_pairs() -> Models:
+    """Return the bundled models, and an untrained drafter."""
     target, features, tokenizer = load_demo("features")
     tokens = load_demo("tokens")[1]
     untrained: SpecDiffDrafter = new_drafter(features.config, seed=0)
-    return target, tokenizer, {"features": features, "tokens": tokens, "untrained": untrained.eval()}
+    return Models(target, tokenizer, {"features": features, "tokens": tokens, "untrained": untrained.eval()})
 
 
 def measure(
     task: str,
+    texts: list[str],
+    models: Models,
     methods: Methods,
-    num_prompts: int,
     *,
+    max_new_tokens: int,
     temperature: float = 0.0,
     batch_size: int = 1,
 ) -> list[Row]:
     """Run prompts through plain `generate` and through every method, in turn.
 
     Args:
-        task (`str`): a bundled prompt set.
+        task (`str`): the prompts' name.
+        texts (`list[str]`): prompts.
+        models (`Models`): who decodes them.
         methods (`dict`): name to drafter and arguments of speculation.
-        num_prompts (`int`): prompts.
+        max_new_tokens (`int`): the length limit.
         temperature (`float`): 0 for greedy.
         batch_size (`int`): prompts decoded together.
 
     Returns:
         `list[Row]`: plain `generate` first.
     """
-    target, tokenizer, drafters = load_pairs()
-    texts = [str(record["prompt"]) for record in load_prompts(task)[:num_prompts]]
+    target, tokenizer, drafters = models.target, models.tokenizer, models.drafters
     batches = [
-        tokenizer(texts[start : start + batch_size], return_tensors="pt", padding=batch_size > 1, return_token_type_ids=False)
+        tokenizer(
+            texts[start : start + batch_size], return_tensors="pt", padding=batch_size > 1, return_token_type_ids=False
+        ).to(target.device)
         for start in range(0, len(texts), batch_size)
     ]
-    settings: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS[task], "return_dict_in_generate": True}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
     settings |= {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
 
     def ours(name: str, arguments: dict[str, Any]) -> Callable[..., Any]:
@@ -157,7 +173,9 @@ def measure(
 
     calls: dict[str, Callable[..., Any]] = {PLAIN: lambda inputs: target.generate(**inputs, **settings)}
     calls |= {method: ours(name, arguments) for method, (name, arguments) in methods.items()}
-    rows = {method: Row(task, method, temperature, batch_size) for method in calls}
+    rows = {
+        method: Row(task, method, temperature, batch_size, methods[method][1] if method in methods else {}) for method in calls
+    }
     for call in calls.values():
         call(batches[0])  # warm-up, and the profile's measurement
     label = f"{task}, temperature {temperature:g}, batch {batch_size}"
@@ -196,6 +214,7 @@ def record_of(rows: list[Row]) -> list[dict[str, Any]]:
             "method": row.method,
             "temperature": row.temperature,
             "batch_size": row.batch_size,
+            "arguments": row.arguments,
             "tokens_per_second": row.tokens_per_second,
             "ratio_to_plain": row.tokens_per_second / plain,
             "tokens_per_round": row.tokens_per_round,
@@ -208,29 +227,46 @@ def record_of(rows: list[Row]) -> list[dict[str, Any]]:
     ]
 
 
+def write_results(output: Path, records: list[dict[str, Any]], command: str, **conditions: Any) -> None:
+    """Write figures and what they were measured with, beside the file first.
+
+    Args:
+        output (`pathlib.Path`): the JSON file; its folder is made.
+        records (`list[dict]`): of `record_of`.
+        command (`str`): what measured them.
+        **conditions: more that the figures depend on.
+    """
+    versions = {
+        "hf_specdiff": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    record = {"conditions": {**versions, **conditions, "command": command}, "rows": records}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, output)
+
+
 def main(
     output: Annotated[Path, typer.Argument(help="JSON file for the figures")],
     num_prompts: Annotated[int, typer.Option(min=8, help="held-out prompts of each set")] = 32,
 ) -> None:
     """Measure all shapes and rules, greedy and sampling, one by one and in batches."""
     transformers.logging.disable_progress_bar()
-    records = []
-    records += record_of(measure("math", GREEDY | SAMPLES, num_prompts))
-    records += record_of(measure("code", GREEDY, num_prompts))
-    records += record_of(measure("math", SAMPLED | SAMPLES, num_prompts, temperature=1.0))
-    records += record_of(measure("math", BATCHED, num_prompts, batch_size=8))
-    conditions = {
-        "hf_specdiff": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "command": f"python -m hf_specdiff.benchmarks.shapes {output} --num-prompts {num_prompts}",
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_suffix(".partial")
-    partial.write_text(json.dumps({"conditions": conditions, "rows": records}, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, output)
+    models = load_pairs()
+
+    def bundled(task: str, methods: Methods, **settings: Any) -> list[dict[str, Any]]:
+        texts = [str(record["prompt"]) for record in load_prompts(task)[:num_prompts]]
+        return record_of(measure(task, texts, models, methods, max_new_tokens=MAX_NEW_TOKENS[task], **settings))
+
+    records = bundled("math", GREEDY | SAMPLES)
+    records += bundled("code", GREEDY)
+    records += bundled("math", SAMPLED | SAMPLES, temperature=1.0)
+    records += bundled("math", BATCHED, batch_size=8)
+    write_results(output, records, f"python -m hf_specdiff.benchmarks.shapes {output} --num-prompts {num_prompts}")
     for record in records:
         typer.echo(
             f"{record['task']:5} T={record['temperature']:g} batch {record['batch_size']}  {record['method']:36} "

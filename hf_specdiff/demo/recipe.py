@@ -8,6 +8,7 @@ it runs a schedule of that length to its end.
 import itertools
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +45,9 @@ NUM_MORE_PROBLEMS = 5_120
 NUM_HELD_OUT = 96
 TARGET_LAYERS = 16
 MAX_LENGTH = 256
+BUNDLED_TARGET = "the target of hf_specdiff.load_demo()"
+# What was fastest over both tasks on two cores; `benchmarks/results/shapes.json` holds the figures.
+TREE_BUDGET = 16
 
 
 def model_config(num_layers: int) -> LlamaConfig:
@@ -208,7 +212,19 @@ def make_drafters(pair: Path, work: Path) -> None:
             if not fit_drafter(target, data[kind], output, plan, mask_token_id=tokenizer.mask_token_id, start_from=start_from):
                 raise typer.Exit(130)
             start_from = output
-        AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.bfloat16).save_pretrained(pair / name)
+        bundle(AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.bfloat16), pair / name)
+
+
+def bundle(drafter: Any, folder: Path) -> None:
+    """Save a drafter without the code and the card that a Hub repository has: the package around it holds both."""
+    drafter.config.target_model = BUNDLED_TARGET
+    drafter.generation_config.tree_budget = TREE_BUDGET
+    drafter.save_pretrained(folder)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in ("config.json", "generation_config.json", "model.safetensors"):
+            path.unlink()
 
 
 def make_pair(output: Path) -> None:

@@ -93,7 +93,10 @@ def train_drafter(
     digest = hashlib.sha256("\0".join(prompts).encode()).hexdigest()
     _claim(work, {**asdict(plan), "mask_token_id": mask_token_id, "target": target.name_or_path, "prompts": digest})
     sequences = regenerate(target, tokenizer, prompts, work / "sequences", max_length=plan.max_length)
-    return fit_drafter(target, sequences, output, plan, mask_token_id=mask_token_id)
+    is_finished = fit_drafter(target, sequences, output, plan, mask_token_id=mask_token_id)
+    if is_finished:
+        tokenizer.save_pretrained(output)  # a drafter's repository holds the tokenizer that its ids belong to
+    return is_finished
 
 
 def fit_drafter(
@@ -120,11 +123,14 @@ def fit_drafter(
     """
     config, arguments = _training_setup(target, output, plan, mask_token_id)
     interrupt = StopOnInterrupt()
+    drafter = new_drafter(config, plan.seed) if start_from is None else SpecDiffDrafter.from_pretrained(start_from)
+    dataset = SequenceDataset(sequences, plan.max_length)
+    _write_down(drafter.config, plan, len(dataset))
     trainer = SpecDiffTrainer(
         target=target,
-        model=new_drafter(config, plan.seed) if start_from is None else SpecDiffDrafter.from_pretrained(start_from),
+        model=drafter,
         args=arguments,
-        train_dataset=SequenceDataset(sequences, plan.max_length),
+        train_dataset=dataset,
         callbacks=[interrupt],
     )
     with interrupt:
@@ -133,6 +139,19 @@ def fit_drafter(
         return False
     _save_whole(trainer.model, output)
     return True
+
+
+def _write_down(config: SpecDiffConfig, plan: TrainingPlan, num_sequences: int) -> None:
+    """Put into a drafter's configuration how it is made, for its card; a later stage follows the earlier ones."""
+    terms = [f"{name} (weight {weight:g})" for name, weight in plan.loss_weights.items()]
+    if plan.context_weight:
+        terms.append(f"next token of the context (weight {plan.context_weight:g})")
+    stage = {
+        "data": f"{num_sequences:,} sequences of up to {plan.max_length} tokens, {plan.num_epochs:g} epochs",
+        "objective": " + ".join(terms),
+    }
+    earlier = config.training or {}
+    config.training = {name: f"{earlier[name]}; then {text}" if name in earlier else text for name, text in stage.items()}
 
 
 def _training_setup(
@@ -216,5 +235,8 @@ def _save_whole(model: Any, output: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(path, output / path.name)
+        place = output / path.name
+        if place.is_dir():
+            shutil.rmtree(place)  # the code of an earlier run's drafter
+        os.replace(path, place)
     partial.rmdir()

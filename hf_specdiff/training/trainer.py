@@ -21,6 +21,7 @@ from hf_specdiff.conditioning import layer_output_indices
 from hf_specdiff.conditioning import target_features
 from hf_specdiff.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.modeling_specdiff import SpecDiffDrafter
+from hf_specdiff.repository import cached_revision
 from hf_specdiff.training.data import Windows
 from hf_specdiff.training.data import collate
 from hf_specdiff.training.data import sample_windows
@@ -211,6 +212,8 @@ def make_drafter_config(
         mask_token_id=mask_token_id,
         target_layer_ids=target_layer_ids,
         num_target_layers=config.num_hidden_layers if target_layer_ids is not None else None,
+        target_model=target.name_or_path or None,
+        target_revision=cached_revision(target.name_or_path),
     )
 
 

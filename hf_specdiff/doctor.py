@@ -1,0 +1,204 @@
+"""Is this drafter loaded right, does it fit this target, and what will it bring here: `hf-specdiff doctor`.
+
+Nearly every report of "nothing is accepted" is a fault of loading, not of training: layers counted from one, another block
+length, another target, special ids that differ. So what decides is laid side by side, and a pair that accepts next to nothing
+is pointed out.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_specdiff.benchmarks.shapes import Methods
+from hf_specdiff.benchmarks.shapes import Models
+from hf_specdiff.benchmarks.shapes import Row
+from hf_specdiff.benchmarks.shapes import measure
+from hf_specdiff.budget import Profile
+from hf_specdiff.generate import check_pair
+from hf_specdiff.masked_target import why_not_masked
+from hf_specdiff.profiling import measure_profile
+from hf_specdiff.speculation import resolve_speculation
+
+# Below it a drafter is as good as untrained: the target's own token is one of them.
+SUSPICIOUS_TOKENS_PER_ROUND = 1.3
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        name (`str`): what was looked at.
+        target (`str`): the target's side.
+        drafter (`str`): the drafter's.
+        warning (`str`): what is wrong with it; empty if nothing is.
+    """
+
+    name: str
+    target: str
+    drafter: str
+    warning: str = ""
+
+
+def compare(target: Any, drafter: Any, tokenizer: Any) -> list[Finding]:
+    """Lay side by side what must agree between a target and its drafter.
+
+    Args:
+        target (`transformers.PreTrainedModel`): the target.
+        drafter (`SpecDiffDrafter`): the drafter.
+        tokenizer (`PreTrainedTokenizerBase`): the target's.
+
+    Returns:
+        `list[Finding]`: one per property, each with a warning if the two do not fit.
+    """
+    theirs, own = target.config.get_text_config(), drafter.config
+    findings = [
+        _same("vocabulary", theirs.vocab_size, own.vocab_size, "the drafter was made for another target"),
+        *(
+            _same(name, getattr(theirs, name, None), getattr(own, name, None), "correct the drafter's config")
+            for name in SPECIAL_IDS
+        ),
+        _mask(own, tokenizer),
+        _layers(theirs, own),
+    ]
+    if own.target_layer_ids is not None:
+        findings.append(_same("hidden size", theirs.hidden_size, own.hidden_size, "the drafter was made for another target"))
+    if own.target_model is not None:
+        findings.append(Finding("made for", target.name_or_path, own.target_model))
+    own_device, their_device = (
+        " + ".join(sorted({str(tensor.device) for tensor in model.parameters()})) for model in (drafter, target)
+    )
+    is_elsewhere = target.device.type != drafter.device.type
+    moves = f"every round moves tensors between them: drafter.to({str(target.device)!r})" if is_elsewhere else ""
+    findings.append(Finding("device", their_device, own_device, moves))
+    findings.append(Finding("dtype", str(target.dtype), str(drafter.dtype)))
+    findings.append(Finding("parameters", f"{target.num_parameters():,}", f"{drafter.num_parameters():,}"))
+    obstacle = why_not_masked(target, target.device)
+    shape = "trees and batches" if obstacle is None else f"chains, one sequence at a time: {obstacle}"
+    findings.append(Finding("verifies", shape, f"drafts up to {own.block_size - 1} tokens"))
+    return findings
+
+
+def costs(target: Any, drafter: Any) -> Profile:
+    """Measure what rounds cost here.
+
+    Args:
+        target (`transformers.PreTrainedModel`): the target.
+        drafter (`SpecDiffDrafter`): a drafter that fits it.
+
+    Returns:
+        `Profile`: passes of both, with all that the loop does around them.
+
+    Raises:
+        TypeError: if `drafter` is none.
+        ValueError: if the two do not fit.
+    """
+    check_pair(target, drafter)
+    chain = resolve_speculation({"draft_shape": "chain"}, drafter, do_sample=False)
+    return measure_profile(target, drafter, chain, target.device)
+
+
+def cost_lines(profile: Profile, gamma: int) -> list[str]:
+    """Return the cost of a round in words.
+
+    Args:
+        profile (`Profile`): of `costs`.
+        gamma (`int`): drafted tokens.
+
+    Returns:
+        `list[str]`: lines of text.
+    """
+    plain, whole = profile.target_cost(1), profile.target_cost(gamma + 1) + profile.drafter_seconds
+    target_pass, drafter_pass = (
+        f"{1e3 * seconds:.1f} ms" for seconds in (whole - profile.drafter_seconds, profile.drafter_seconds)
+    )
+    return [
+        f"a plain step takes {1e3 * plain:.1f} ms",
+        f"a round of {gamma} drafted tokens takes {1e3 * whole:.1f} ms: target pass {target_pass}, drafter {drafter_pass}",
+        f"so a drafter pays from {whole / plain:.2f} tokens per round on",
+    ]
+
+
+def try_prompts(models: Models, prompts: dict[str, list[str]], max_new_tokens: int) -> list[Row]:
+    """Decode prompts greedily, plain and in several shapes, in turn.
+
+    Args:
+        models (`Models`): the target and one drafter, named "drafter".
+        prompts (`dict[str, list[str]]`): texts by task.
+        max_new_tokens (`int`): the length limit.
+
+    Returns:
+        `list[Row]`: for each task plain `generate` first.
+    """
+    methods: Methods = {"chain": ("drafter", {"draft_shape": "chain"})}
+    if why_not_masked(models.target, models.target.device) is None:
+        methods |= {f"tree of {nodes}": ("drafter", {"draft_shape": "tree", "tree_budget": nodes}) for nodes in (16, 32)}
+    return [
+        row for task, texts in prompts.items() for row in measure(task, texts, models, methods, max_new_tokens=max_new_tokens)
+    ]
+
+
+def verdict(rows: list[Row], profile: Profile, models: Models) -> list[str]:
+    """Return what is wrong with what was measured; nothing if all is well.
+
+    Args:
+        rows (`list[Row]`): of `try_prompts`.
+        profile (`Profile`): of `costs`.
+        models (`Models`): who decoded.
+
+    Returns:
+        `list[str]`: warnings.
+    """
+    warnings = []
+    drafter = models.drafters["drafter"]
+    chains = [row for row in rows if row.method == "chain"]
+    num_different = sum(row.num_prompts - row.num_identical for row in rows)
+    if num_different and models.target.dtype == torch.float32:
+        warnings.append(f"{num_different} outputs differ from plain generate's, in float32: please report this target.")
+    best = max((row.tokens_per_round for row in chains), default=1.0)
+    if best < SUSPICIOUS_TOKENS_PER_ROUND:
+        config = drafter.config
+        layers = "" if config.target_layer_ids is None else f" and the layers {config.target_layer_ids} (counted from 0)"
+        warnings.append(
+            f"at best {best:.2f} tokens per round: the pair is probably mis-loaded, or the drafter untrained. Look at its "
+            f"target and the target's revision, the mask id {config.mask_token_id}, the block size {config.block_size}{layers}."
+        )
+        return warnings
+    gamma = drafter.config.block_size - 1
+    needed = (profile.target_cost(gamma + 1) + profile.drafter_seconds) / profile.target_cost(1)
+    if best < needed:
+        warnings.append(
+            f"{best:.2f} tokens per round, but a round costs as much as {needed:.2f} plain steps here: pass "
+            "tree_budget='auto', which drafts only as much as pays."
+        )
+    return warnings
+
+
+def _same(name: str, theirs: Any, own: Any, hint: str) -> Finding:
+    return Finding(name, str(theirs), str(own), "" if theirs == own else f"must be the same: {hint}")
+
+
+def _mask(own: Any, tokenizer: Any) -> Finding:
+    """Return whether the mask is an id that no text holds."""
+    token = tokenizer.convert_ids_to_tokens(own.mask_token_id) if (own.mask_token_id or 0) < len(tokenizer) else None
+    warning = ""
+    if own.mask_token_id is None:
+        warning = "the drafter's config must name the id it was trained with"
+    elif token is not None and own.mask_token_id not in tokenizer.all_special_ids:
+        warning = f"it is the ordinary token {token!r}: texts that hold it are refused"
+    return Finding("mask id", str(token), str(own.mask_token_id), warning)
+
+
+def _layers(theirs: Any, own: Any) -> Finding:
+    """Return whether the target has the layers that the drafter reads."""
+    layers = f"{theirs.num_hidden_layers} layers"
+    if own.target_layer_ids is None:
+        return Finding("layers read", layers, "none (conditioned on tokens)")
+    warning = ""
+    if max(own.target_layer_ids) >= theirs.num_hidden_layers:
+        warning = "the target has no such layers: the drafter was made for another one"
+    elif own.num_target_layers not in (None, theirs.num_hidden_layers):
+        warning = f"the drafter was made for a target of {own.num_target_layers} layers"
+    return Finding("layers read", layers, str(own.target_layer_ids), warning)

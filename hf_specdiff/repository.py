@@ -1,0 +1,194 @@
+"""The files of a drafter's Hub repository beside its weights: the code of both roles, and the card.
+
+Knows which files those are, where they lie, and how they reach the Hub in one commit. The code is copied byte for byte, as the
+host's own loader would find it: the modelling files into the repository's root (the host does that), the entry and what it
+imports into `custom_generate/`. This file and all it copies are in the repository too, so a drafter that was loaded from the
+Hub, without the package, saves a whole repository again. Imported by the modelling file.
+"""
+
+import inspect
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from huggingface_hub import HfApi
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .generate import generate
+from .model_card import drafter_card
+from .model_card import is_repository
+from .speculation import SPECULATION_ARGUMENTS
+
+# The oldest versions that the code runs with; the host checks them before it runs any of it.
+REQUIREMENTS = "torch>=2.6\ntransformers>=5.17\n"
+CARD = "README.md"
+
+
+def entry_files() -> list[Path]:
+    """Return the files of `custom_generate/`: `generate.py` first, then all it reaches, by the host's own search.
+
+    Returns:
+        `list[pathlib.Path]`: where they lie now.
+    """
+    entry = Path(inspect.getfile(generate))
+    return [entry, *sorted(Path(path) for path in get_relative_import_files(str(entry)))]
+
+
+def write_custom_generate(folder: Path) -> None:
+    """Write the decoding strategy into a repository.
+
+    Args:
+        folder (`pathlib.Path`): the repository; its `custom_generate` is replaced.
+    """
+    beside, place = folder / "custom_generate.partial", folder / "custom_generate"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for path in entry_files():
+        shutil.copyfile(path, beside / path.name)
+    (beside / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(beside, place)
+
+
+def write_card(folder: Path, drafter: Any, **card_arguments: Any) -> None:
+    """Write a drafter's card into a repository, over one that is there.
+
+    Args:
+        folder (`pathlib.Path`): the repository.
+        drafter (`SpecDiffDrafter`): the drafter.
+        **card_arguments: of `drafter_card`.
+    """
+    own = {name: getattr(drafter.generation_config, name, None) for name in SPECULATION_ARGUMENTS}
+    defaults = {name: value for name, value in own.items() if value is not None}
+    card = drafter_card(drafter.config, drafter.num_parameters(), defaults=defaults, **card_arguments)
+    beside = folder / f"{CARD}.partial"
+    beside.write_text(str(card), encoding="utf-8")
+    os.replace(beside, folder / CARD)
+
+
+def cached_revision(name: str | None) -> str | None:
+    """Return the commit that a model was loaded from just now.
+
+    Args:
+        name (`str`, *optional*): as it was given to `from_pretrained`.
+
+    Returns:
+        `str`, *optional*: `None` for a folder, and for what did not come from the Hub.
+    """
+    if name is None or not is_repository(name) or Path(name).is_dir():
+        return None
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def upload_repository(
+    folder: Path,
+    repo_id: str,
+    *,
+    message: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    description: str | None = None,
+    keeps_card: bool = False,
+) -> CommitInfo:
+    """Make a repository on the Hub what a folder is, in one commit or none; what is there already is not sent again.
+
+    Args:
+        folder (`pathlib.Path`): all files of the repository.
+        repo_id (`str`): `name` or `org/name`; created if it is not there.
+        message (`str`): of the commit.
+        private (`bool`, *optional*): whether a new repository is private.
+        token (`str` or `bool`, *optional*): as for `huggingface_hub`; by default the stored one.
+        revision (`str`, *optional*): the branch; created if it is not there.
+        create_pr (`bool`): whether to open a pull request instead.
+        description (`str`, *optional*): of the commit.
+        keeps_card (`bool`): whether a card that is on the Hub stays as it is.
+
+    Returns:
+        `huggingface_hub.CommitInfo`: the commit; the newest one if nothing has changed.
+
+    Raises:
+        ValueError: if there is no token, it may not write there, or the name cannot be used.
+        ConnectionError: if the Hub cannot be reached or the connection breaks; the next call goes on where this one stopped.
+    """
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        check_is_drafters(api, repo_id)
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=message,
+            commit_description=description,
+            revision=revision,
+            create_pr=create_pr,
+            ignore_patterns=[CARD] if keeps_card and api.file_exists(repo_id, CARD) else None,
+            delete_patterns=["*.py", "custom_generate/*", "*.safetensors", "*.safetensors.index.json"],
+        )
+    except HTTPError as error:
+        raise explain_hub_error(error, repo_id) from error
+    except RuntimeError as error:  # so the client wraps what happens while it sends a large file
+        if not isinstance(error.__cause__, HTTPError):
+            raise
+        raise explain_hub_error(error.__cause__, repo_id) from error
+
+
+def check_is_drafters(api: HfApi, repo_id: str) -> None:
+    """Refuse to write over a repository that holds something else than a drafter.
+
+    Args:
+        api (`huggingface_hub.HfApi`): the client.
+        repo_id (`str`): an existing repository.
+
+    Raises:
+        ValueError: if it has weights or code, and its configuration is no drafter's.
+    """
+    files = api.list_repo_files(repo_id)
+    if set(files) <= {".gitattributes", CARD}:
+        return
+    config = json.loads(Path(api.hf_hub_download(repo_id, "config.json")).read_text("utf-8")) if "config.json" in files else {}
+    if config.get("model_type") != "specdiff":
+        raise ValueError(
+            f"`repo_id` must be a new name or a drafter's repository, got {repo_id!r}, which holds something else "
+            f"({', '.join(files[:3])}, ...). Choose another name."
+        )
+
+
+def explain_hub_error(error: Exception, repo_id: str) -> ValueError | ConnectionError:
+    """Return what the user can do about an error of the Hub's client.
+
+    Args:
+        error (`Exception`): of `huggingface_hub`.
+        repo_id (`str`): the repository that was asked for.
+
+    Returns:
+        `ValueError` where the call has to change, `ConnectionError` where trying again may help.
+    """
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    said = " ".join(str(error).split())[:200]
+    if status == 401:
+        return ValueError(
+            f"`token` must be one that the Hub knows, got none or another for {repo_id!r}. Run `hf auth login`, or pass "
+            f"token=... with write access. The Hub said: {said}"
+        )
+    if status in (403, 404):
+        return ValueError(
+            f"`repo_id` must be a repository that the token may write to, got {repo_id!r}. Is the name taken, or the token "
+            f"read-only? The Hub said: {said}"
+        )
+    if status is not None and status < 500 and status != 429:
+        return ValueError(f"`repo_id` must be one that the Hub takes, got {repo_id!r}. The Hub said: {said}")
+    return ConnectionError(
+        f"the connection to the Hub broke off while {repo_id!r} was being written: {said}. No commit was made unless "
+        "the Hub had all of it; the same call goes on where this one stopped."
+    )
