@@ -20,10 +20,11 @@ quality: $(STAMP)  ## format, lint and types, nothing changed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## the figures of README.md's results table
+bench: $(STAMP)  ## the figures of README.md's results table and of the model cards
 	$(BIN)/hf-specdiff demo --num-prompts 64 --output benchmarks/results/demo.json
 	$(BIN)/python -m hf_specdiff.benchmarks.shapes benchmarks/results/shapes.json
 	$(BIN)/python -m hf_specdiff.benchmarks.report README.md
+	$(BIN)/python -m hf_specdiff.demo.cards model_cards
 
 clean:
 	rm -rf $(VENV)

@@ -27,6 +27,9 @@ from .budget import Budget
 from .cache import check_can_roll_back
 from .conditioning import make_drafter
 from .decoding import run
+from .inference import inference
+from .inference import make_ordinary
+from .inference import ordinary
 from .masked_target import MaskedTarget
 from .masked_target import why_not_masked
 from .profiling import learn
@@ -124,15 +127,19 @@ def generate(
         # A greedy target meets every draft by match, so there is nothing to draw for another rule.
         drafting = speculation if generation_config.do_sample else replace(speculation, acceptance="match")
         drafter = make_drafter(assistant_model, model, drafting, logits_processor, generation_config.max_length)
-        if speculation.is_adaptive:
-            drafter.budget = Budget(profile_of(model, assistant_model, speculation, input_ids.device, profile), text.num_rows)
         needs_masks = text.num_rows > 1 or speculation.draft_shape != "chain"
         target_class = MaskedTarget if needs_masks else Target
-        target = target_class(model, generation_config, model_kwargs, drafter.target_layer_ids)
-        output = run(target, drafter, speculation, stop, logits_processor, text, streamer)
+        with inference((model, assistant_model), [*logits_processor, *stopping_criteria, streamer]):
+            if speculation.is_adaptive:
+                measured = profile_of(model, assistant_model, speculation, input_ids.device, profile)
+                drafter.budget = Budget(measured, text.num_rows)
+            target = target_class(model, generation_config, model_kwargs, drafter.target_layer_ids)
+            output = run(target, drafter, speculation, stop, logits_processor, text, streamer)
         if drafter.budget is not None and profile is None:
             learn(model, assistant_model, speculation, drafter.budget.exponent)
-        return output if generation_config.return_dict_in_generate else output.sequences
+        if own_cache is not None or generation_config.return_dict_in_generate:
+            make_ordinary(target.cache)
+        return ordinary(output) if generation_config.return_dict_in_generate else ordinary(output).sequences
 
     return GenerationMixin.generate(model, inputs, streamer=streamer, custom_generate=speculative_loop, **kwargs)
 

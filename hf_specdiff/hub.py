@@ -25,13 +25,15 @@ from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 
 from hf_specdiff.configuration_specdiff import SpecDiffConfig
+from hf_specdiff.demo.bundle import BUNDLED_TARGET
+from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.model_card import check_results
 from hf_specdiff.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.repository import cached_revision
 from hf_specdiff.repository import explain_hub_error
+from hf_specdiff.repository import own_defaults
 from hf_specdiff.repository import upload_repository
 from hf_specdiff.repository import write_card
-from hf_specdiff.speculation import SPECULATION_ARGUMENTS
 
 RESULTS = "results.json"
 CHECK_TOKENS = 48
@@ -232,7 +234,7 @@ def tuned_defaults(results: dict[str, Any]) -> dict[str, Any]:
 def _set_defaults(drafter: Any, figures: dict[str, Any] | None) -> None:
     """Give a drafter without speculation defaults those that were measured to be fastest."""
     own = drafter.generation_config
-    if figures is None or any(getattr(own, name, None) is not None for name in SPECULATION_ARGUMENTS):
+    if figures is None or own_defaults(drafter):
         return
     for name, value in tuned_defaults(figures).items():
         setattr(own, name, value)
@@ -252,6 +254,7 @@ def _load_drafter(path: Path) -> SpecDiffDrafter:
 
 
 def _load_target(name: str) -> tuple[Any, Any]:
+    name = str(PAIR / "target") if name == BUNDLED_TARGET else name
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, device_map="auto").eval()
         return model, AutoTokenizer.from_pretrained(name)

@@ -12,7 +12,6 @@ import torch
 from transformers import Cache
 from transformers import DynamicCache
 from transformers import GenerationConfig
-from transformers import GenerationMixin
 
 from .cache import RaggedCache
 from .conditioning import target_features
@@ -29,7 +28,6 @@ CONTEXT = 6
 NOISE_MARGIN = 8.0
 # Windows that our masks know of, and settings about them that are no windows.
 KNOWN_WINDOWS = {"sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern"}
-INPUT_NAMES = {"past_key_values", "use_cache", "attention_mask", "position_ids", "output_hidden_states", "logits_to_keep"}
 # For each model that was asked: the state it was in, and why it cannot be masked (None: it can).
 _ANSWERS: WeakKeyDictionary[Any, tuple[Any, str | None]] = WeakKeyDictionary()
 
@@ -106,12 +104,9 @@ class MaskedTarget(Target):
         for name in TOKEN_TYPE_NAMES:
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name][:, -1:].expand(-1, tokens.shape[1])
-        prepare = self.model.prepare_inputs_for_generation
-        is_generic = getattr(prepare, "__func__", None) is GenerationMixin.prepare_inputs_for_generation
-        if is_generic and kwargs.keys() <= INPUT_NAMES and tokens.device == self.model.device:
-            # The host's own preparation would slice these to the new tokens, and nothing here is longer.
-            return kwargs | {"input_ids": tokens}
-        return prepare(tokens, is_first_iteration=False, **kwargs)
+        if self.reads_plain_inputs(tokens.device):
+            return kwargs | {"input_ids": tokens}  # nothing here is longer than the new tokens
+        return self.model.prepare_inputs_for_generation(tokens, is_first_iteration=False, **kwargs)
 
     def commit(self, nodes: list[list[int]], num_drafted: int) -> Features | None:
         """Move the kept tokens to their rows' ends; see `Target.commit`."""

@@ -64,12 +64,16 @@ def write_card(folder: Path, drafter: Any, **card_arguments: Any) -> None:
         drafter (`SpecDiffDrafter`): the drafter.
         **card_arguments: of `drafter_card`.
     """
-    own = {name: getattr(drafter.generation_config, name, None) for name in SPECULATION_ARGUMENTS}
-    defaults = {name: value for name, value in own.items() if value is not None}
-    card = drafter_card(drafter.config, drafter.num_parameters(), defaults=defaults, **card_arguments)
+    card = drafter_card(drafter.config, drafter.num_parameters(), defaults=own_defaults(drafter), **card_arguments)
     beside = folder / f"{CARD}.partial"
     beside.write_text(str(card), encoding="utf-8")
     os.replace(beside, folder / CARD)
+
+
+def own_defaults(drafter: Any) -> dict[str, Any]:
+    """Return the arguments of speculation that a drafter's own `generation_config` sets."""
+    values = {name: getattr(drafter.generation_config, name, None) for name in SPECULATION_ARGUMENTS}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def cached_revision(name: str | None) -> str | None:

@@ -4,10 +4,12 @@ Letters: B batch, G drafted tokens, V vocabulary, D hidden size, K target layers
 inputs; knows no drafter and no rule. Imported by the loop.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
+from transformers import GenerationMixin
 
 from .cache import roll_back
 from .cache import start_recording
@@ -20,6 +22,21 @@ from .text import Text
 from .tree import DraftTree
 
 TOKEN_TYPE_NAMES = ("token_type_ids", "mm_token_type_ids")
+# What a model reads whose inputs the host's general preparation would only slice.
+INPUT_NAMES = {"past_key_values", "use_cache", "attention_mask", "position_ids", "output_hidden_states", "logits_to_keep"}
+
+
+@dataclass(slots=True)
+class PlainPlace:
+    """Where the text stands if nothing is padded and positions are counted: then mask and positions follow from two numbers.
+
+    Attributes:
+        length (`int`): slots of the cache that hold committed tokens.
+        lag (`int`): the slot of a token less its position; 0 unless positions were passed in.
+    """
+
+    length: int
+    lag: int
 
 
 class Target:
@@ -54,6 +71,7 @@ class Target:
             self.model_kwargs["output_hidden_states"] = layer_output_indices(layer_ids)
         self._outputs: Any = None
         self._is_prompt = True  # whether the last pass was the prefill
+        self._place: PlainPlace | None = None  # else the host's own bookkeeping is kept up
 
     @property
     def cache(self) -> Any:
@@ -93,7 +111,26 @@ class Target:
         logits = self._outputs.logits[:, -1:].to(text.tokens.device)
         # Only now: a sliding layer that records from the start would keep the whole prompt.
         start_recording(self._outputs.past_key_values)
+        self._place = self._plain_place(text)
         return logits
+
+    def _plain_place(self, text: Text) -> PlainPlace | None:
+        """Return where the prompt ends, or `None` if the host has more to prepare for a pass than to slice its inputs."""
+        kwargs = self.model_kwargs
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        is_plain = self.reads_plain_inputs(text.tokens.device) and (
+            mask is None or (mask.dim() == 2 and bool((mask == 1).all()))
+        )
+        if not is_plain or (positions is not None and positions.dim() != 2):
+            return None
+        length = self.cache.get_seq_length() if mask is None else mask.shape[1]
+        return PlainPlace(length, 0 if positions is None else length - 1 - int(positions[0, -1]))
+
+    def reads_plain_inputs(self, device: torch.device) -> bool:
+        """Return whether the host's preparation of a pass would only slice and hand on what it is given on some device."""
+        prepare = getattr(self.model.prepare_inputs_for_generation, "__func__", None)
+        is_general = prepare is GenerationMixin.prepare_inputs_for_generation and not self.model.is_remote_code()
+        return is_general and self.model_kwargs.keys() <= INPUT_NAMES and device == self.model.device
 
     def verify(self, text: Text, draft: Draft | DraftTree) -> torch.Tensor:
         """Run anchor and draft in one pass; each drafted token is seen once.
@@ -110,12 +147,25 @@ class Target:
         """
         if isinstance(draft, DraftTree):
             raise ValueError("`draft` must be a chain for a Target, got a DraftTree. Use a MaskedTarget.")
+        if self._place is not None:
+            tokens = torch.cat([text.anchors(), draft.tokens], dim=1)
+            return self._run(self._plain_inputs(tokens, self._place), tokens.shape[1], tokens.device)
         gamma = draft.num_tokens
         kwargs = _extended(self.model_kwargs, gamma)
         inputs = self.model.prepare_inputs_for_generation(
             torch.cat([text.tokens, draft.tokens], dim=1), next_sequence_length=gamma + 1, is_first_iteration=False, **kwargs
         )
         return self._run(inputs, gamma + 1, text.tokens.device)
+
+    def _plain_inputs(self, tokens: torch.Tensor, place: PlainPlace) -> dict[str, Any]:
+        """Return what the host's general preparation would make for tokens `(1, n)` behind the committed ones."""
+        end, device = place.length + tokens.shape[1], tokens.device
+        inputs = dict(self.model_kwargs, input_ids=tokens)
+        if inputs.get("attention_mask") is not None:
+            inputs["attention_mask"] = torch.ones(1, end, dtype=inputs["attention_mask"].dtype, device=device)
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = torch.arange(place.length - place.lag, end - place.lag, device=device)[None]
+        return inputs
 
     def _run(self, inputs: dict[str, Any], num_tokens: int, device: torch.device) -> torch.Tensor:
         """Run the model over the last `num_tokens` tokens; returns their logits on the text's device."""
@@ -152,7 +202,8 @@ class Target:
 
     def _features_of_prompt(self) -> Features | None:
         """Return the prompt's hidden states, and let mask and positions grow by the token that follows it."""
-        self._grow(self._outputs, 1)
+        if self._place is None:
+            self._grow(self._outputs, 1)
         return self._prompt_states()
 
     def _prompt_states(self) -> Features | None:
@@ -165,7 +216,10 @@ class Target:
 
     def _advance(self, num_tokens: int) -> Features | None:
         """Let mask and positions grow with the text, and read the drafter's features off the pass."""
-        self._grow(self._outputs, num_tokens)
+        if self._place is None:
+            self._grow(self._outputs, num_tokens)
+        else:
+            self._place.length += num_tokens
         if self.layer_ids is None:
             return None
         return Features(target_features(self._layer_states(), self.layer_ids, num_tokens), [num_tokens])

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 
 PAIR = Path(__file__).parent / "pair"
+# How the bundled drafters' configurations name their target.
+BUNDLED_TARGET = "hf_specdiff.load_demo()"
 PROMPTS = Path(__file__).parent / "prompts"
 DRAFTERS = ("features", "tokens", "autoregressive")
 PROMPT_SETS = ("math", "code")

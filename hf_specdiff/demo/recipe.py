@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 from transformers import LlamaConfig
 
+from hf_specdiff.demo.bundle import BUNDLED_TARGET
 from hf_specdiff.demo.language_models import VOCAB_SIZE
 from hf_specdiff.demo.language_models import make_corpus
 from hf_specdiff.demo.language_models import train_language_model
@@ -45,7 +46,6 @@ NUM_MORE_PROBLEMS = 5_120
 NUM_HELD_OUT = 96
 TARGET_LAYERS = 16
 MAX_LENGTH = 256
-BUNDLED_TARGET = "the target of hf_specdiff.load_demo()"
 # What was fastest over both tasks on two cores; `benchmarks/results/shapes.json` holds the figures.
 TREE_BUDGET = 16
 
