@@ -217,6 +217,7 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
                 f"{str(pretrained_model_name_or_path)!r} without {sorted(info['missing_keys'])[:3]}. Is the file cut short, or "
                 "the configuration another drafter's?"
             )
+        model.generation_config._from_model_config = False  # see `_set_assistant_defaults`
         model._check_window_defaults()
         return (model, info) if wants_info else model
 

@@ -12,12 +12,16 @@ import pytest
 from hf_specdiff.benchmarks.report import demo_section
 from hf_specdiff.benchmarks.report import main as report
 from hf_specdiff.benchmarks.report import shapes_section
+from hf_specdiff.cli import app
+from hf_specdiff.demo.cards import KINDS
+from hf_specdiff.demo.cards import card_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_python_blocks_run_one_after_the_other() -> None:
+def test_python_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # one of them saves a drafter
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert blocks
     namespace: dict[str, object] = {}
@@ -48,6 +52,20 @@ def test_result_tables_hold_the_measured_figures() -> None:
     assert shapes_section(shapes) in README
     for link in re.findall(r"\]\((benchmarks/[^)]+)\)", README):
         assert (ROOT / link).is_file(), link
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_model_cards_hold_the_measured_figures(kind: str) -> None:
+    shapes = json.loads((ROOT / "benchmarks" / "results" / "shapes.json").read_text(encoding="utf-8"))
+    card = (ROOT / "model_cards" / f"{kind}.md").read_text(encoding="utf-8")
+    assert card == card_of(kind, shapes)
+    row = next(row for row in shapes["rows"] if row["method"] == f"{kind}, chain")
+    assert f"{row['ratio_to_plain']:.2f}x" in card
+
+
+def test_every_command_named_exists() -> None:
+    commands = set(re.findall(r"^hf-specdiff (\w+)", README, flags=re.MULTILINE))
+    assert commands == {command.name for command in app.registered_commands}
 
 
 def test_report_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def measure_rounds(kind: str, draft_shape: str, prompts: list[str], max_new_toke
 
     Args:
         kind (`str`): `"features"` or `"tokens"`.
-        draft_shape (`str`): `"chain"` or `"tree"` (of 32).
+        draft_shape (`str`): `"chain"` or `"tree"` (of the drafter's default size).
         prompts (`list[str]`): texts.
         max_new_tokens (`int`): the length limit.
 

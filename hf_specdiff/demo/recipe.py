@@ -1,4 +1,4 @@
-"""How the bundled pair is made: `python -m hf_specdiff.demo.recipe OUTPUT`, about three hours on two cores.
+"""How the bundled pair is made: `python -m hf_specdiff.demo.recipe OUTPUT`, about four and a half hours on two cores.
 
 Every stage is skipped where its result exists, and goes on from its last checkpoint where it was interrupted. The bundled
 drafters' first stage was cut from a longer schedule of the same kind (step 1,000 of 2,607 for features, 1,250 for tokens); here
@@ -144,7 +144,7 @@ def drafter_stages() -> dict[str, list[tuple[str, TrainingPlan]]]:
 
     First continuations and code as it stands, then continuations alone, then many more of them with D-PACE weights. The
     token-conditioned drafter then also learns to continue the context: that is how it learns to calculate (3.5 tokens per round
-    of math before, above 9 after). The feature-conditioned one gets another round of mostly code.
+    of math before, above 9 after). The feature-conditioned one gets two more rounds of mostly code.
     """
     features = TrainingPlan(spread_layers(TARGET_LAYERS, 4), num_layers=3, num_epochs=0.9, num_anchors=16, learning_rate=2e-3)
     tokens = TrainingPlan(None, num_layers=4, num_epochs=1.1, num_anchors=10, learning_rate=2e-3)
@@ -156,6 +156,7 @@ def drafter_stages() -> dict[str, list[tuple[str, TrainingPlan]]]:
             ("continued", replace(features, num_epochs=4.4, learning_rate=1.5e-3)),
             ("everything", third),
             ("code", replace(third, num_epochs=1.5, learning_rate=7e-4, seed=1)),
+            ("more code", replace(third, num_epochs=1.9, learning_rate=9e-4, seed=2)),
         ],
         "tokens": [
             ("mixed", tokens),
@@ -179,12 +180,14 @@ def training_data(pair: Path, work: Path, tokenizer: Any) -> dict[str, Sequences
     settings["cache_implementation"] = "static"
     code = regenerate(quick, tokenizer, more_code_prompts(), work / "code", **settings)
     math = regenerate(quick, tokenizer, more_math_prompts(), work / "math", **settings)
+    more_code = regenerate(quick, tokenizer, yet_more_code_prompts(), work / "more-code", **settings)
     raw = sequences_of_texts(tokenizer, training_definitions(), MAX_LENGTH)
     return {
         "mixed": Sequences.concatenate([continued, raw]),
         "continued": continued,
         "everything": Sequences.concatenate([continued, code, math]),
         "code": Sequences.concatenate([continued, code]),
+        "more code": Sequences.concatenate([continued, code, more_code]),
     }
 
 
@@ -225,6 +228,9 @@ def bundle(drafter: Any, folder: Path) -> None:
             shutil.rmtree(path)
         elif path.name not in ("config.json", "generation_config.json", "model.safetensors"):
             path.unlink()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["auto_map"]  # which names the code
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def make_pair(output: Path) -> None:

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from hf_specdiff import __version__
 from hf_specdiff.demo.bundle import PROMPT_SETS
+from hf_specdiff.demo.bundle import load_demo
 from hf_specdiff.demo.bundle import load_prompts
 from hf_specdiff.demo.comparison import MAX_NEW_TOKENS
 from hf_specdiff.demo.comparison import PLAIN
@@ -160,12 +161,15 @@ def run_demo(num_prompts: int, output: Path | None = None) -> bool:
     num_outputs = sum(tally.num_prompts for tally in everything)
     console.print(f"identical: {num_identical}/{num_outputs}")
     if output is not None:
-        write_results(output, results, rounds)
+        tree_budget = load_demo()[1].generation_config.tree_budget
+        write_results(output, results, rounds, tree_budget)
         console.print(f"figures written to {output}")
     return num_identical == num_outputs
 
 
-def write_results(path: Path, results: dict[str, dict[str, Tally]], rounds: dict[tuple[str, str], RoundTimes]) -> None:
+def write_results(
+    path: Path, results: dict[str, dict[str, Tally]], rounds: dict[tuple[str, str], RoundTimes], tree_budget: int
+) -> None:
     """Write figures and their conditions to a JSON file, beside it first."""
     record = {
         "conditions": {
@@ -175,7 +179,7 @@ def write_results(path: Path, results: dict[str, dict[str, Tally]], rounds: dict
             "python": platform.python_version(),
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
-            "settings": "greedy, float32, batch 1, gamma 15, one denoising step, trees of 32",
+            "settings": f"greedy, float32, batch 1, gamma 15, one denoising step, trees of {tree_budget}",
             "command": f"hf-specdiff demo --num-prompts {next(iter(results['math'].values())).num_prompts} --output {path}",
         },
         "rounds": [
