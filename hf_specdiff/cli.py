@@ -30,8 +30,9 @@ from hf_specdiff.demo.bundle import load_prompts
 from hf_specdiff.demo.show import run_demo
 from hf_specdiff.draft import SpeculationStats
 from hf_specdiff.generate import generate
+from hf_specdiff.training.data import processes
 from hf_specdiff.training.data import read_prompts
-from hf_specdiff.training.losses import OBJECTIVES
+from hf_specdiff.training.losses import LOSSES
 from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import train_drafter
 from hf_specdiff.training.trainer import spread_layers
@@ -125,13 +126,18 @@ def train_command(
     loss_decay: Annotated[float, typer.Option(help="positions after which a position's weight has fallen by e")] = 7.0,
     seed: Annotated[int, typer.Option()] = 0,
     save_steps: Annotated[int, typer.Option(min=1)] = 250,
+    eval_prompts: Annotated[int, typer.Option(min=0, help="prompts kept out and decoded; a tenth of all at most")] = 32,
+    patience: Annotated[int, typer.Option(min=0, help="evaluations without a better one before stopping; 0: never stop")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16/--float32")] = True,
 ) -> None:
     """Train a drafter for a target on the target's own continuations of the prompts; Ctrl-C saves, the same command resumes."""
     if conditioning not in ("features", "tokens"):
         raise ValueError(f"`--conditioning` must be features or tokens, got {conditioning!r}.")
     texts = read_prompts(prompts)
-    model = load_model("target", target, dtype="float32", device_map="auto").eval()
+    state = processes()
+    # With several processes (accelerate launch) each has a target of its own beside its share of the drafter's work.
+    device_map = "auto" if state.num_processes == 1 else {"": state.device}
+    model = load_model("target", target, dtype="float32", device_map=device_map).eval()
     tokenizer = load_tokenizer("target", target)
     mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
     if mask is None:
@@ -154,13 +160,16 @@ def train_command(
         seed=seed,
         bf16=bf16,
         save_steps=save_steps,
+        num_eval_prompts=eval_prompts,
+        patience=patience,
     )
     if not train_drafter(model, tokenizer, texts, output, plan, mask_token_id=mask):
         typer.echo(
             f"Interrupted; a checkpoint is in {output / 'work' / 'checkpoints'}. The same command goes on from it.", err=True
         )
         raise typer.Exit(INTERRUPTED)
-    typer.echo(f"The drafter is in {output}.")
+    if state.is_main_process:
+        typer.echo(f"The drafter is in {output}, with pictures of the run.")
 
 
 @app.command("doctor")
@@ -280,23 +289,23 @@ def read_loss_weights(terms: list[str]) -> dict[str, float]:
             value = float(weight or 1)
         except ValueError:
             value = 0.0
-        if name not in OBJECTIVES or name in weights or not 0 < value < float("inf"):
+        if name not in LOSSES or name in weights or not 0 < value < float("inf"):
             raise ValueError(
-                f"`--loss` must be objective:weight, each of {', '.join(OBJECTIVES)} at most once and with a positive weight, "
+                f"`--loss` must be objective:weight, each of {', '.join(LOSSES)} at most once and with a positive weight, "
                 f"got {term!r}."
             )
         weights[name] = value
     return weights
 
 
-def load_model(role: str, name: str, *, dtype: str, device_map: str) -> Any:
+def load_model(role: str, name: str, *, dtype: str, device_map: str | dict[str, Any]) -> Any:
     """Load a model, or say in one line why not.
 
     Args:
         role (`str`): the argument's name, for the message.
         name (`str`): folder or Hub repository.
         dtype (`str`): as for `from_pretrained`.
-        device_map (`str`): as for `from_pretrained`.
+        device_map (`str` or `dict`): as for `from_pretrained`.
 
     Returns:
         `transformers.PreTrainedModel`: in evaluation mode.

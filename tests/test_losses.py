@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from hf_specdiff.training.losses import DISTILLATION
 from hf_specdiff.training.losses import OBJECTIVES
 from hf_specdiff.training.losses import combined_loss
 from hf_specdiff.training.losses import dpace
@@ -38,6 +39,8 @@ def reference(name: str, logits: torch.Tensor) -> float:
             pairs += [(math.exp(-j / DECAY) if name == "decayed_ce" else 1.0, -math.log(q)) for j, q in enumerate(window)]
         elif name == "log_streak":
             pairs += [(math.prod(window[:j]), -math.log(q)) for j, q in enumerate(window)]
+        elif name == "chain":
+            pairs += [(1.0, -value) for value in streak]
         elif name == "streak":
             total -= sum(streak) / len(windows)
         elif name == "focal":
@@ -60,10 +63,47 @@ def test_objective_equals_its_definition(name: str, seed: int) -> None:
     assert float(value) == pytest.approx(reference(name, logits), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ce", "decayed_ce", "streak", "focal"])
+@pytest.mark.parametrize("name", ["ce", "decayed_ce", "streak", "chain", "focal"])
 def test_gradients_equal_finite_differences(name: str) -> None:
     logits = random_logits().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: OBJECTIVES[name](x.log_softmax(-1), LABELS, DECAY), logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_distances_to_the_targets_law_equal_their_definitions(seed: int) -> None:
+    q, p = random_logits(seed).softmax(-1), random_logits(seed + 10).softmax(-1)
+    places = [(n, j) for n, labels in enumerate(LABELS.tolist()) for j, label in enumerate(labels) if label != -100]
+    overlaps = [sum(min(float(a), float(b)) for a, b in zip(p[n, j], q[n, j], strict=True)) for n, j in places]
+    divergences = [
+        sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p[n, j], q[n, j], strict=True)) for n, j in places
+    ]
+    tv, kl = (float(DISTILLATION[name](q.log(), LABELS, p.log())) for name in ("tv", "kl"))
+    assert tv == pytest.approx(1 - sum(overlaps) / len(places))
+    assert kl == pytest.approx(sum(divergences) / len(places))
+    for name in ("tv", "kl"):
+        assert float(DISTILLATION[name](p.log(), LABELS, p.log())) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", DISTILLATION)
+def test_gradients_of_distances_equal_finite_differences(name: str) -> None:
+    logits, law = random_logits().requires_grad_(), random_logits(5).log_softmax(-1)
+    assert torch.autograd.gradcheck(lambda x: DISTILLATION[name](x.log_softmax(-1), LABELS, law), logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", DISTILLATION)
+def test_a_token_that_neither_may_write_adds_nothing(name: str) -> None:
+    logits, law = random_logits(), random_logits(5)
+    logits[..., 6] = law[..., 6] = -torch.inf
+    free = logits.requires_grad_()
+    value = DISTILLATION[name](free.log_softmax(-1), LABELS, law.log_softmax(-1))
+    value.backward()
+    assert math.isfinite(float(value.detach()))
+    assert bool(free.grad.isfinite().all())
+
+
+def test_the_targets_law_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="`target_log_probs` must be given for the objective 'tv'"):
+        combined_loss(random_logits().log_softmax(-1), LABELS, {"ce": 1.0, "tv": 1.0})
 
 
 def test_log_streak_and_unsmoothed_dpace_have_the_gradient_of_the_streak() -> None:

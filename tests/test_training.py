@@ -1,5 +1,9 @@
 """The trainer: its windows are those of decoding, its data are whole or absent, its runs resume."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,8 @@ from transformers import LogitsProcessorList
 from transformers import TrainerCallback
 from transformers import TrainerState
 
+import hf_specdiff
+from hf_specdiff import SpecDiffDrafter
 from hf_specdiff.cache import RaggedCache
 from hf_specdiff.conditioning import make_drafter as put_around
 from hf_specdiff.speculation import SpeculationConfig
@@ -20,7 +26,13 @@ from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import collate
 from hf_specdiff.training.data import read_prompts
 from hf_specdiff.training.data import sample_windows
+from hf_specdiff.training.evaluation import calibration_error
+from hf_specdiff.training.evaluation import decode_held_out
+from hf_specdiff.training.pipeline import HeldOut
+from hf_specdiff.training.pipeline import TrainingPlan
+from hf_specdiff.training.pipeline import fit_drafter
 from hf_specdiff.training.pipeline import last_whole_checkpoint
+from hf_specdiff.training.pipeline import split_documents
 from hf_specdiff.training.trainer import SpecDiffTrainer
 from hf_specdiff.training.trainer import SpecDiffTrainingArguments
 from hf_specdiff.training.trainer import make_drafter_config
@@ -204,3 +216,172 @@ def test_spread_layers_are_ordered_and_different() -> None:
             layers = spread_layers(num_layers, count)
             assert len(set(layers)) == count
             assert all(0 <= layer < num_layers for layer in layers)
+
+
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+def test_the_targets_law_stands_at_the_windows_positions(layers: list[int] | None, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, make_drafter(layers), num_anchors=3, loss_weights={"tv": 1.0})
+    batch = collate([trainer.train_dataset[i] for i in range(4)])
+    windows = sample_windows(batch, 3, 6, MASK_TOKEN_ID, torch.Generator().manual_seed(0))
+    features, law = trainer._run_target(trainer.model.config, batch["input_ids"], windows)
+    assert (features is None) == (layers is None)
+    for row in range(4):
+        for column in range(3):
+            anchor = int(windows.anchors[row, column])
+            for j, label in enumerate(windows.labels[row * 3 + column].tolist()):
+                if label == -100:
+                    continue
+                with torch.no_grad():
+                    logits = trainer.target(batch["input_ids"][row : row + 1, : anchor + 1 + j]).logits[0, -1]
+                torch.testing.assert_close(law[row * 3 + column, j], logits.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_the_target_runs_only_where_something_of_it_is_wanted(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, make_drafter(), loss_weights={"ce": 1.0})
+    calls: list[int] = []
+    trainer.target.register_forward_hook(lambda *arguments: calls.append(1))
+    trainer.target.get_decoder().register_forward_hook(lambda *arguments: calls.append(1))
+    trainer.compute_loss(trainer.model, collate([trainer.train_dataset[i] for i in range(4)]))
+    assert not calls
+
+
+def test_total_variation_brings_the_laws_together(tmp_path: Path) -> None:
+    drafter = make_drafter()
+    trainer = make_trainer(tmp_path, drafter, max_steps=40, save_steps=1000, loss_weights={"tv": 1.0, "kl": 0.1})
+    batch = collate([trainer.train_dataset[i] for i in range(16)])
+
+    def distance() -> float:
+        drafter.eval()
+        with torch.no_grad():
+            return float(trainer.compute_loss(drafter, batch))
+
+    first = distance()
+    trainer.train()
+    assert distance() < 0.95 * first
+
+
+def test_evaluation_decodes_with_the_real_loop(tmp_path: Path) -> None:
+    """What is logged is what a user would see on the same prompts."""
+    drafter, prompts = make_drafter([0, 2]), [[1, 5, 9, 4], [7, 7, 3], [2, 8]]
+    trainer = make_trainer(tmp_path, drafter, eval_tokens=20)
+    trainer.eval_prompts, trainer.eval_dataset = prompts, SequenceDataset(make_sequences(6, seed=3), 24)
+    metrics = trainer.evaluate()
+    stats = [
+        hf_specdiff.generate(
+            trainer.target,
+            torch.tensor([ids]),
+            assistant_model=drafter,
+            do_sample=False,
+            max_new_tokens=20,
+            draft_shape="chain",
+            return_dict_in_generate=True,
+        ).speculation
+        for ids in prompts
+    ]
+    rounds = [pair for each in stats for pair in zip(each.num_accepted, each.num_drafted, strict=True)]
+    accepted = [count for (count,), (drafted,) in rounds if drafted]
+    assert metrics["eval_tokens_per_round"] == pytest.approx(1 + sum(accepted) / len(accepted))
+    assert metrics["eval_acceptance_1"] == pytest.approx(sum(count >= 1 for count in accepted) / len(accepted))
+    assert len([name for name in metrics if name.startswith("eval_acceptance_")]) == 5
+    assert metrics["eval_loss"] > 0
+    assert 0 <= metrics["eval_calibration_error"] <= 1
+    assert trainer.state.log_history[-1]["eval_tokens_per_round"] == metrics["eval_tokens_per_round"]
+
+
+def test_sampled_evaluation_leaves_the_generators_alone() -> None:
+    target, drafter = make_target(), make_drafter()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    streaks = [decode_held_out(target, drafter, [[5, 6]], 20, temperature=1.0, seed=seed).tokens_per_round for seed in (0, 0)]
+    assert torch.equal(torch.rand(2), expected)
+    assert streaks[0] == streaks[1]
+    assert drafter.training is False
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
+    confidence = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.25, 0.25])
+    is_right = torch.tensor([True, True, False, False, True, False])
+    assert calibration_error(confidence, is_right) == pytest.approx((4 * 0.45 + 2 * 0.25) / 6)
+    assert calibration_error(torch.tensor([]), torch.tensor([], dtype=torch.bool)) == 0.0
+
+
+def test_the_drafter_with_the_most_tokens_per_round_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge is made to like the second evaluation best; its weights must be what is saved."""
+    rates = iter([1.0, 3.0, 2.0, 2.0])
+    weights: list[torch.Tensor] = []
+
+    def judge(self: SpecDiffTrainer) -> dict[str, float]:
+        weights.append(self.model.norm.weight.detach().clone())
+        return {"tokens_per_round": next(rates), "acceptance_1": 0.5}
+
+    monkeypatch.setattr(SpecDiffTrainer, "_evaluate_decoding", judge)
+    plan = TrainingPlan(
+        None, num_layers=1, block_size=4, num_epochs=3, batch_size=8, bf16=False, save_steps=3, learning_rate=1e-2
+    )
+    held_out = HeldOut([[5, 6]], make_sequences(4, seed=9))
+    assert fit_drafter(make_target(), make_sequences(), tmp_path, plan, mask_token_id=MASK_TOKEN_ID, held_out=held_out)
+    assert len(weights) == 4  # at the start, after steps 3 and 6, and at the end, step 9
+    saved = SpecDiffDrafter.from_pretrained(tmp_path)
+    assert torch.equal(saved.norm.weight, weights[1])
+    assert not torch.equal(saved.norm.weight, weights[3])
+    assert {"curves.png", "acceptance.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_training_stops_early_when_nothing_gets_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SpecDiffTrainer, "_evaluate_decoding", lambda self: {"tokens_per_round": 1.0, "acceptance_1": 0.5})
+    plan = TrainingPlan(None, num_layers=1, block_size=4, num_epochs=30, batch_size=8, bf16=False, save_steps=2, patience=2)
+    held_out = HeldOut([[5, 6]], make_sequences(4, seed=9))
+    fit_drafter(make_target(), make_sequences(), tmp_path, plan, mask_token_id=MASK_TOKEN_ID, held_out=held_out)
+    last = last_whole_checkpoint(tmp_path / "work" / "checkpoints")
+    assert last is not None
+    assert int(last.rsplit("-", 1)[1]) < 20
+
+
+def test_documents_are_split_before_anything_is_cut_from_them() -> None:
+    prompts = [f"document {i % 30}" for i in range(60)]  # each occurs twice
+    seen, held_out = split_documents(prompts, 32, seed=0)
+    assert len(held_out) == 3  # a tenth of the different ones
+    assert not set(seen) & set(held_out)
+    assert len(seen) == 60 - 2 * 3
+    assert split_documents(prompts, 0, seed=0) == (prompts, [])
+    assert split_documents(prompts, 32, seed=1)[1] != held_out
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from tests.conftest import MASK_TOKEN_ID, make_target
+from tests.test_training import make_sequences
+from hf_specdiff.training.data import processes
+from hf_specdiff.training.pipeline import HeldOut, TrainingPlan, fit_drafter
+
+plan = TrainingPlan([0, 2], num_layers=1, block_size=4, num_epochs=2, batch_size=4, bf16=False, save_steps=2, eval_tokens=12)
+held_out = HeldOut([[5, 6], [7, 8, 9], [4, 3]], make_sequences(5, seed=9))
+assert processes().num_processes == 2
+assert fit_drafter(make_target(), make_sequences(), Path(sys.argv[2]), plan, mask_token_id=MASK_TOKEN_ID, held_out=held_out)
+"""
+
+
+def test_two_processes_train_one_drafter(tmp_path: Path) -> None:
+    script, output = tmp_path / "run.py", tmp_path / "drafter"
+    script.write_text(SCRIPT)
+    # What `accelerate launch` runs for several processes; for those on CPUs alone it would ask for mpirun.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(script), str(Path(__file__).parents[1]), str(output)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    drafter = SpecDiffDrafter.from_pretrained(output)
+    assert drafter.config.block_size == 4
+    checkpoint = last_whole_checkpoint(output / "work" / "checkpoints")
+    assert checkpoint is not None
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    assert state["global_step"] == 6  # 24 sequences, two epochs, two processes with four each
+    best = max(entry["eval_tokens_per_round"] for entry in state["log_history"] if "eval_tokens_per_round" in entry)
+    alone = decode_held_out(make_target(), drafter, [[5, 6], [7, 8, 9], [4, 3]], 12)
+    assert alone.tokens_per_round == pytest.approx(best, rel=1e-5)  # each decoded its share; the sum is one process's

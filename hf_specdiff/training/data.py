@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from rich.progress import track
 from safetensors.torch import load_file
 from safetensors.torch import save_file
@@ -262,7 +264,8 @@ def regenerate(
 ) -> Sequences:
     """Let the target continue the prompts, greedily; a drafter learns best from the text it will have to predict.
 
-    Finished shards are kept in `folder`, so that an interrupted call goes on where it stopped.
+    Finished shards are kept in `folder`, so that an interrupted call goes on where it stopped. Several processes (`accelerate
+    launch`) share the shards out.
 
     Args:
         target (`transformers.PreTrainedModel`): the target, in evaluation mode.
@@ -287,13 +290,19 @@ def regenerate(
         raise ValueError(f"`prompts` must leave room for a continuation within {max_length} tokens, got none that does.")
     folder.mkdir(parents=True, exist_ok=True)
     shards = [encoded[start : start + shard_size] for start in range(0, len(encoded), shard_size)]
-    parts = []
-    for number, shard in enumerate(track(shards, description="Target continues the prompts")):
-        path = folder / f"sequences-{number:05d}.safetensors"
+    paths = [folder / f"sequences-{number:05d}.safetensors" for number in range(len(shards))]
+    state = processes()
+    own = list(zip(shards, paths, strict=True))[state.process_index :: state.num_processes]
+    for shard, path in track(own, description="Target continues the prompts", disable=not state.is_main_process):
         if not path.is_file():
             Sequences.from_lists(*_continue_all(target, tokenizer, shard, max_length, batch_size, generate_kwargs)).save(path)
-        parts.append(Sequences.load(path))
-    return Sequences.concatenate(parts)
+    state.wait_for_everyone()
+    return Sequences.concatenate([Sequences.load(path) for path in paths])
+
+
+def processes() -> PartialState:
+    """Return what `accelerate launch` has started: who of how many this process is. On CPUs if told so, or if there is no other."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def _continue_all(

@@ -1,7 +1,10 @@
-"""Training objectives: pure functions of the drafter's log-probabilities and the target's tokens.
+"""Training objectives: pure functions of the drafter's log-probabilities and of the target's tokens or law.
 
 Letters: N windows, G drafted tokens, V vocabulary; q_j is the probability that the drafter gave the target's token at position
 j. Knows no model. A position past the text's end has the label -100 and takes part in nothing.
+
+Most objectives read the target's tokens alone. Those in `DISTILLATION` read its law, which costs a pass of the target's head
+and, for token-conditioned drafters, of the target.
 """
 
 from collections.abc import Mapping
@@ -79,6 +82,61 @@ def streak(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) ->
     return -(picked.cumsum(1).exp() * has_label).sum(1).mean()
 
 
+def chain(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) -> torch.Tensor:
+    """Return -mean_m prod_{j<=m} q_j over all positions that have a label: the streak by the position, beside another term.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.
+        labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens.
+        decay (`float`): takes no part.
+
+    Returns:
+        `torch.Tensor`: a scalar from -1 to 0.
+
+    Source: arXiv:2606.11552, the chain loss; how it is normalised there is not told, so weights are not comparable.
+    """
+    picked, has_label = _picked(log_probs, labels)
+    return -_mean(picked.cumsum(1).exp(), has_label.to(picked.dtype))
+
+
+def total_variation(log_probs: torch.Tensor, labels: torch.Tensor, target_log_probs: torch.Tensor) -> torch.Tensor:
+    """Return the mean over positions with a label of 1/2 sum_x |p(x) - q(x)|, which is 1 - sum_x min(p(x), q(x)).
+
+    That is the probability that the ratio test rejects a token drawn from q: what to lower for sampling.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.
+        labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens; tells which positions count.
+        target_log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the target's, given the text before each position.
+
+    Returns:
+        `torch.Tensor`: a scalar from 0 to 1.
+
+    Source: arXiv:2211.17192, section 3.4 (the acceptance rate); as an objective arXiv:2602.23881.
+    """
+    distance = (target_log_probs.exp() - log_probs.exp()).abs().sum(-1) / 2
+    return _mean(distance, (labels != IGNORED).to(distance.dtype))
+
+
+def forward_kl(log_probs: torch.Tensor, labels: torch.Tensor, target_log_probs: torch.Tensor) -> torch.Tensor:
+    """Return the mean over positions with a label of sum_x p(x) (log p(x) - log q(x)).
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.
+        labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens; tells which positions count.
+        target_log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the target's, given the text before each position.
+
+    Returns:
+        `torch.Tensor`: a scalar, in nats.
+
+    Source: knowledge distillation; for drafters arXiv:2310.08461.
+    """
+    # A token that the drafter may never write has log q = -inf, and the target's p = 0 where it may not either.
+    gap = (target_log_probs - log_probs).nan_to_num(nan=0.0, neginf=0.0)
+    divergence = (target_log_probs.exp() * gap).sum(-1)
+    return _mean(divergence, (labels != IGNORED).to(divergence.dtype))
+
+
 def log_streak(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) -> torch.Tensor:
     """Return -sum_j s_j log q_j / sum_j s_j with s_j = prod_{i<j} q_i held fixed: each position as often as it is reached.
 
@@ -145,27 +203,45 @@ OBJECTIVES = {
     "ce": cross_entropy,
     "decayed_ce": decayed_cross_entropy,
     "streak": streak,
+    "chain": chain,
     "log_streak": log_streak,
     "focal": first_error_focal,
     "dpace": dpace,
 }
+DISTILLATION = {"tv": total_variation, "kl": forward_kl}
+LOSSES = (*OBJECTIVES, *DISTILLATION)
 
 
 def combined_loss(
-    log_probs: torch.Tensor, labels: torch.Tensor, weights: Mapping[str, float], decay: float = 7.0
+    log_probs: torch.Tensor,
+    labels: torch.Tensor,
+    weights: Mapping[str, float],
+    decay: float = 7.0,
+    target_log_probs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the weighted sum of several objectives.
 
     Args:
         log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.
         labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens.
-        weights (`Mapping[str, float]`): a weight for each of some of the names in `OBJECTIVES`.
+        weights (`Mapping[str, float]`): a weight for each of some of the names in `LOSSES`.
         decay (`float`): see `position_weights`.
+        target_log_probs (`torch.Tensor` of shape `(N, G, V)`, float32, *optional*): for the names in `DISTILLATION`.
 
     Returns:
         `torch.Tensor`: a scalar.
+
+    Raises:
+        ValueError: if an objective asks for the target's law and there is none.
     """
-    terms = [weight * OBJECTIVES[name](log_probs, labels, decay) for name, weight in weights.items()]
+    terms = []
+    for name, weight in weights.items():
+        if name in OBJECTIVES:
+            terms.append(weight * OBJECTIVES[name](log_probs, labels, decay))
+        elif target_log_probs is None:
+            raise ValueError(f"`target_log_probs` must be given for the objective {name!r}, got None.")
+        else:
+            terms.append(weight * DISTILLATION[name](log_probs, labels, target_log_probs))
     return torch.stack(terms).sum()
 
 

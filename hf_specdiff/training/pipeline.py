@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import shutil
 from dataclasses import asdict
 from dataclasses import dataclass
@@ -10,15 +11,20 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from transformers import EarlyStoppingCallback
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_specdiff.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.modeling_specdiff import SpecDiffDrafter
+from hf_specdiff.repository import cached_revision
+from hf_specdiff.training.curves import plot_run
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences
+from hf_specdiff.training.data import processes
 from hf_specdiff.training.data import regenerate
+from hf_specdiff.training.trainer import EvaluateAtEnd
 from hf_specdiff.training.trainer import SpecDiffTrainer
 from hf_specdiff.training.trainer import SpecDiffTrainingArguments
 from hf_specdiff.training.trainer import StopOnInterrupt
@@ -44,7 +50,11 @@ class TrainingPlan:
         context_weight (`float`): weight of next-token prediction on the context, token-conditioned drafters only.
         seed (`int`): of weights, order and windows.
         bf16 (`bool`): whether to compute in bfloat16 (weights stay in float32).
-        save_steps (`int`): steps between checkpoints.
+        save_steps (`int`): steps between checkpoints, and between evaluations.
+        num_eval_prompts (`int`): prompts kept out of training and decoded with the real loop at every evaluation, but never
+            more than a tenth of all; the drafter with the most tokens per round is kept. 0: none, and the last one is kept.
+        eval_tokens (`int`): tokens to write after each of them.
+        patience (`int`): evaluations without a better one after which training stops; 0: never.
     """
 
     target_layer_ids: list[int] | None
@@ -61,6 +71,9 @@ class TrainingPlan:
     seed: int = 0
     bf16: bool = True
     save_steps: int = 250
+    num_eval_prompts: int = 32
+    eval_tokens: int = 128
+    patience: int = 0
 
 
 def train_drafter(
@@ -91,12 +104,53 @@ def train_drafter(
     _training_setup(target, output, plan, mask_token_id)  # a mistake in the plan is found before the work
     work = output / "work"
     digest = hashlib.sha256("\0".join(prompts).encode()).hexdigest()
-    _claim(work, {**asdict(plan), "mask_token_id": mask_token_id, "target": target.name_or_path, "prompts": digest})
-    sequences = regenerate(target, tokenizer, prompts, work / "sequences", max_length=plan.max_length)
-    is_finished = fit_drafter(target, sequences, output, plan, mask_token_id=mask_token_id)
+    revision = cached_revision(target.name_or_path)
+    source = {"target": target.name_or_path, "target_revision": revision, "prompts": digest}
+    with processes().main_process_first():
+        _claim(work, {**asdict(plan), "mask_token_id": mask_token_id, **source})
+    seen, held_out = split_documents(prompts, plan.num_eval_prompts, plan.seed)
+    sequences = regenerate(target, tokenizer, seen, work / "sequences", max_length=plan.max_length)
+    evaluation = None
+    if held_out:
+        continued = regenerate(target, tokenizer, held_out, work / "held-out", max_length=plan.max_length)
+        evaluation = HeldOut(
+            [ids for ids in tokenizer(held_out)["input_ids"] if 0 < len(ids) <= plan.max_length - 2], continued
+        )
+    is_finished = fit_drafter(target, sequences, output, plan, mask_token_id=mask_token_id, held_out=evaluation)
     if is_finished:
         tokenizer.save_pretrained(output)  # a drafter's repository holds the tokenizer that its ids belong to
     return is_finished
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What a run is judged by.
+
+    Attributes:
+        prompts (`list[list[int]]`): token ids, to be decoded with the real loop.
+        sequences (`Sequences`): the same prompts with the target's continuations, for loss and calibration.
+    """
+
+    prompts: list[list[int]]
+    sequences: Sequences
+
+
+def split_documents(prompts: list[str], num_held_out: int, seed: int) -> tuple[list[str], list[str]]:
+    """Keep some documents out of training; a document that occurs twice is on one side only.
+
+    Args:
+        prompts (`list[str]`): documents.
+        num_held_out (`int`): how many to keep out, at most a tenth of the different ones.
+        seed (`int`): of the choice.
+
+    Returns:
+        `tuple`: those to train on, in their order, and those kept out.
+    """
+    different = list(dict.fromkeys(prompts))
+    count = min(num_held_out, len(different) // 10)
+    held_out = random.Random(seed).sample(different, count)
+    apart = set(held_out)
+    return [prompt for prompt in prompts if prompt not in apart], held_out
 
 
 def fit_drafter(
@@ -107,6 +161,7 @@ def fit_drafter(
     *,
     mask_token_id: int,
     start_from: Path | None = None,
+    held_out: HeldOut | None = None,
 ) -> bool:
     """Train on given sequences and save; the second half of `train_drafter`.
 
@@ -117,27 +172,37 @@ def fit_drafter(
         plan (`TrainingPlan`): all settings.
         mask_token_id (`int`): see `SpecDiffConfig`.
         start_from (`pathlib.Path`, *optional*): a drafter of the same shape to go on from; by default a fresh one.
+        held_out (`HeldOut`, *optional*): what to evaluate on; the best checkpoint is then what is saved.
 
     Returns:
         `bool`: whether the drafter is finished; false after Ctrl-C, with a checkpoint in `work`.
     """
-    config, arguments = _training_setup(target, output, plan, mask_token_id)
+    config, arguments = _training_setup(target, output, plan, mask_token_id, evaluates=held_out is not None)
     interrupt = StopOnInterrupt()
     drafter = new_drafter(config, plan.seed) if start_from is None else SpecDiffDrafter.from_pretrained(start_from)
     dataset = SequenceDataset(sequences, plan.max_length)
     _write_down(drafter.config, plan, len(dataset))
     trainer = SpecDiffTrainer(
         target=target,
+        eval_prompts=None if held_out is None else held_out.prompts,
         model=drafter,
         args=arguments,
         train_dataset=dataset,
+        eval_dataset=None if held_out is None else SequenceDataset(held_out.sequences, plan.max_length),
         callbacks=[interrupt],
     )
+    if held_out is not None:
+        trainer.add_callback(EvaluateAtEnd())
+    if held_out is not None and plan.patience > 0:
+        trainer.add_callback(EarlyStoppingCallback(plan.patience))
     with interrupt:
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(Path(str(arguments.output_dir))))
     if interrupt.was_interrupted:
         return False
-    _save_whole(trainer.model, output)
+    if trainer.is_world_process_zero():
+        _save_whole(trainer.accelerator.unwrap_model(trainer.model), output)
+        plot_run(trainer.state.log_history, output)
+    trainer.accelerator.wait_for_everyone()
     return True
 
 
@@ -155,7 +220,7 @@ def _write_down(config: SpecDiffConfig, plan: TrainingPlan, num_sequences: int) 
 
 
 def _training_setup(
-    target: PreTrainedModel, output: Path, plan: TrainingPlan, mask_token_id: int
+    target: PreTrainedModel, output: Path, plan: TrainingPlan, mask_token_id: int, *, evaluates: bool = False
 ) -> tuple[SpecDiffConfig, SpecDiffTrainingArguments]:
     """Turn a plan into the drafter's configuration and the trainer's arguments, both checked."""
     config = make_drafter_config(
@@ -165,7 +230,20 @@ def _training_setup(
         num_layers=plan.num_layers,
         target_layer_ids=plan.target_layer_ids,
     )
+    evaluation: dict[str, Any] = {}
+    if evaluates:
+        evaluation = {
+            "eval_strategy": "steps",
+            "eval_steps": plan.save_steps,
+            "eval_on_start": True,
+            "per_device_eval_batch_size": plan.batch_size,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "tokens_per_round",
+            "greater_is_better": True,
+        }
     arguments = SpecDiffTrainingArguments(
+        **evaluation,
+        eval_tokens=plan.eval_tokens,
         output_dir=str(output / "work" / "checkpoints"),
         num_train_epochs=plan.num_epochs,
         per_device_train_batch_size=plan.batch_size,

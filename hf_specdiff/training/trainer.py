@@ -26,7 +26,12 @@ from hf_specdiff.training.data import Windows
 from hf_specdiff.training.data import collate
 from hf_specdiff.training.data import sample_windows
 from hf_specdiff.training.data import window_attention_mask
-from hf_specdiff.training.losses import OBJECTIVES
+from hf_specdiff.training.evaluation import Streaks
+from hf_specdiff.training.evaluation import calibration_error
+from hf_specdiff.training.evaluation import decode_held_out
+from hf_specdiff.training.losses import DISTILLATION
+from hf_specdiff.training.losses import IGNORED
+from hf_specdiff.training.losses import LOSSES
 from hf_specdiff.training.losses import combined_loss
 from hf_specdiff.training.losses import next_token_cross_entropy
 
@@ -38,16 +43,18 @@ class SpecDiffTrainingArguments(TrainingArguments):
     Attributes:
         num_anchors (`int`): windows cut from each sequence and step.
         loss_weights (`dict[str, float]`): the weight of each objective, by its name in
-            `hf_specdiff.training.losses.OBJECTIVES`.
+            `hf_specdiff.training.losses.LOSSES`.
         loss_decay (`float`): positions after which a position's weight in `decayed_ce` and `focal` has fallen by e.
         context_weight (`float`): weight of next-token prediction on the context, for token-conditioned drafters: what a window
             reads of the text before it is learnt from every token, not only through windows.
+        eval_tokens (`int`): tokens to write after each held-out prompt when evaluating.
     """
 
     num_anchors: int = 8
     loss_weights: dict[str, float] = field(default_factory=lambda: {"decayed_ce": 1.0})
     loss_decay: float = 7.0
     context_weight: float = 0.0
+    eval_tokens: int = 128
 
     def __post_init__(self) -> None:
         """Check the drafter's own arguments, then let the host check its own."""
@@ -57,10 +64,10 @@ class SpecDiffTrainingArguments(TrainingArguments):
             raise ValueError(f"`loss_decay` must be positive, got {self.loss_decay}.")
         if not self.context_weight >= 0:
             raise ValueError(f"`context_weight` must be at least 0, got {self.context_weight}.")
-        unknown = sorted(set(self.loss_weights) - set(OBJECTIVES))
+        unknown = sorted(set(self.loss_weights) - set(LOSSES))
         if unknown or not self.loss_weights or not all(weight > 0 for weight in self.loss_weights.values()):
             raise ValueError(
-                f"`loss_weights` must give some of {', '.join(OBJECTIVES)} a positive weight, got {self.loss_weights!r}."
+                f"`loss_weights` must give some of {', '.join(LOSSES)} a positive weight, got {self.loss_weights!r}."
             )
         # Batches carry more than the model's own arguments.
         self.remove_unused_columns = False
@@ -75,13 +82,75 @@ class SpecDiffTrainer(Trainer):
     so a resumed run sees the same ones.
 
     Args:
-        target (`transformers.PreTrainedModel`): frozen; runs only for feature-conditioned drafters, once per batch.
-        **kwargs: of `transformers.Trainer`: `model` (the drafter), `args`, `train_dataset`, ...
+        target (`transformers.PreTrainedModel`): frozen; runs once per batch, for the features or the law that are wanted.
+        eval_prompts (`list[list[int]]`, *optional*): token ids of held-out prompts; `evaluate` decodes them with the real loop.
+        **kwargs: of `transformers.Trainer`: `model` (the drafter), `args`, `train_dataset`, `eval_dataset`, ...
     """
 
-    def __init__(self, target: PreTrainedModel, **kwargs: Any) -> None:
+    def __init__(self, target: PreTrainedModel, eval_prompts: list[list[int]] | None = None, **kwargs: Any) -> None:
         super().__init__(data_collator=collate, **kwargs)
         self.target = target.eval().requires_grad_(False)
+        self.eval_prompts = eval_prompts or []
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Decode the held-out prompts and look at the held-out sequences; see `transformers.Trainer.evaluate`.
+
+        Args:
+            eval_dataset (`torch.utils.data.Dataset`, *optional*): in place of the trainer's own.
+            ignore_keys (`list[str]`, *optional*): takes no part.
+            metric_key_prefix (`str`): of the names.
+
+        Returns:
+            `dict[str, float]`: `tokens_per_round` and `acceptance_1`, ..., `acceptance_G` of greedy chains in the real loop;
+            `loss` and `calibration_error` on the held-out sequences, if there are any. Over several processes the prompts are
+            shared out, and all get the same figures.
+        """
+        metrics: dict[str, float] = {}
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is not None:
+            metrics |= self._evaluate_windows(dataset)
+        if self.eval_prompts:
+            metrics |= self._evaluate_decoding()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _evaluate_windows(self, dataset: Any) -> dict[str, float]:
+        """Return the loss on held-out sequences, and how far the drafter's confidence is from its accuracy."""
+        was_training = self.model.training
+        self.model.eval()
+        losses, confidence, is_right = [], [], []
+        for batch in self.get_eval_dataloader(dataset):
+            loss, outputs = self.compute_loss(self.model, self._prepare_inputs(batch), return_outputs=True)
+            has_label = outputs["labels"] != IGNORED
+            best = outputs["log_probs"].max(dim=-1)
+            losses.append(self.accelerator.gather(loss[None]))
+            pair = torch.stack([best.values.exp()[has_label], (best.indices == outputs["labels"])[has_label].float()])
+            pair = self.accelerator.gather(self.accelerator.pad_across_processes(pair, dim=1, pad_index=-1))
+            pair = torch.cat(list(pair.view(-1, 2, pair.shape[-1])), dim=1)
+            confidence.append(pair[0][pair[0] >= 0])
+            is_right.append(pair[1][pair[0] >= 0] > 0)
+        self.model.train(was_training)
+        error = calibration_error(torch.cat(confidence), torch.cat(is_right))
+        return {"loss": float(torch.cat(losses).mean()), "calibration_error": error}
+
+    def _evaluate_decoding(self) -> dict[str, float]:
+        """Return tokens per round and acceptance per position on the held-out prompts, each process decoding its share."""
+        drafter = self.accelerator.unwrap_model(self.model)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        own = decode_held_out(self.target, drafter, self.eval_prompts[rank::world], self.args.eval_tokens)
+        device = self.accelerator.device
+        sums = [
+            self.accelerator.reduce(part.float().to(device), "sum").double().cpu()
+            for part in (own.num_rounds, own.num_reaching, own.num_drafting)
+        ]
+        streaks = Streaks(*sums)
+        acceptance = {f"acceptance_{i}": share for i, share in enumerate(streaks.acceptance_per_position, 1)}
+        return {"tokens_per_round": streaks.tokens_per_round, **acceptance}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -93,12 +162,13 @@ class SpecDiffTrainer(Trainer):
         windows = sample_windows(inputs, self.args.num_anchors, config.block_size, config.mask_token_id, generator)
         # The host puts autocast around the model that it trains only; the target's pass is the larger part of a step.
         with self.accelerator.autocast():
+            features, target_log_probs = self._run_target(config, inputs["input_ids"], windows)
             if config.is_feature_conditioned:
-                logits, context_loss = self._feature_logits(model, config, inputs["input_ids"], windows), None
+                logits, context_loss = self._feature_logits(model, config, features, windows), None
             else:
                 logits, context_loss = self._token_logits(model, config, inputs, windows)
         log_probs = torch.log_softmax(logits.float(), dim=-1)  # (B * A, G, V)
-        loss = combined_loss(log_probs, windows.labels, self.args.loss_weights, self.args.loss_decay)
+        loss = combined_loss(log_probs, windows.labels, self.args.loss_weights, self.args.loss_decay, target_log_probs)
         if context_loss is not None:
             loss = loss + self.args.context_weight * context_loss
         return (loss, {"log_probs": log_probs, "labels": windows.labels}) if return_outputs else loss
@@ -106,6 +176,39 @@ class SpecDiffTrainer(Trainer):
     def _window_seed(self, indices: torch.Tensor) -> int:
         step = self.state.global_step if self.model.training else 0
         return hash((self.args.seed, step, *indices.tolist())) % 2**63
+
+    def _run_target(
+        self, config: SpecDiffConfig, input_ids: torch.Tensor, windows: Windows
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Run the frozen target once, if anything of it is wanted.
+
+        Returns:
+            `tuple`: the features `(B, S, K * D)` that a drafter reads, and the target's log-probabilities `(B * A, G, V)` at
+            the windows' positions; each `None` if nobody asks for it.
+        """
+        needs_law = not DISTILLATION.keys().isdisjoint(self.args.loss_weights)
+        layer_ids = config.target_layer_ids
+        if layer_ids is None and not needs_law:
+            return None, None
+        with torch.no_grad():
+            # Padding is on the right and attention causal, so the states of real tokens need no mask.
+            indices = False if layer_ids is None else layer_output_indices(layer_ids)
+            # The whole model where its law is wanted: what some do to the head's output is their own business.
+            run = self.target if needs_law else self.target.get_decoder()
+            outputs = run(input_ids, use_cache=False, output_hidden_states=indices)
+            features = None
+            if layer_ids is not None:
+                features = target_features(outputs.hidden_states, layer_ids, input_ids.shape[1])
+            if not needs_law:
+                return features, None
+            # The state at the anchor tells the first drafted token's law, and so on.
+            gamma = config.block_size - 1
+            places = windows.anchors[:, :, None] + torch.arange(gamma, device=input_ids.device)
+            places = places.clamp(max=input_ids.shape[1] - 1).flatten(1)  # (B, A * G)
+            rows = torch.arange(len(input_ids), device=input_ids.device)[:, None]
+            return features, torch.log_softmax(outputs.logits[rows, places].float(), dim=-1).unflatten(1, (-1, gamma)).flatten(
+                0, 1
+            )
 
     def _token_logits(
         self, model: Any, config: SpecDiffConfig, inputs: dict[str, torch.Tensor], windows: Windows
@@ -128,17 +231,15 @@ class SpecDiffTrainer(Trainer):
         windows_logits = logits[:, -num_slots:].unflatten(1, (-1, config.block_size)).flatten(0, 1)[:, 1:]
         return windows_logits, context_loss
 
-    def _feature_logits(self, model: Any, config: SpecDiffConfig, input_ids: torch.Tensor, windows: Windows) -> torch.Tensor:
+    def _feature_logits(
+        self, model: Any, config: SpecDiffConfig, features: torch.Tensor | None, windows: Windows
+    ) -> torch.Tensor:
         """Return the logits `(B * A, G, V)` of a feature-conditioned drafter: the sequence enters as target features."""
-        layer_ids = list(config.target_layer_ids or [])
-        length = input_ids.shape[1]
+        assert features is not None
+        num_rows, length, _ = features.shape
         with torch.no_grad():
-            # Padding is on the right and attention causal, so the states of real tokens need no mask.
-            indices = layer_output_indices(layer_ids)
-            outputs = self.target.get_decoder()(input_ids, use_cache=False, output_hidden_states=indices)
-            features = target_features(outputs.hidden_states, layer_ids, length)
             noise = self.target.get_input_embeddings()(windows.input_ids)
-        positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+        positions = torch.arange(length, device=features.device).expand(num_rows, -1)
         states = model(
             noise_embeds=noise,
             context_hidden_states=features,
@@ -147,6 +248,15 @@ class SpecDiffTrainer(Trainer):
         ).last_hidden_state
         states = states.unflatten(1, (-1, config.block_size)).flatten(0, 1)[:, 1:]
         return self.target.get_output_embeddings()(states)
+
+
+class EvaluateAtEnd(TrainerCallback):
+    """Evaluate and save after the last step too, wherever it falls."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for both at the end."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
 
 
 class StopOnInterrupt(TrainerCallback):
