@@ -28,7 +28,6 @@ from .cache import check_can_roll_back
 from .conditioning import make_drafter
 from .decoding import run
 from .inference import inference
-from .inference import make_ordinary
 from .inference import ordinary
 from .masked_target import MaskedTarget
 from .masked_target import why_not_masked
@@ -39,6 +38,7 @@ from .speculation import check_prompt
 from .speculation import resolve_speculation
 from .stopping import StopCheck
 from .target import Target
+from .target import check_rotary
 from .text import Text
 
 # They carry a state from call to call that rejected tokens would spoil.
@@ -112,6 +112,7 @@ def generate(
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | torch.Tensor:
         _check_call(input_ids, logits_processor, generation_config, model_kwargs, streamer)
+        check_rotary(model.config.get_text_config(), input_ids.shape[1], generation_config.max_length)
         speculation = resolve_speculation(
             arguments,
             assistant_model,
@@ -129,7 +130,8 @@ def generate(
         drafter = make_drafter(assistant_model, model, drafting, logits_processor, generation_config.max_length)
         needs_masks = text.num_rows > 1 or speculation.draft_shape != "chain"
         target_class = MaskedTarget if needs_masks else Target
-        with inference((model, assistant_model), [*logits_processor, *stopping_criteria, streamer]):
+        callbacks = [*logits_processor, *stopping_criteria, streamer]
+        with inference([model, assistant_model], callbacks, own_cache):
             if speculation.is_adaptive:
                 measured = profile_of(model, assistant_model, speculation, input_ids.device, profile)
                 drafter.budget = Budget(measured, text.num_rows)
@@ -137,9 +139,8 @@ def generate(
             output = run(target, drafter, speculation, stop, logits_processor, text, streamer)
         if drafter.budget is not None and profile is None:
             learn(model, assistant_model, speculation, drafter.budget.exponent)
-        if own_cache is not None or generation_config.return_dict_in_generate:
-            make_ordinary(target.cache)
-        return ordinary(output) if generation_config.return_dict_in_generate else ordinary(output).sequences
+        output = ordinary(output)
+        return output if generation_config.return_dict_in_generate else output.sequences
 
     return GenerationMixin.generate(model, inputs, streamer=streamer, custom_generate=speculative_loop, **kwargs)
 

@@ -5,12 +5,14 @@ be part of a graph again, so nothing of it may reach the user: neither does the 
 it, nor does a tensor leave the entry that was made in it. Knows no model. Imported by the entry.
 """
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import isfunction
+from inspect import ismethod
 from typing import Any
 
 import torch
+from torch.nn.modules import module as global_hooks
 from torch.utils._pytree import tree_map_only
 from transformers import Cache
 from transformers.utils import ModelOutput
@@ -18,29 +20,34 @@ from transformers.utils import ModelOutput
 OWN_AND_HOST = ("transformers.", __name__.rsplit(".", 1)[0] + ".")
 
 
-def inference(models: Iterable[torch.nn.Module], callbacks: Iterable[Any]) -> AbstractContextManager[Any]:
-    """Return inference mode for `with`, or nothing where something might not take it.
+@contextmanager
+def inference(models: list[torch.nn.Module], callbacks: list[Any], cache: Cache | None = None) -> Iterator[None]:
+    """Run what is inside `with` in inference mode, unless something might not take it, and leave no trace of the mode.
 
     Args:
-        models (`Iterable[torch.nn.Module]`): target and drafter. Compiled ones would be compiled once more for this mode, and
-            offloaded or sharded weights are moved and gathered by hooks, which must not leave such tensors in the model.
-        callbacks (`Iterable`): logits processors, stopping criteria and streamers; `None` for none. The host's read ids and
-            scores; those of others may do anything, gradients included.
+        models (`list[torch.nn.Module]`): target and drafter. Compiled ones would be compiled once more for this mode, offloaded
+            or sharded weights are moved by hooks, and hooks of others may keep what they see, or want gradients.
+        callbacks (`list`): logits processors, stopping criteria and streamers; `None` for none. The host's read ids and scores;
+            those of others, and functions of others inside the host's, may do anything.
+        cache (`transformers.Cache`, *optional*): the caller's; made ordinary again also when the loop breaks off.
 
-    Returns:
-        A context manager.
+    Yields:
+        Nothing.
     """
-    is_known = all(type(each).__module__.startswith(OWN_AND_HOST) for each in callbacks if each is not None)
-    # Not `inference_mode(False)`, which would switch gradients on.
-    return torch.inference_mode() if is_known and all(_is_plain(model) for model in models) else nullcontext()
-
-
-def _is_plain(model: torch.nn.Module) -> bool:
-    """Return whether all weights lie in memory as they are, and the forward pass is Python's own."""
-    is_compiled = getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod")
-    parameters = list(model.parameters())
-    is_here = all(parameter.device.type != "meta" and not hasattr(parameter, "device_mesh") for parameter in parameters)
-    return is_here and not is_compiled
+    if torch.is_inference_mode_enabled() or not (all(map(_is_known, callbacks)) and all(map(_is_plain, models))):
+        yield  # not under `inference_mode(False)`, which would switch gradients on
+        return
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        if cache is not None:
+            make_ordinary(cache)
+        for model in models:
+            for module in model.modules():
+                # Rotary embeddings that follow the text's length keep new frequencies.
+                _make_ordinary_in(module._buffers)
+                _make_ordinary_in(vars(module))
 
 
 def ordinary(output: ModelOutput) -> ModelOutput:
@@ -53,7 +60,9 @@ def ordinary(output: ModelOutput) -> ModelOutput:
         `ModelOutput`: the same object.
     """
     for name, value in output.items():
-        if not isinstance(value, Cache):
+        if isinstance(value, Cache):
+            make_ordinary(value)
+        else:
             output[name] = tree_map_only(torch.Tensor, _ordinary_tensor, value)
     return output
 
@@ -65,10 +74,37 @@ def make_ordinary(cache: Cache) -> None:
         cache (`transformers.Cache`): changed in place.
     """
     for layer in cache.layers:
-        for name, value in vars(layer).items():
-            if isinstance(value, torch.Tensor):
-                setattr(layer, name, _ordinary_tensor(value))
+        _make_ordinary_in(vars(layer))
+
+
+def _make_ordinary_in(tensors: dict[str, Any]) -> None:
+    for name, value in tensors.items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = _ordinary_tensor(value)
 
 
 def _ordinary_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+
+def _is_known(callback: Any) -> bool:
+    """Return whether all code behind a callback is the host's or our own."""
+    is_ours = callback is None or type(callback).__module__.startswith(OWN_AND_HOST)
+    return is_ours and not any(isfunction(value) or ismethod(value) for value in getattr(callback, "__dict__", {}).values())
+
+
+def _is_plain(model: torch.nn.Module) -> bool:
+    """Return whether all weights lie in memory as they are, and nothing but the model's own code runs in a pass."""
+    if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
+        return False
+    if not all(parameter.device.type != "meta" and not hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        return False
+    for module in model.modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if hasattr(module, "_hf_hook") or not all(_module_of(hook).startswith(OWN_AND_HOST) for hook in hooks):
+            return False
+    return not (global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
+
+
+def _module_of(function: Any) -> str:
+    return getattr(function, "__module__", None) or ""

@@ -13,6 +13,8 @@ from transformers import StoppingCriteriaList
 
 import hf_specdiff
 from hf_specdiff.inference import inference
+from hf_specdiff.target import Target
+from hf_specdiff.target import check_rotary
 
 from .conftest import make_drafter
 from .conftest import make_target
@@ -86,12 +88,94 @@ def test_a_cache_that_was_passed_in_stays_an_ordinary_one(prompt: torch.Tensor) 
     target(ids[:, -1:], past_key_values=cache).logits.sum().backward()
 
 
-def test_the_loop_itself_runs_in_inference_mode(prompt: torch.Tensor) -> None:
+def test_the_loop_itself_runs_in_inference_mode(prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: what the other tests look for in vain is there."""
-    target, modes = make_target(), set()
-    target.lm_head.register_forward_hook(lambda *arguments: modes.add(torch.is_inference_mode_enabled()))
-    hf_specdiff.generate(target, prompt, assistant_model=make_drafter(), max_new_tokens=9, draft_shape="chain")
-    assert True in modes
+    modes: set[bool] = set()
+    verify = Target.verify
+
+    def watch(self: Target, *arguments: Any) -> torch.Tensor:
+        modes.add(torch.is_inference_mode_enabled())
+        return verify(self, *arguments)
+
+    monkeypatch.setattr(Target, "verify", watch)
+    hf_specdiff.generate(make_target(), prompt, assistant_model=make_drafter(), max_new_tokens=9, draft_shape="chain")
+    assert modes == {True}
+
+
+def test_what_a_hook_keeps_can_be_part_of_a_graph(prompt: torch.Tensor) -> None:
+    target, seen = make_target(), []
+    target.model.layers[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    ids = hf_specdiff.generate(target, prompt, assistant_model=make_drafter(), max_new_tokens=9, do_sample=False)
+    torch.nn.Linear(16, 1)(seen[-1]).sum().backward()
+    assert torch.equal(ids, make_target().generate(prompt, max_new_tokens=9, do_sample=False))
+
+
+def test_a_users_function_inside_a_host_processor_runs_in_the_callers_mode(prompt: torch.Tensor) -> None:
+    modes: set[bool] = set()
+
+    def allowed(row: int, ids: torch.Tensor) -> list[int]:
+        modes.add(torch.is_inference_mode_enabled())
+        return list(range(3, 20))
+
+    settings: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "prefix_allowed_tokens_fn": allowed}
+    hf_specdiff.generate(make_target(), prompt, assistant_model=make_drafter(), **settings)
+    assert modes == {False}
+
+
+def test_a_cache_is_ordinary_after_an_interrupt(prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, verify, calls = DynamicCache(), Target.verify, []
+
+    def interrupt(self: Target, *arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return verify(self, *arguments)
+
+    monkeypatch.setattr(Target, "verify", interrupt)
+    settings: dict[str, Any] = {"max_new_tokens": 20, "draft_shape": "chain", "past_key_values": cache}
+    with pytest.raises(KeyboardInterrupt):
+        hf_specdiff.generate(make_target(), prompt, assistant_model=make_drafter(), **settings)
+    assert tensors_of(cache)
+    assert not any(tensor.is_inference() for tensor in tensors_of(cache))
+
+
+def test_frequencies_that_a_model_keeps_are_ordinary(prompt: torch.Tensor) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    target = make_target(max_position_embeddings=64, rope_parameters=rope)
+    short = hf_specdiff.generate(target, prompt, assistant_model=make_drafter(), max_new_tokens=20, do_sample=False)
+    assert torch.equal(short, target.generate(prompt, max_new_tokens=20, do_sample=False))
+    assert not any(buffer.is_inference() for buffer in target.buffers())
+    with inference([target], []):
+        target.model.rotary_emb.inv_freq = target.model.rotary_emb.inv_freq * 1
+        assert target.model.rotary_emb.inv_freq.is_inference()
+    assert not any(buffer.is_inference() for buffer in target.buffers())
+
+
+@pytest.mark.parametrize(
+    ("rope", "length", "is_refused"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, 20, False),
+        ({"rope_type": "dynamic", "factor": 2.0}, 70, True),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "original_max_position_embeddings": 32},
+            20,
+            False,
+        ),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "original_max_position_embeddings": 32},
+            40,
+            True,
+        ),
+        ({"rope_type": "linear", "factor": 2.0}, 70, False),
+    ],
+)
+def test_frequencies_that_follow_the_text_are_refused(rope: dict[str, Any], length: int, is_refused: bool) -> None:
+    config = make_target(max_position_embeddings=64).config
+    config.rope_parameters = rope
+    if not is_refused:
+        return check_rotary(config, 7, length)
+    with pytest.raises(ValueError, match="rotary frequencies change"):
+        check_rotary(config, 7, length)
 
 
 @pytest.mark.parametrize(
@@ -118,15 +202,14 @@ def test_a_caller_in_inference_mode_stays_in_it(prompt: torch.Tensor) -> None:
 def test_gradients_stay_off_where_the_mode_is_not_taken(prompt: torch.Tensor) -> None:
     target, seen = make_target(), set()
     target.lm_head.register_forward_hook(lambda module, inputs, output: seen.add(output.requires_grad))
-    settings: dict[str, Any] = {"max_new_tokens": 9, "stopping_criteria": StoppingCriteriaList([WatchingCriterion()])}
-    hf_specdiff.generate(target, prompt, assistant_model=make_drafter(), **settings)
+    hf_specdiff.generate(target, prompt, assistant_model=make_drafter(), max_new_tokens=9)
     assert seen == {False}
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile loads parts of torch that others deprecate
 def test_models_that_are_compiled_or_not_in_memory_are_left_alone() -> None:
     def mode_of(model: torch.nn.Module, *callbacks: Any) -> bool:
-        with inference([model], callbacks):
+        with inference([model], list(callbacks)):
             return torch.is_inference_mode_enabled()
 
     target = make_target()

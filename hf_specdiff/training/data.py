@@ -301,7 +301,7 @@ def regenerate(
 
 
 def processes() -> PartialState:
-    """Return what `accelerate launch` has started: who of how many this process is. On CPUs if told so, or if there is no other."""
+    """Return who of how many this process is, as `accelerate launch` started it; on CPUs if told so or if there is no other."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
