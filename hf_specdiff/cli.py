@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 import typer
+from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
@@ -30,6 +32,9 @@ from hf_specdiff.demo.bundle import load_prompts
 from hf_specdiff.demo.show import run_demo
 from hf_specdiff.draft import SpeculationStats
 from hf_specdiff.generate import generate
+from hf_specdiff.repository import full_name
+from hf_specdiff.training.data import Prompt
+from hf_specdiff.training.data import encode
 from hf_specdiff.training.data import processes
 from hf_specdiff.training.data import read_prompts
 from hf_specdiff.training.losses import LOSSES
@@ -75,7 +80,7 @@ def generate_command(
         raise ValueError(
             "`--prompt` or `--prompts-file` must be given, one of them, got " + ("none." if prompt is None else "both.")
         )
-    prompts = [prompt] if prompt is not None else read_prompts(prompts_file or Path())
+    prompts: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts_file or Path())
     model = load_model("target", target, dtype=dtype, device_map=device_map)
     assistant = load_model("drafter", drafter, dtype=dtype, device_map=device_map)
     tokenizer = load_tokenizer("target", target)
@@ -83,8 +88,8 @@ def generate_command(
     sampling = {} if temperature is None else {"temperature": temperature}
     all_stats = []
     for text in prompts:
-        typer.echo(text, nl=False)
-        inputs = tokenizer(text, return_tensors="pt").to(model.device)
+        typer.echo(text if isinstance(text, str) else f"{text[-1]['content']}\n", nl=False)
+        inputs = {"input_ids": torch.tensor([encode(tokenizer, text)], device=model.device)}
         result = generate(
             model,
             **inputs,
@@ -109,7 +114,7 @@ def generate_command(
 @app.command("train")
 def train_command(
     target: Annotated[str, typer.Argument(help="the target: a folder or a Hub repository")],
-    prompts: Annotated[Path, typer.Option(help="a text file, one prompt a line, or JSON lines with 'prompt' or 'text'")],
+    prompts: Annotated[Path, typer.Option(help="a text file, one a line, or JSON lines with 'prompt', 'text' or 'messages'")],
     output: Annotated[Path, typer.Option(help="folder of the drafter; the same command resumes an interrupted run")],
     conditioning: Annotated[str, typer.Option(help="features or tokens")] = "features",
     num_target_layers: Annotated[int, typer.Option(help="target layers to read, for features")] = 5,
@@ -127,6 +132,7 @@ def train_command(
     seed: Annotated[int, typer.Option()] = 0,
     save_steps: Annotated[int, typer.Option(min=1)] = 250,
     eval_prompts: Annotated[int, typer.Option(min=0, help="prompts kept out and decoded; a tenth of all at most")] = 32,
+    regenerate_at: Annotated[float, typer.Option(min=0, help="temperature of the target's continuations; 0: greedy")] = 0.0,
     patience: Annotated[int, typer.Option(min=0, help="evaluations without a better one before stopping; 0: never stop")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16/--float32")] = True,
 ) -> None:
@@ -162,6 +168,7 @@ def train_command(
         save_steps=save_steps,
         num_eval_prompts=eval_prompts,
         patience=patience,
+        temperature=regenerate_at,
     )
     if not train_drafter(model, tokenizer, texts, output, plan, mask_token_id=mask):
         typer.echo(
@@ -195,6 +202,7 @@ def doctor_command(
     console.print("\n".join(doctor.cost_lines(profile, assistant.config.block_size - 1)), highlight=False)
     models = Models(model, tokenizer, {"drafter": assistant})
     rows = doctor.try_prompts(models, prompts, max_new_tokens)
+    shifted = doctor.layers_that_fit_better(models, prompts)
     records = [record for task in prompts for record in record_of([row for row in rows if row.task == task])]
     cells = [
         [
@@ -211,7 +219,7 @@ def doctor_command(
         command = " ".join(["hf-specdiff", *sys.argv[1:]])
         write_results(output, records, command, dtype=dtype, device=str(model.device), max_new_tokens=max_new_tokens)
         console.print(f"The figures are in {output}.", highlight=False)
-    warnings = [f"{f.name}: {f.warning}" for f in findings if f.warning] + doctor.verdict(rows, profile, models)
+    warnings = [f"{f.name}: {f.warning}" for f in findings if f.warning] + shifted + doctor.verdict(rows, profile, models)
     for warning in warnings:
         console.print(f"! {warning}", style="yellow", highlight=False, markup=False)
     if not warnings:
@@ -229,12 +237,16 @@ def publish_command(
     ] = None,
     prompt: Annotated[str, typer.Option(help="of the self-check")] = "Once upon a time",
     token: Annotated[str | None, typer.Option(help="by default the stored one, or HF_TOKEN", envvar="HF_TOKEN")] = None,
-    private: Annotated[bool, typer.Option("--private", help="for a new repository")] = False,
+    private: Annotated[bool, typer.Option("--private", help="refused for a repository that is public already")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="do everything but the upload")] = False,
 ) -> None:
     """Put a drafter on the Hub: weights, code of both roles, card and tokenizer, checked, in one commit, tagged."""
-    if not dry_run:
+    if dry_run:
+        validate_repo_id(repo)
+        repo = repo if "/" in repo else f"your-name/{repo}"
+    else:
         hub.check_token(token, repo)
+        repo = full_name(repo, token)
     settings: dict[str, Any] = {"target": target, "results": results, "license_name": license_name, "prompt": prompt}
     console = Console()
     with hub.staged(path, repo, **settings) as repository:
@@ -253,7 +265,10 @@ def publish_command(
 def _prompt_sets(prompts_file: Path | None, num_prompts: int) -> dict[str, list[str]]:
     """Return prompts by the name of their set."""
     if prompts_file is not None:
-        return {prompts_file.stem: read_prompts(prompts_file)[:num_prompts]}
+        texts = [prompt for prompt in read_prompts(prompts_file) if isinstance(prompt, str)]
+        if not texts:
+            raise ValueError(f"`--prompts-file` must hold texts, got only chats in {str(prompts_file)!r}.")
+        return {prompts_file.stem: texts[:num_prompts]}
     return {name: [str(record["prompt"]) for record in load_prompts(name)[:num_prompts]] for name in PROMPT_SETS}
 
 
@@ -261,7 +276,7 @@ def _table(titles: list[str], rows: list[list[str]]) -> Table:
     """Return a table for the terminal."""
     table = Table(*titles)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -19,9 +19,13 @@ from hf_specdiff.generate import check_pair
 from hf_specdiff.masked_target import why_not_masked
 from hf_specdiff.profiling import measure_profile
 from hf_specdiff.speculation import resolve_speculation
+from hf_specdiff.training.evaluation import decode_held_out
 
 # Below it a drafter is as good as untrained: the target's own token is one of them.
 SUSPICIOUS_TOKENS_PER_ROUND = 1.3
+# By how much other layers must win to be pointed out, and on how many tokens that is found out.
+CLEARLY = 1.15
+SHIFT_TOKENS = 96
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -52,8 +56,15 @@ def compare(target: Any, drafter: Any, tokenizer: Any) -> list[Finding]:
 
     Returns:
         `list[Finding]`: one per property, each with a warning if the two do not fit.
+
+    Raises:
+        TypeError: if `drafter` is none.
     """
     theirs, own = target.config.get_text_config(), drafter.config
+    if own.model_type != "specdiff":
+        raise TypeError(
+            f"`drafter` must be a SpecDiffDrafter, got {type(drafter).__name__}. The doctor knows no other drafters."
+        )
     findings = [
         _same("vocabulary", theirs.vocab_size, own.vocab_size, "the drafter was made for another target"),
         *(
@@ -140,6 +151,40 @@ def try_prompts(models: Models, prompts: dict[str, list[str]], max_new_tokens: i
     ]
 
 
+def layers_that_fit_better(models: Models, prompts: dict[str, list[str]]) -> list[str]:
+    """Look whether a drafter reads the target's layers one off, the commonest fault: some formats count from 0, some from 1.
+
+    Args:
+        models (`Models`): the target and one drafter, named "drafter".
+        prompts (`dict[str, list[str]]`): texts by task; the first of each is decoded.
+
+    Returns:
+        `list[str]`: a warning if the neighbours of the layers bring clearly more; also nothing for drafters that read none.
+    """
+    config = models.drafters["drafter"].config
+    own = config.target_layer_ids
+    if own is None:
+        return []
+    num_layers = models.target.config.get_text_config().num_hidden_layers
+    ids = [models.tokenizer(texts[0])["input_ids"] for texts in prompts.values()]
+    rates = {}
+    try:
+        for shift in (0, -1, 1):
+            config.target_layer_ids = [layer + shift for layer in own]
+            if min(config.target_layer_ids) >= 0 and max(config.target_layer_ids) < num_layers:
+                streaks = decode_held_out(models.target, models.drafters["drafter"], ids, SHIFT_TOKENS)
+                rates[shift] = streaks.tokens_per_round
+    finally:
+        config.target_layer_ids = own
+    best = max(rates, key=rates.__getitem__)
+    if rates[best] < CLEARLY * rates[0]:
+        return []
+    return [
+        f"layers read: {[layer + best for layer in own]} bring {rates[best]:.2f} tokens per round where {own} bring "
+        f"{rates[0]:.2f}: the ids are probably one off (here they are counted from 0, and id i reads hidden_states[i + 1])."
+    ]
+
+
 def verdict(rows: list[Row], profile: Profile, models: Models) -> list[str]:
     """Return what is wrong with what was measured; nothing if all is well.
 
@@ -182,11 +227,11 @@ def _same(name: str, theirs: Any, own: Any, hint: str) -> Finding:
 
 def _mask(own: Any, tokenizer: Any) -> Finding:
     """Return whether the mask is an id that no text holds."""
-    token = tokenizer.convert_ids_to_tokens(own.mask_token_id) if (own.mask_token_id or 0) < len(tokenizer) else None
-    warning = ""
     if own.mask_token_id is None:
-        warning = "the drafter's config must name the id it was trained with"
-    elif token is not None and own.mask_token_id not in tokenizer.all_special_ids:
+        return Finding("mask id", "", "None", "the drafter's config must name the id it was trained with")
+    token = tokenizer.convert_ids_to_tokens(own.mask_token_id) if own.mask_token_id < len(tokenizer) else None
+    warning = ""
+    if token is not None and own.mask_token_id not in tokenizer.all_special_ids:
         warning = f"it is the ordinary token {token!r}: texts that hold it are refused"
     return Finding("mask id", str(token), str(own.mask_token_id), warning)
 

@@ -7,6 +7,7 @@ card's text `model_card.py`'s.
 import json
 import math
 import re
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -28,7 +29,9 @@ from hf_specdiff.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.demo.bundle import BUNDLED_TARGET
 from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.model_card import check_results
+from hf_specdiff.model_card import is_repository
 from hf_specdiff.modeling_specdiff import SpecDiffDrafter
+from hf_specdiff.repository import CARD
 from hf_specdiff.repository import cached_revision
 from hf_specdiff.repository import explain_hub_error
 from hf_specdiff.repository import own_defaults
@@ -108,9 +111,9 @@ def staged(
             f"`target` must be given for a drafter whose configuration names none, got None for {str(path)!r}. The self-check "
             "runs the drafter with its target: pass --target FOLDER_OR_REPOSITORY."
         )
-    model, tokenizer = _load_target(name)
-    drafter.config.target_model = target if target is not None and not Path(target).is_dir() else drafter.config.target_model
-    drafter.config.target_revision = cached_revision(name) or drafter.config.target_revision
+    recorded = drafter.config.target_revision if name == drafter.config.target_model else None
+    model, tokenizer = _load_target(name, recorded)
+    _name_target(drafter.config, name, recorded or cached_revision(name))
     _set_defaults(drafter, figures)
     with TemporaryDirectory() as parent:
         # The host names its copy of local code after the folder, so the folder has a name of its own.
@@ -119,6 +122,8 @@ def staged(
         tokenizer.save_pretrained(folder)
         if figures is not None:
             (folder / RESULTS).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        if (path / CARD).is_file():
+            shutil.copyfile(path / CARD, folder / CARD)  # its owner's own words stay
         write_card(folder, drafter, repo_id=repo_id, results=figures, license_name=license_name)
         rate = self_check(folder, model, tokenizer, prompt)
         files = [(str(file.relative_to(folder)), file.stat().st_size) for file in sorted(folder.rglob("*")) if file.is_file()]
@@ -163,8 +168,8 @@ def publish(repository: Staged, repo_id: str, *, private: bool, token: str | Non
 
     Args:
         repository (`Staged`): of `staged`.
-        repo_id (`str`): `name` or `org/name`; created if it is not there.
-        private (`bool`): whether a new repository is private.
+        repo_id (`str`): `org/name`; created if it is not there.
+        private (`bool`): whether the repository is private.
         token (`str`, *optional*): by default the stored one.
         report (`Callable`): is told what happens.
 
@@ -182,9 +187,8 @@ def publish(repository: Staged, repo_id: str, *, private: bool, token: str | Non
 
     api = HfApi(token=token)
     commit = _try_again(upload, report)
-    full_name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
-    tag = _try_again(lambda: _tag(api, full_name, commit), report)
-    return Published(full_name, commit, tag)
+    tag = _try_again(lambda: _tag(api, repo_id, commit), report)
+    return Published(repo_id, commit, tag)
 
 
 def check_token(token: str | None, repo_id: str) -> None:
@@ -231,6 +235,14 @@ def tuned_defaults(results: dict[str, Any]) -> dict[str, Any]:
     return arguments[max(means, key=means.__getitem__)] if means else {}
 
 
+def _name_target(config: SpecDiffConfig, name: str, revision: str | None) -> None:
+    """Write into a configuration whom the drafter is for, if that is a repository; a path tells strangers nothing of use."""
+    if name == BUNDLED_TARGET or (is_repository(name) and not Path(name).exists()):
+        config.target_model, config.target_revision = name, revision
+    elif config.target_model is not None and (not is_repository(config.target_model) or Path(config.target_model).exists()):
+        config.target_model = config.target_revision = None
+
+
 def _set_defaults(drafter: Any, figures: dict[str, Any] | None) -> None:
     """Give a drafter without speculation defaults those that were measured to be fastest."""
     own = drafter.generation_config
@@ -253,11 +265,13 @@ def _load_drafter(path: Path) -> SpecDiffDrafter:
     return SpecDiffDrafter.from_pretrained(path, dtype="auto")
 
 
-def _load_target(name: str) -> tuple[Any, Any]:
+def _load_target(name: str, revision: str | None) -> tuple[Any, Any]:
+    """Return the model, in float32, and its tokenizer; at the commit that the drafter was made for, where it is known."""
+    version = {} if revision is None else {"revision": revision}
     name = str(PAIR / "target") if name == BUNDLED_TARGET else name
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, device_map="auto").eval()
-        return model, AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, device_map="auto", **version).eval()
+        return model, AutoTokenizer.from_pretrained(name, **version)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`target` must be a model folder or a Hub repository with its tokenizer, got {name!r}: "

@@ -12,6 +12,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub import ModelCardData
 
 NOT_STATED = "not stated"
+# In every card of ours: who wants to keep their own words takes it out.
+MARK = "<!-- Written by hf_specdiff, and written anew with the drafter unless this line is gone. -->"
 TAGS = ["speculative-decoding", "diffusion", "diffusion-language-model", "custom_generate", "specdiff"]
 # What a row of a results file must tell.
 MEASURES = ("tokens_per_second", "ratio_to_plain", "tokens_per_round", "num_identical", "num_prompts")
@@ -20,6 +22,8 @@ ROW_FIELDS = ("task", "method", "temperature", "batch_size", *MEASURES)
 TEMPLATE = """---
 {{ card_data }}
 ---
+
+{{ mark }}
 
 # {{ name }}
 
@@ -176,6 +180,7 @@ def drafter_card(
     )
     conditions = {} if results is None else results["conditions"]
     template_values = {
+        "mark": MARK,
         "name": repo_id.split("/")[-1],
         "repo_id": repo_id,
         "target": f"[{target_id}](https://huggingface.co/{target_id})"
@@ -222,6 +227,9 @@ def check_results(results: Any) -> dict[str, Any]:
         missing = [name for name in ROW_FIELDS if not isinstance(row, dict) or name not in row]
         if missing:
             raise ValueError(f"`results` must have {', '.join(missing)} in every row, got {str(row)[:60]!r}.")
+        strange = [name for name in ("temperature", "batch_size", *MEASURES) if not isinstance(row[name], int | float)]
+        if strange:
+            raise ValueError(f"`results` must hold numbers, got {strange[0]!r} {row[strange[0]]!r} in {str(row)[:60]!r}.")
     return results
 
 

@@ -29,7 +29,8 @@ from transformers.utils import ModelOutput
 
 from .candidate_generator import SpecDiffCandidateGenerator
 from .configuration_specdiff import SpecDiffConfig
-from .repository import CARD
+from .model_card import is_repository
+from .repository import full_name
 from .repository import upload_repository
 from .repository import write_card
 from .repository import write_custom_generate
@@ -184,9 +185,12 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
         config = self.generation_config
         # The host drops what it does not know, `gamma` and the like, from a file that says it was made from a model's config.
         config._from_model_config = False
-        config.num_assistant_tokens = self.config.max_gamma
-        config.num_assistant_tokens_schedule = "constant"
-        config.assistant_confidence_threshold = 0.0
+        if config.num_assistant_tokens is None:
+            config.num_assistant_tokens = self.config.max_gamma
+        if config.num_assistant_tokens_schedule is None:
+            config.num_assistant_tokens_schedule = "constant"
+        if config.assistant_confidence_threshold is None:
+            config.assistant_confidence_threshold = 0.0
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -217,7 +221,9 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
                 f"{str(pretrained_model_name_or_path)!r} without {sorted(info['missing_keys'])[:3]}. Is the file cut short, or "
                 "the configuration another drafter's?"
             )
-        model.generation_config._from_model_config = False  # see `_set_assistant_defaults`
+        # A repository's `custom_generate` would replace our own `generate`, which takes its arguments by position too.
+        vars(model).pop("generate", None)
+        model._set_assistant_defaults()  # where the file leaves them open
         model._check_window_defaults()
         return (model, info) if wants_info else model
 
@@ -240,31 +246,30 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save the whole Hub repository: weights, configuration, code, `custom_generate/`, and a card if there is none.
+        """Save the whole Hub repository: weights, configuration, code, `custom_generate/`, and a card.
+
+        A card with its owner's own words stays as it is.
 
         Args:
             save_directory (`str` or path): the folder.
             is_main_process (`bool`): whether this process writes the files.
             *args: as `transformers.PreTrainedModel.save_pretrained`.
-            push_to_hub (`bool`): whether to upload the folder afterwards; `repo_id`, `token`, `private`, `commit_message` and
-                the rest as for `push_to_hub`.
+            push_to_hub (`bool`): whether to upload the drafter afterwards, as `push_to_hub` does; its arguments may be passed
+                too, and `repo_id` is by default the folder's name. Nothing else in the folder is uploaded.
             **kwargs: as `transformers.PreTrainedModel.save_pretrained`.
         """
-        hub_names = ("repo_id", "private", "commit_message", "revision", "create_pr")
-        hub = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
-        name = type(self).__name__
+        names = ("repo_id", "private", "commit_message", "commit_description", "revision", "create_pr", "tags")
+        hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
         # The host writes the entry of the class it was registered for; a headless AutoModel is the same class.
-        self.config.auto_map = {"AutoModel": f"{type(self).__module__.rsplit('.', 1)[-1]}.{name}"}
+        self.config.auto_map = {"AutoModel": f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}"}
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if not is_main_process:
             return
         folder = Path(save_directory)
         write_custom_generate(folder)
-        if not (folder / CARD).is_file():
-            write_card(folder, self)
+        write_card(folder, self, repo_id=hub_arguments.get("repo_id"))
         if push_to_hub:
-            hub = {"repo_id": folder.name, "token": kwargs.get("token"), **hub}
-            self._upload(folder, **hub)
+            self.push_to_hub(**{"repo_id": folder.name, "token": kwargs.get("token"), **hub_arguments})
 
     def push_to_hub(
         self,
@@ -301,24 +306,26 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
             ValueError: if the Hub refuses.
             ConnectionError: if the connection breaks; the same call goes on.
         """
+        repo_id = full_name(repo_id, token)
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            write_card(folder, self, repo_id=repo_id, tags=tags)
-            return self._upload(
+            folder, target = Path(name), self.config.target_model
+            if target is not None and (not is_repository(target) or Path(target).exists()):
+                self.config.target_model = None  # a path of this machine tells strangers nothing of use
+            try:
+                self.save_pretrained(folder, max_shard_size=max_shard_size)
+                write_card(folder, self, repo_id=repo_id, tags=tags)
+            finally:
+                self.config.target_model = target
+            return upload_repository(
                 folder,
                 repo_id,
-                commit_message=commit_message,
+                message=commit_message or "Upload drafter",
                 description=commit_description,
                 private=private,
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
             )
-
-    def _upload(self, folder: Path, repo_id: str, commit_message: str | None = None, **kwargs: Any) -> CommitInfo:
-        message = commit_message or "Upload drafter"
-        return upload_repository(folder, repo_id, message=message, keeps_card=True, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module | None:
         """Return the drafter's own embedding; `None` if it uses the target's."""

@@ -9,7 +9,6 @@ Hub, without the package, saves a whole repository again. Imported by the modell
 import inspect
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,12 @@ from huggingface_hub import HfApi
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .generate import generate
+from .model_card import MARK
 from .model_card import drafter_card
 from .model_card import is_repository
 from .speculation import SPECULATION_ARGUMENTS
@@ -41,33 +43,40 @@ def entry_files() -> list[Path]:
 
 
 def write_custom_generate(folder: Path) -> None:
-    """Write the decoding strategy into a repository.
+    """Write the decoding strategy into a repository; other files of its `custom_generate` stay.
 
     Args:
-        folder (`pathlib.Path`): the repository; its `custom_generate` is replaced.
+        folder (`pathlib.Path`): the repository.
     """
-    beside, place = folder / "custom_generate.partial", folder / "custom_generate"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for path in entry_files():
-        shutil.copyfile(path, beside / path.name)
-    (beside / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
-    shutil.rmtree(place, ignore_errors=True)
-    os.replace(beside, place)
+    place = folder / "custom_generate"
+    place.mkdir(parents=True, exist_ok=True)
+    contents = {path.name: path.read_bytes() for path in entry_files()} | {"requirements.txt": REQUIREMENTS.encode()}
+    for name, content in contents.items():
+        beside = place / f"{name}.partial"
+        beside.write_bytes(content)
+        os.replace(beside, place / name)
+
+
+def is_own_card(text: str) -> bool:
+    """Return whether a card was written by us and not taken over by its owner, who would have removed the mark."""
+    return MARK in text
 
 
 def write_card(folder: Path, drafter: Any, **card_arguments: Any) -> None:
-    """Write a drafter's card into a repository, over one that is there.
+    """Write a drafter's card into a repository, unless its owner's own words are there.
 
     Args:
         folder (`pathlib.Path`): the repository.
         drafter (`SpecDiffDrafter`): the drafter.
         **card_arguments: of `drafter_card`.
     """
+    place = folder / CARD
+    if place.is_file() and not is_own_card(place.read_text(encoding="utf-8")):
+        return
     card = drafter_card(drafter.config, drafter.num_parameters(), defaults=own_defaults(drafter), **card_arguments)
     beside = folder / f"{CARD}.partial"
     beside.write_text(str(card), encoding="utf-8")
-    os.replace(beside, folder / CARD)
+    os.replace(beside, place)
 
 
 def own_defaults(drafter: Any) -> dict[str, Any]:
@@ -91,6 +100,33 @@ def cached_revision(name: str | None) -> str | None:
     return Path(found).parent.name if isinstance(found, str) else None
 
 
+def full_name(repo_id: str, token: str | bool | None = None) -> str:
+    """Return a repository's name with its namespace: by default the user's own.
+
+    Args:
+        repo_id (`str`): `name` or `org/name`.
+        token (`str` or `bool`, *optional*): as for `huggingface_hub`.
+
+    Returns:
+        `str`: `org/name`.
+
+    Raises:
+        ValueError: if it can be no name on the Hub, or there is no token to ask whose it is.
+        ConnectionError: if the Hub cannot be asked.
+    """
+    validate_repo_id(repo_id)
+    if "/" in repo_id:
+        return repo_id
+    try:
+        return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+    except LocalTokenNotFoundError as error:
+        raise ValueError(
+            f"`repo_id` must be org/name where nobody is logged in, got {repo_id!r}. Run `hf auth login`, or pass token=..."
+        ) from error
+    except HTTPError as error:
+        raise explain_hub_error(error, repo_id) from error
+
+
 def upload_repository(
     folder: Path,
     repo_id: str,
@@ -101,34 +137,41 @@ def upload_repository(
     revision: str | None = None,
     create_pr: bool = False,
     description: str | None = None,
-    keeps_card: bool = False,
 ) -> CommitInfo:
     """Make a repository on the Hub what a folder is, in one commit or none; what is there already is not sent again.
 
+    A card with its owner's own words stays, and so does every file that is neither weights nor code of ours.
+
     Args:
         folder (`pathlib.Path`): all files of the repository.
-        repo_id (`str`): `name` or `org/name`; created if it is not there.
+        repo_id (`str`): `org/name`; created if it is not there.
         message (`str`): of the commit.
-        private (`bool`, *optional*): whether a new repository is private.
+        private (`bool`, *optional*): whether the repository is private.
         token (`str` or `bool`, *optional*): as for `huggingface_hub`; by default the stored one.
         revision (`str`, *optional*): the branch; created if it is not there.
         create_pr (`bool`): whether to open a pull request instead.
         description (`str`, *optional*): of the commit.
-        keeps_card (`bool`): whether a card that is on the Hub stays as it is.
 
     Returns:
         `huggingface_hub.CommitInfo`: the commit; the newest one if nothing has changed.
 
     Raises:
-        ValueError: if there is no token, it may not write there, or the name cannot be used.
+        ValueError: if there is no token, it may not write there, the name is taken by something else, or the repository is
+            public and shall be private.
         ConnectionError: if the Hub cannot be reached or the connection breaks; the next call goes on where this one stopped.
     """
     api = HfApi(token=token)
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        check_is_drafters(api, repo_id)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.repo_info(repo_id).private:
+            raise ValueError(
+                f"`private` must be False for {repo_id!r}, which is there already and public, got True. Make it private in "
+                "its settings, or choose another name."
+            )
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        files = api.list_repo_files(repo_id, revision=revision)
+        check_is_drafters(api, repo_id, files, revision)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -136,8 +179,8 @@ def upload_repository(
             commit_description=description,
             revision=revision,
             create_pr=create_pr,
-            ignore_patterns=[CARD] if keeps_card and api.file_exists(repo_id, CARD) else None,
-            delete_patterns=["*.py", "custom_generate/*", "*.safetensors", "*.safetensors.index.json"],
+            ignore_patterns=[CARD] if CARD in files and not is_own_card(_read(api, repo_id, CARD, revision)) else None,
+            delete_patterns=["custom_generate/*.py", "model.safetensors*", "model-*.safetensors"],
         )
     except HTTPError as error:
         raise explain_hub_error(error, repo_id) from error
@@ -147,25 +190,34 @@ def upload_repository(
         raise explain_hub_error(error.__cause__, repo_id) from error
 
 
-def check_is_drafters(api: HfApi, repo_id: str) -> None:
-    """Refuse to write over a repository that holds something else than a drafter.
+def check_is_drafters(api: HfApi, repo_id: str, files: list[str], revision: str | None = None) -> None:
+    """Refuse to write over a repository that holds another model.
 
     Args:
         api (`huggingface_hub.HfApi`): the client.
         repo_id (`str`): an existing repository.
+        files (`list[str]`): what is in it.
+        revision (`str`, *optional*): of them.
 
     Raises:
-        ValueError: if it has weights or code, and its configuration is no drafter's.
+        ValueError: if it has weights or a configuration that are no drafter's.
     """
-    files = api.list_repo_files(repo_id)
-    if set(files) <= {".gitattributes", CARD}:
+    is_model = "config.json" in files or any(name.endswith((".safetensors", ".bin", ".gguf")) for name in files)
+    if not is_model:
         return
-    config = json.loads(Path(api.hf_hub_download(repo_id, "config.json")).read_text("utf-8")) if "config.json" in files else {}
-    if config.get("model_type") != "specdiff":
+    try:
+        config = json.loads(_read(api, repo_id, "config.json", revision)) if "config.json" in files else {}
+    except json.JSONDecodeError:
+        config = {}
+    if not isinstance(config, dict) or config.get("model_type") != "specdiff":
         raise ValueError(
             f"`repo_id` must be a new name or a drafter's repository, got {repo_id!r}, which holds something else "
             f"({', '.join(files[:3])}, ...). Choose another name."
         )
+
+
+def _read(api: HfApi, repo_id: str, path: str, revision: str | None) -> str:
+    return Path(api.hf_hub_download(repo_id, path, revision=revision)).read_text(encoding="utf-8")
 
 
 def explain_hub_error(error: Exception, repo_id: str) -> ValueError | ConnectionError:

@@ -106,10 +106,13 @@ def resolve_speculation(
     order = _choice("reveal_order", values["reveal_order"] or "confidence", REVEAL_ORDERS)
     shape = _choice("draft_shape", values["draft_shape"] or "auto", DRAFT_SHAPES)
     acceptance = _choice("acceptance", values["acceptance"] or "auto", ACCEPTANCES)
+    is_preferred = arguments.get("draft_shape") is None and shape != "auto"
     num_drafts = _integer("num_drafts", 8 if values["num_drafts"] is None else values["num_drafts"], 1, MAX_NUM_DRAFTS)
     budget = AUTO_TREE_BUDGET if is_auto["tree_budget"] else 32 if values["tree_budget"] is None else values["tree_budget"]
     budget = _integer("tree_budget", budget, 1, MAX_TREE_BUDGET, " or 'auto'")
     temperature = _temperature(1.0 if values["draft_temperature"] is None else values["draft_temperature"])
+    if is_preferred and not _fits(shape, acceptance, steps, temperature, why_no_tree):
+        shape = "auto"  # the drafter's own default yields to what this call and this target ask for
     shape = _shape(shape, acceptance, steps, temperature, why_no_tree)
     if shape == "chain" and not do_sample:
         temperature = 0.0
@@ -146,6 +149,13 @@ def check_prompt(input_ids: Any, mask_token_id: int | None) -> None:
             f"`input_ids` must not hold the drafter's mask id {mask_token_id}, which means 'not yet known'. "
             "Take it out of the prompt."
         )
+
+
+def _fits(shape: str, acceptance: str, steps: int, temperature: float, why_no_tree: Callable[[], str | None]) -> bool:
+    """Return whether nothing else forbids a shape."""
+    if acceptance != "auto" and acceptance not in RULES_OF_SHAPE[shape]:
+        return False
+    return shape == "chain" or (steps == 1 and temperature > 0 and why_no_tree() is None)
 
 
 def _shape(shape: str, acceptance: str, steps: int, temperature: float, why_no_tree: Callable[[], str | None]) -> str:

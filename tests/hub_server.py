@@ -68,9 +68,10 @@ class Hub:
         state = self.load(repo)
         return [] if state is None else state["commits"]
 
-    def files(self, repo: str) -> dict[str, bytes]:
-        """Return what the newest commit holds."""
-        commits = self.commits(repo)
+    def files(self, repo: str, branch: str = "main") -> dict[str, bytes]:
+        """Return what a branch's newest commit holds."""
+        state = self.load(repo)
+        commits = [] if state is None else [each for each in state["commits"] if each["oid"] == state["branches"].get(branch)]
         files = commits[-1]["files"] if commits else {}
         return {path: self.content(repo, entry["oid"]).read_bytes() for path, entry in files.items()}
 
@@ -169,6 +170,7 @@ class HubHandler(BaseHTTPRequestHandler):
             ("POST", r"/api/models/([^/]+/[^/]+)/preupload/(.+)", lambda *a: self._preupload(*a, json.loads(body))),
             ("POST", r"/api/models/([^/]+/[^/]+)/commit/(.+)", lambda *a: self._commit(*a, body)),
             ("POST", r"/api/models/([^/]+/[^/]+)/tag/(.+)", lambda *a: self._tag(*a, json.loads(body))),
+            ("POST", r"/api/models/([^/]+/[^/]+)/branch/(.+)", self._branch),
             ("POST", r"/(.+)\.git/info/lfs/objects/batch", lambda repo: self._batch(repo, json.loads(body))),
             ("PUT", r"/lfs/([^/]+/[^/]+)/(.+)", lambda *a: self._store(*a, body)),
         ]
@@ -211,14 +213,15 @@ class HubHandler(BaseHTTPRequestHandler):
         if self.hub.load(repo) is not None:
             raise HubError(409, "", "You already created this model repo", **place)
         is_private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
-        self.hub.save(repo, {"private": is_private, "commits": [_commit_of({}, "initial commit", [])], "tags": {}})
+        first = _commit_of({}, "initial commit", [])
+        self.hub.save(repo, {"private": is_private, "commits": [first], "tags": {}, "branches": {"main": first["oid"]}})
         return place
 
     def _commit_at(self, repo: str, revision: str) -> dict[str, Any]:
         state = self._repository(repo)
-        revision = state["tags"].get(revision, revision)
+        oid = state["branches"].get(revision) or state["tags"].get(revision, revision)
         for commit in reversed(state["commits"]):
-            if revision in ("main", commit["oid"]):
+            if commit["oid"] == oid:
                 return commit
         raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
 
@@ -237,8 +240,16 @@ class HubHandler(BaseHTTPRequestHandler):
     def _refs(self, repo: str) -> dict[str, Any]:
         state = self._repository(repo)
         tags = [{"name": n, "ref": f"refs/tags/{n}", "targetCommit": oid} for n, oid in state["tags"].items()]
-        head = {"name": "main", "ref": "refs/heads/main", "targetCommit": state["commits"][-1]["oid"]}
-        return {"branches": [head], "tags": tags, "converts": []}
+        heads = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid} for n, oid in state["branches"].items()]
+        return {"branches": heads, "tags": tags, "converts": []}
+
+    def _branch(self, repo: str, branch: str) -> dict[str, Any]:
+        state = self._repository(repo, writes=True)
+        if branch in state["branches"]:
+            raise HubError(409, "", "Reference already exists")
+        state["branches"][branch] = state["branches"]["main"]
+        self.hub.save(repo, state)
+        return {}
 
     def _preupload(self, repo: str, revision: str, wanted: dict[str, Any]) -> dict[str, Any]:
         self._repository(repo, writes=True)
@@ -272,7 +283,7 @@ class HubHandler(BaseHTTPRequestHandler):
     def _commit(self, repo: str, revision: str, body: bytes) -> dict[str, Any]:
         state = self._repository(repo, writes=True)
         lines = [json.loads(line) for line in body.splitlines() if line]
-        files = dict(state["commits"][-1]["files"])
+        files = dict(self._commit_at(repo, revision)["files"])
         for each in lines:
             value = each["value"]
             if each["key"] == "file":
@@ -288,8 +299,14 @@ class HubHandler(BaseHTTPRequestHandler):
                 files.pop(value["path"])
         commit = _commit_of(files, lines[0]["value"]["summary"], state["commits"])
         state["commits"].append(commit)
+        url = {"success": True, "commitOid": commit["oid"], "commitUrl": f"{self.hub.url}/{repo}/commit/{commit['oid']}"}
+        if "create_pr=1" in self.path:
+            number = sum(name.startswith("refs/pr/") for name in state["branches"]) + 1
+            revision = f"refs/pr/{number}"
+            url["pullRequestUrl"] = f"{self.hub.url}/{repo}/discussions/{number}"
+        state["branches"][revision] = commit["oid"]
         self.hub.save(repo, state)
-        return {"success": True, "commitOid": commit["oid"], "commitUrl": f"{self.hub.url}/{repo}/commit/{commit['oid']}"}
+        return url
 
     def _tag(self, repo: str, revision: str, wanted: dict[str, Any]) -> dict[str, Any]:
         state = self._repository(repo, writes=True)

@@ -53,19 +53,36 @@ def test_a_drafter_for_a_deeper_target_is_pointed_out() -> None:
     assert "24 layers" in warnings_of(doctor.compare(target, drafter, tokenizer))["layers read"]
 
 
-def test_layers_off_by_one_are_seen_in_what_is_accepted() -> None:
-    """The commonest loading fault: every id one too high. Half of what was accepted is gone, and the report tells."""
+def test_layers_one_off_are_named() -> None:
+    """The commonest loading fault: every id one too high, or one too low. The right ones get no warning."""
     target, drafter, tokenizer = hf_specdiff.load_demo()
     models = Models(target, tokenizer, {"drafter": drafter})
-    prompts = {"math": [str(record["prompt"]) for record in hf_specdiff.load_prompts("math")[:2]]}
-    rates = []
-    for shift in (0, 2):
+    prompts = {"math": [str(record["prompt"]) for record in hf_specdiff.load_prompts("math")[:1]]}
+    assert doctor.layers_that_fit_better(models, prompts) == []
+    for shift in (1, -1):
         drafter.config.target_layer_ids = [layer + shift for layer in (1, 5, 9, 13)]
-        rows = doctor.try_prompts(models, prompts, 64)
-        rates.append(next(row.tokens_per_round for row in rows if row.method == "chain"))
-        warned = any("mis-loaded" in warning for warning in doctor.verdict(rows, PROFILE, models))
-        assert warned == (rates[-1] < doctor.SUSPICIOUS_TOKENS_PER_ROUND)
-    assert rates[1] < rates[0] / 2
+        (warning,) = doctor.layers_that_fit_better(models, prompts)
+        assert "[1, 5, 9, 13] bring" in warning
+        assert drafter.config.target_layer_ids == [layer + shift for layer in (1, 5, 9, 13)]
+    assert (
+        doctor.layers_that_fit_better(Models(target, tokenizer, {"drafter": hf_specdiff.load_demo("tokens")[1]}), prompts) == []
+    )
+
+
+def test_what_is_no_drafter_or_has_no_mask_is_said_plainly() -> None:
+    target, assistant, tokenizer = hf_specdiff.load_demo("autoregressive")
+    with pytest.raises(TypeError, match="must be a SpecDiffDrafter, got LlamaForCausalLM"):
+        doctor.compare(target, assistant, tokenizer)
+    drafter = hf_specdiff.load_demo()[1]
+    drafter.config.mask_token_id = None
+    assert "must name the id" in warnings_of(doctor.compare(target, drafter, tokenizer))["mask id"]
+
+
+def test_tokenizers_without_padding_are_fine() -> None:
+    target, drafter, tokenizer = hf_specdiff.load_demo()
+    tokenizer.pad_token = None
+    rows = doctor.try_prompts(Models(target, tokenizer, {"drafter": drafter}), {"any": ["def f(x):"]}, 8)
+    assert all(row.num_tokens == 8 for row in rows)
 
 
 def test_an_untrained_drafter_is_called_suspicious() -> None:

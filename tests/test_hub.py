@@ -225,13 +225,39 @@ def test_the_card_shows_the_results_files_figures_and_no_others(repository: hub.
     assert json.loads((repository.folder / "results.json").read_text()) == RESULTS
 
 
-def test_the_fastest_measured_method_becomes_the_default(tokens_folder: Path, repository: hub.Staged) -> None:
+def test_the_fastest_measured_method_becomes_the_default() -> None:
     assert hub.tuned_defaults(RESULTS) == {"draft_shape": "tree", "tree_budget": 16}
     slower_tree = [{**row, "ratio_to_plain": 1.0} if row["method"] == "tree of 16" else row for row in RESULTS["rows"]]
     assert hub.tuned_defaults({**RESULTS, "rows": slower_tree}) == {"draft_shape": "chain"}
-    own = json.loads((tokens_folder / "generation_config.json").read_text())
-    published = json.loads((repository.folder / "generation_config.json").read_text())
-    assert published["tree_budget"] == own.get("tree_budget", 16)
+    drafter = make_drafter()
+    hub._set_defaults(drafter, RESULTS)
+    assert (drafter.generation_config.draft_shape, drafter.generation_config.tree_budget) == ("tree", 16)
+    drafter = make_drafter()
+    drafter.generation_config.gamma = 3  # who has defaults keeps them
+    hub._set_defaults(drafter, RESULTS)
+    assert getattr(drafter.generation_config, "draft_shape", None) is None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"acceptance": "block"},
+        {"acceptance": "self_selection"},
+        {"num_denoising_steps": 3},
+        {"draft_temperature": 0.0},
+        {"position_ids": torch.tensor([[3, 4, 5]])},
+    ],
+)
+def test_a_default_shape_yields_to_what_a_call_asks_for(asked: dict[str, Any]) -> None:
+    prompt, settings = torch.tensor([[5, 6, 7]]), {"do_sample": True, "max_new_tokens": 9, **asked}
+    for shape in ("tree", "chain", "samples"):
+        drafter = make_drafter()
+        drafter.generation_config.draft_shape = shape
+        hf_specdiff.generate(make_target(), prompt, assistant_model=drafter, **settings)
+    with pytest.raises(ValueError, match="draft_shape"):  # said in the call, it is an order
+        hf_specdiff.generate(
+            make_target(), prompt, assistant_model=drafter, draft_shape="tree", acceptance="block", max_new_tokens=9
+        )
 
 
 def test_a_card_without_figures_says_so() -> None:
@@ -244,7 +270,12 @@ def test_a_card_without_figures_says_so() -> None:
     assert "reads the target's hidden states" in local.text
 
 
-@pytest.mark.parametrize("broken", [{}, {"conditions": {}, "rows": [1]}, {"conditions": {"command": "x"}, "rows": [{}]}, [1]])
+NO_NUMBER = {**RESULTS, "rows": [{**RESULTS["rows"][0], "ratio_to_plain": None}]}
+
+
+@pytest.mark.parametrize(
+    "broken", [NO_NUMBER, {}, {"conditions": {}, "rows": [1]}, {"conditions": {"command": "x"}, "rows": [{}]}, [1]]
+)
 def test_figures_of_no_known_form_are_refused(broken: Any, tokens_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     file.write_text(json.dumps(broken))
@@ -257,7 +288,7 @@ def test_figures_of_no_known_form_are_refused(broken: Any, tokens_folder: Path, 
 
 def test_publishing_again_commits_only_what_changed(hub_here: Hub, repository: hub.Staged) -> None:
     first = publish(repository, "org/again")
-    assert (first.tag, publish(repository, "again")) == ("v1", hub.Published("org/again", first.commit, "v1"))
+    assert (first.tag, publish(repository, "org/again")) == ("v1", hub.Published("org/again", first.commit, "v1"))
     readme = repository.folder / "README.md"
     text = readme.read_text()
     stale = HfApi(token="hf_writer").upload_file(
@@ -307,17 +338,86 @@ def test_plain_push_to_hub_is_one_commit_and_keeps_a_card_that_is_there(hub_here
     assert {"custom_generate/generate.py", "model.safetensors", "README.md"} <= set(files)
     assert "mine" in ModelCard(files["README.md"].decode()).data.tags
     assert len(hub_here.commits("org/plain")) == 2
-    HfApi(token="hf_writer").upload_file(path_or_fileobj=b"# My own words", path_in_repo="README.md", repo_id="org/plain")
+    api = HfApi(token="hf_writer")
+    theirs = {
+        "README.md": b"# My own words",
+        "examples/eval.py": b"1",
+        "onnx/model.safetensors": b"2",
+        "custom_generate/notes.md": b"3",
+    }
+    for path, content in theirs.items():
+        api.upload_file(path_or_fileobj=content, path_in_repo=path, repo_id="org/plain")
     with torch.no_grad():
         drafter.norm.weight.add_(1)
-    drafter.push_to_hub("org/plain", token="hf_writer")
-    assert hub_here.files("org/plain")["README.md"] == b"# My own words"
-    assert len(hub_here.commits("org/plain")) == 4
+    drafter.push_to_hub("plain", token="hf_writer")
+    files = hub_here.files("org/plain")
+    assert {path: files[path] for path in theirs} == theirs
+    assert hub_here.commits("org/plain")[-1]["title"] == "Upload drafter"
+
+
+def test_branches_and_pull_requests_leave_main_alone(hub_here: Hub) -> None:
+    drafter = make_drafter()
+    drafter.push_to_hub("org/branched", token="hf_writer")
+    before = hub_here.files("org/branched")
+    with torch.no_grad():
+        drafter.norm.weight.add_(1)
+    drafter.push_to_hub("org/branched", token="hf_writer", revision="dev")
+    info = drafter.push_to_hub("org/branched", token="hf_writer", create_pr=True)
+    assert info.pr_url.endswith("/discussions/1")
+    assert hub_here.files("org/branched") == before
+    for branch in ("dev", "refs/pr/1"):
+        files = hub_here.files("org/branched", branch)
+        assert set(files) == set(before)
+        assert files["model.safetensors"] != before["model.safetensors"]
+
+
+def test_a_name_without_a_namespace_is_the_users_own(hub_here: Hub) -> None:
+    make_drafter().push_to_hub("mine", token="hf_writer")
+    assert 'from_pretrained("org/mine", trust_remote_code=True)' in hub_here.files("org/mine")["README.md"].decode()
+    with pytest.raises(ValueError, match="must be org/name where nobody is logged in"):
+        make_drafter().push_to_hub("mine")
+    with pytest.raises(ValueError, match="a/b/c"):
+        make_drafter().push_to_hub("a/b/c", token="hf_writer")
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub_here: Hub, repository: hub.Staged) -> None:
+    publish(repository, "org/public")
+    with pytest.raises(ValueError, match="there already and public"):
+        publish(repository, "org/public", private=True)
 
 
 def test_save_pretrained_can_push(hub_here: Hub, tmp_path: Path) -> None:
-    make_drafter().save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="org/saved", token="hf_writer")
-    assert "custom_generate/generate.py" in hub_here.files("org/saved")
+    folder = tmp_path / "saved"
+    (folder / "checkpoint-5").mkdir(parents=True)
+    (folder / ".env").write_text("SECRET=1")
+    (folder / "checkpoint-5" / "optimizer.pt").write_bytes(b"0")
+    make_drafter().save_pretrained(folder, push_to_hub=True, repo_id="org/saved", token="hf_writer", tags=["mine"])
+    files = hub_here.files("org/saved")
+    assert "custom_generate/generate.py" in files
+    assert not {".env", "checkpoint-5/optimizer.pt"} & set(files)
+    assert 'from_pretrained("org/saved"' in (folder / "README.md").read_text()
+    assert "mine" in ModelCard(files["README.md"].decode()).data.tags
+
+
+def test_a_card_follows_the_drafter_until_its_owner_takes_it_over(tmp_path: Path) -> None:
+    make_drafter().save_pretrained(tmp_path)
+    make_drafter(block_size=4).save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    assert "| block size | 4 " in card.read_text()
+    card.write_text("# My own words")
+    (tmp_path / "custom_generate" / "mine.py").write_text("1")
+    make_drafter().save_pretrained(tmp_path)
+    assert card.read_text() == "# My own words"
+    assert (tmp_path / "custom_generate" / "mine.py").is_file()
+
+
+def test_paths_of_this_machine_are_not_published(tmp_path: Path) -> None:
+    drafter = SpecDiffDrafter.from_pretrained(PAIR / "tokens")
+    drafter.config.target_model = str(PAIR / "target")
+    drafter.save_pretrained(tmp_path)
+    with hub.staged(tmp_path, "org/x") as ready:
+        assert json.loads((ready.folder / "config.json").read_text())["target_model"] is None
+        assert str(PAIR) not in (ready.folder / "README.md").read_text()
 
 
 # Bad input.
@@ -438,8 +538,10 @@ def test_a_repositorys_code_does_not_run_without_trust(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         hf_specdiff.load_demo()[0].generate(torch.tensor([[5, 6]]), custom_generate=str(folder))
     assert not mark.exists()
-    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # control: with trust it does
+    trusted = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # control: with trust it does
     assert mark.exists()
+    output = trusted.generate(torch.tensor([[5, 6]]), max_new_tokens=3)  # its own `generate`, arguments by position too
+    assert output.sequences.shape == (1, 5)
 
 
 class Payload:
@@ -506,6 +608,18 @@ def test_defaults_of_speculation_survive_saving(tmp_path: Path) -> None:
         for name, value in shape.items():
             setattr(loaded.generation_config, name, value)
         assert torch.equal(make_target().generate(prompt, assistant_model=loaded, **settings).sequences, stock.sequences)
+
+
+def test_defaults_that_a_file_leaves_open_are_filled_in(tmp_path: Path) -> None:
+    make_drafter().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"gamma": 4}')
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.generation_config.gamma, loaded.generation_config.num_assistant_tokens) == (4, 5)
+    prompt = torch.tensor([[5, 6, 7]])
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 9}
+    assert torch.equal(
+        make_target().generate(prompt, assistant_model=loaded, **settings), make_target().generate(prompt, **settings)
+    )
 
 
 def test_a_later_format_is_refused() -> None:

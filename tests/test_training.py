@@ -24,7 +24,9 @@ from hf_specdiff.text import Text
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import collate
+from hf_specdiff.training.data import encode
 from hf_specdiff.training.data import read_prompts
+from hf_specdiff.training.data import regenerate
 from hf_specdiff.training.data import sample_windows
 from hf_specdiff.training.evaluation import calibration_error
 from hf_specdiff.training.evaluation import decode_held_out
@@ -384,3 +386,41 @@ def test_two_processes_train_one_drafter(tmp_path: Path) -> None:
     best = max(entry["eval_tokens_per_round"] for entry in state["log_history"] if "eval_tokens_per_round" in entry)
     alone = decode_held_out(make_target(), drafter, [[5, 6], [7, 8, 9], [4, 3]], 12)
     assert alone.tokens_per_round == pytest.approx(best, rel=1e-5)  # each decoded its share; the sum is one process's
+
+
+def test_chats_are_prompts_up_to_the_answer(tmp_path: Path) -> None:
+    tokenizer = hf_specdiff.load_demo()[2]
+    file = tmp_path / "chats.jsonl"
+    ask, answer = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in ([ask], [ask, answer], [ask, answer, ask])))
+    chats = read_prompts(file)
+    assert chats == [[ask], [ask], [ask, answer, ask]]
+    with pytest.raises(ValueError, match="without a chat template"):
+        encode(tokenizer, chats[0])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    text = tokenizer.decode(encode(tokenizer, chats[2]))
+    assert text.endswith("<user>2 + 2?\n<assistant>4\n<user>2 + 2?\n<a>")
+    assert split_documents(chats * 20, 2, seed=0)[1] == []  # two different documents; a tenth of them is none
+    file.write_text(json.dumps({"messages": [{"role": "user"}]}) + "\n")
+    with pytest.raises(ValueError, match="'messages' with a 'role' and a 'content'"):
+        read_prompts(file)
+
+
+def test_sampled_continuations_can_be_taken_up_again(tmp_path: Path) -> None:
+    target, _, tokenizer = hf_specdiff.load_demo()
+    tokenizer.padding_side = "left"
+    prompts = ["Nora has", "def f(x):", "import os", "Ben buys"]
+    settings = {"max_length": 24, "shard_size": 2, "do_sample": True, "temperature": 1.0}
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    whole = regenerate(target, tokenizer, prompts, tmp_path / "whole", **settings)
+    assert torch.equal(torch.rand(1), expected)
+    regenerate(target, tokenizer, prompts, tmp_path / "broken", **settings)
+    (tmp_path / "broken" / "sequences-00001.safetensors").unlink()  # as if killed before the second shard
+    again = regenerate(target, tokenizer, prompts, tmp_path / "broken", **settings)
+    assert torch.equal(again.tokens, whole.tokens)
+    greedy = regenerate(target, tokenizer, prompts, tmp_path / "greedy", max_length=24, shard_size=2)
+    assert not torch.equal(greedy.tokens, whole.tokens)

@@ -188,7 +188,8 @@ def measure(
             row = rows[method]
             row.seconds += time.perf_counter() - start
             new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
-            row.num_tokens += int((new_tokens != tokenizer.pad_token_id).sum())
+            is_pad = new_tokens == tokenizer.pad_token_id if tokenizer.pad_token_id is not None else torch.zeros(())
+            row.num_tokens += new_tokens.numel() - int(is_pad.sum())
             expected = output.sequences if expected is None else expected
             if not temperature:
                 row.num_identical += count_identical(output.sequences, expected)

@@ -6,6 +6,7 @@ Letters: B batch, S sequence length, A windows per sequence, W block size. Knows
 import json
 import os
 from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,19 @@ from torch.utils.data import Dataset
 
 from hf_specdiff.training.losses import IGNORED
 
+# A prompt is a text, or a chat: messages with a role and a content, the one to be answered last.
+Prompt = str | list[dict[str, str]]
 
-def read_prompts(path: Path) -> list[str]:
+
+def read_prompts(path: Path) -> list[Prompt]:
     """Read prompts from a file.
 
     Args:
-        path (`pathlib.Path`): a `.jsonl` file of objects with a "prompt" or "text" field, or a text file, one prompt a line.
+        path (`pathlib.Path`): a `.jsonl` file of objects with a "prompt", "text" or "messages" field, or a text file with a
+            prompt in each line.
 
     Returns:
-        `list[str]`: the prompts, blank ones left out.
+        `list`: the prompts, blank ones left out; of chats the last answer is left out, for the target to give its own.
 
     Raises:
         ValueError: if the file is missing, holds no prompt, or a line is no such object.
@@ -40,25 +45,54 @@ def read_prompts(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"`prompts` must be a text file in UTF-8, got {str(path)!r}: {error}.") from error
     prompts = [_prompt_of(line, number, path) for number, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
-    prompts = [prompt for prompt in prompts if prompt.strip()]
+    prompts = [prompt for prompt in prompts if (prompt.strip() if isinstance(prompt, str) else prompt)]
     if not prompts:
         raise ValueError(f"`prompts` must hold at least one prompt, got none in {str(path)!r}.")
     return prompts
 
 
-def _prompt_of(line: str, number: int, path: Path) -> str:
+def _prompt_of(line: str, number: int, path: Path) -> Prompt:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"`prompts` must be one JSON object a line, got {line[:40]!r} in line {number} of {str(path)!r}."
         ) from error
-    text = record.get("prompt", record.get("text")) if isinstance(record, dict) else None
-    if not isinstance(text, str):
+    record = record if isinstance(record, dict) else {}
+    text = record.get("prompt", record.get("text"))
+    if isinstance(text, str):
+        return text
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         raise ValueError(
-            f"`prompts` must have a 'prompt' or 'text' field, got {line[:40]!r} in line {number} of {str(path)!r}."
+            f"`prompts` must have a 'prompt' or 'text' field, or 'messages' with a 'role' and a 'content' each, got "
+            f"{line[:40]!r} in line {number} of {str(path)!r}."
         )
-    return text
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+
+
+def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Return a prompt's token ids: a text as it is, a chat by the tokenizer's template up to where the answer begins.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the target's.
+        prompt (`str` or `list[dict]`): the prompt.
+
+    Returns:
+        `list[int]`: ids.
+
+    Raises:
+        ValueError: for a chat if the tokenizer has no template.
+    """
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if tokenizer.chat_template is None:
+        raise ValueError("`prompts` must be texts for a tokenizer without a chat template, got 'messages'.")
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +288,7 @@ def sequences_of_texts(tokenizer: Any, texts: list[str], max_length: int) -> Seq
 def regenerate(
     target: Any,
     tokenizer: Any,
-    prompts: list[str],
+    prompts: Sequence[Prompt],
     folder: Path,
     *,
     max_length: int,
@@ -262,7 +296,7 @@ def regenerate(
     shard_size: int = 512,
     **generate_kwargs: Any,
 ) -> Sequences:
-    """Let the target continue the prompts, greedily; a drafter learns best from the text it will have to predict.
+    """Let the target continue the prompts; a drafter learns best from the text it will have to predict.
 
     Finished shards are kept in `folder`, so that an interrupted call goes on where it stopped. Several processes (`accelerate
     launch`) share the shards out.
@@ -270,12 +304,13 @@ def regenerate(
     Args:
         target (`transformers.PreTrainedModel`): the target, in evaluation mode.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer, padding on the left.
-        prompts (`list[str]`): texts; those of more than `max_length - 2` tokens are left out.
+        prompts (`Sequence`): texts or chats; those of more than `max_length - 2` tokens are left out.
         folder (`pathlib.Path`): of the shards.
         max_length (`int`): tokens of prompt and continuation.
         batch_size (`int`): prompts generated together.
         shard_size (`int`): prompts of a shard.
-        **generate_kwargs: more arguments of the target's `generate`, `cache_implementation="static"` for one.
+        **generate_kwargs: more arguments of the target's `generate`: greedily without any; with `do_sample=True` each shard has
+            a seed of its own.
 
     Returns:
         `Sequences`: prompts and continuations, cut after the end-of-text token.
@@ -285,7 +320,7 @@ def regenerate(
     """
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any id serves
-    encoded = [ids for ids in tokenizer(prompts)["input_ids"] if 0 < len(ids) <= max_length - 2]
+    encoded = [ids for prompt in prompts if 0 < len(ids := encode(tokenizer, prompt)) <= max_length - 2]
     if not encoded:
         raise ValueError(f"`prompts` must leave room for a continuation within {max_length} tokens, got none that does.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -295,7 +330,10 @@ def regenerate(
     own = list(zip(shards, paths, strict=True))[state.process_index :: state.num_processes]
     for shard, path in track(own, description="Target continues the prompts", disable=not state.is_main_process):
         if not path.is_file():
-            Sequences.from_lists(*_continue_all(target, tokenizer, shard, max_length, batch_size, generate_kwargs)).save(path)
+            with torch.random.fork_rng():
+                torch.manual_seed(paths.index(path))  # so that an interrupted call goes on with the same text
+                continued = _continue_all(target, tokenizer, shard, max_length, batch_size, generate_kwargs)
+            Sequences.from_lists(*continued).save(path)
     state.wait_for_everyone()
     return Sequences.concatenate([Sequences.load(path) for path in paths])
 
@@ -315,7 +353,7 @@ def _continue_all(
     for batch in _batches(sorted(prompts, key=len), batch_size):
         inputs = tokenizer.pad({"input_ids": batch}, return_tensors="pt").to(target.device)
         width = inputs["input_ids"].shape[1]
-        output = target.generate(**inputs, max_new_tokens=max_length - width, do_sample=False, **generate_kwargs)
+        output = target.generate(**{**inputs, "max_new_tokens": max_length - width, "do_sample": False, **generate_kwargs})
         for prompt, row in zip(batch, output[:, width:].tolist(), strict=True):
             end = next((i for i, token in enumerate(row, 1) if token in end_tokens), len(row))
             sequences.append(prompt + row[:end])

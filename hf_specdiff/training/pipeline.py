@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
@@ -20,8 +21,10 @@ from hf_specdiff.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.repository import cached_revision
 from hf_specdiff.training.curves import plot_run
+from hf_specdiff.training.data import Prompt
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences
+from hf_specdiff.training.data import encode
 from hf_specdiff.training.data import processes
 from hf_specdiff.training.data import regenerate
 from hf_specdiff.training.trainer import EvaluateAtEnd
@@ -54,6 +57,7 @@ class TrainingPlan:
         num_eval_prompts (`int`): prompts kept out of training and decoded with the real loop at every evaluation, but never
             more than a tenth of all; the drafter with the most tokens per round is kept. 0: none, and the last one is kept.
         eval_tokens (`int`): tokens to write after each of them.
+        temperature (`float`): at which the target continues the prompts; 0: greedily.
         patience (`int`): evaluations without a better one after which training stops; 0: never.
     """
 
@@ -74,12 +78,13 @@ class TrainingPlan:
     num_eval_prompts: int = 32
     eval_tokens: int = 128
     patience: int = 0
+    temperature: float = 0.0
 
 
 def train_drafter(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: Sequence[Prompt],
     output: Path,
     plan: TrainingPlan,
     *,
@@ -90,7 +95,7 @@ def train_drafter(
     Args:
         target (`transformers.PreTrainedModel`): frozen.
         tokenizer (`PreTrainedTokenizerBase`): the target's, padding on the left.
-        prompts (`list[str]`): the target continues them, and the drafter learns from that text.
+        prompts (`Sequence`): texts or chats; the target continues them, and the drafter learns from that text.
         output (`pathlib.Path`): the drafter; work in progress goes to its `work` subfolder.
         plan (`TrainingPlan`): all settings.
         mask_token_id (`int`): see `SpecDiffConfig`.
@@ -103,19 +108,21 @@ def train_drafter(
     """
     _training_setup(target, output, plan, mask_token_id)  # a mistake in the plan is found before the work
     work = output / "work"
-    digest = hashlib.sha256("\0".join(prompts).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(list(prompts), sort_keys=True).encode()).hexdigest()
     revision = cached_revision(target.name_or_path)
     source = {"target": target.name_or_path, "target_revision": revision, "prompts": digest}
     with processes().main_process_first():
         _claim(work, {**asdict(plan), "mask_token_id": mask_token_id, **source})
     seen, held_out = split_documents(prompts, plan.num_eval_prompts, plan.seed)
-    sequences = regenerate(target, tokenizer, seen, work / "sequences", max_length=plan.max_length)
+    settings: dict[str, Any] = {"max_length": plan.max_length}
+    if plan.temperature > 0:
+        settings |= {"do_sample": True, "temperature": plan.temperature}
+    sequences = regenerate(target, tokenizer, seen, work / "sequences", **settings)
     evaluation = None
     if held_out:
-        continued = regenerate(target, tokenizer, held_out, work / "held-out", max_length=plan.max_length)
-        evaluation = HeldOut(
-            [ids for ids in tokenizer(held_out)["input_ids"] if 0 < len(ids) <= plan.max_length - 2], continued
-        )
+        continued = regenerate(target, tokenizer, held_out, work / "held-out", **settings)
+        fitting = [ids for prompt in held_out if 0 < len(ids := encode(tokenizer, prompt)) <= plan.max_length - 2]
+        evaluation = HeldOut(fitting, continued)
     is_finished = fit_drafter(target, sequences, output, plan, mask_token_id=mask_token_id, held_out=evaluation)
     if is_finished:
         tokenizer.save_pretrained(output)  # a drafter's repository holds the tokenizer that its ids belong to
@@ -135,22 +142,22 @@ class HeldOut:
     sequences: Sequences
 
 
-def split_documents(prompts: list[str], num_held_out: int, seed: int) -> tuple[list[str], list[str]]:
+def split_documents(prompts: Sequence[Prompt], num_held_out: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
     """Keep some documents out of training; a document that occurs twice is on one side only.
 
     Args:
-        prompts (`list[str]`): documents.
+        prompts (`Sequence`): documents.
         num_held_out (`int`): how many to keep out, at most a tenth of the different ones.
         seed (`int`): of the choice.
 
     Returns:
         `tuple`: those to train on, in their order, and those kept out.
     """
-    different = list(dict.fromkeys(prompts))
+    different = {json.dumps(prompt, sort_keys=True): prompt for prompt in prompts}
     count = min(num_held_out, len(different) // 10)
-    held_out = random.Random(seed).sample(different, count)
-    apart = set(held_out)
-    return [prompt for prompt in prompts if prompt not in apart], held_out
+    apart = random.Random(seed).sample(list(different), count)
+    seen = [prompt for prompt in prompts if json.dumps(prompt, sort_keys=True) not in apart]
+    return seen, [different[key] for key in apart]
 
 
 def fit_drafter(
