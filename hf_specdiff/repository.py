@@ -27,8 +27,8 @@ from .model_card import drafter_card
 from .model_card import is_repository
 from .speculation import SPECULATION_ARGUMENTS
 
-# The oldest versions that the code runs with; the host checks them before it runs any of it.
-REQUIREMENTS = "torch>=2.6\ntransformers>=5.17\n"
+# The versions that the code runs with; the host checks them, a bound a line, before it runs any of it.
+REQUIREMENTS = "torch>=2.6\ntransformers>=5.17\ntransformers<6\n"
 CARD = "README.md"
 
 

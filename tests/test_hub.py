@@ -303,6 +303,7 @@ def test_publishing_again_commits_only_what_changed(hub_here: Hub, repository: h
     assert second.tag == "v2"
     assert second.commit != stale.oid
     assert "custom_generate/forgotten.py" not in hub_here.files("org/again")
+    assert hub_here.load("org/again")["tags"] == {"v1": first.commit, "v2": second.commit}
     assert len([line for line in hub_here.log if line.startswith("PUT")]) == uploads
 
 
