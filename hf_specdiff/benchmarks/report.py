@@ -21,6 +21,7 @@ from hf_specdiff.benchmarks.shapes import NUM_DRAFTS
 from hf_specdiff.benchmarks.shapes import PLAIN
 
 RESULTS = Path("benchmarks") / "results"
+BASELINE = "uniform CE"
 
 
 def demo_section(record: dict[str, Any]) -> str:
@@ -91,6 +92,39 @@ def shapes_row(row: dict[str, Any]) -> str:
     )
 
 
+def alignment_section(record: dict[str, Any]) -> str:
+    """Return what each objective brings, against uniform cross-entropy of the same conditioning; means over the seeds."""
+    conditions, rows = record["conditions"], record["rows"]
+    seeds = {row["seed"] for row in rows}
+    lines = [
+        f"Objectives at equal compute: {rows[0]['steps']} steps of {conditions['batch_size']} sequences from nothing, "
+        f"{len(seeds)} seeds, {conditions['eval_prompts']} held-out prompts of both kinds, greedy chains "
+        "([`alignment.json`](benchmarks/results/alignment.json),",
+        f"`{conditions['command']}`). Runs are short: they compare objectives, not drafters.",
+        "",
+        "| conditioning | objective | tokens per round | to uniform CE | by seed | last 5 positions accepted | at T = 1 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["conditioning"], row["objective"]), []).append(row)
+    for (conditioning, objective), group in sorted(groups.items(), key=lambda item: item[0][0]):
+        base = mean_of(groups[conditioning, BASELINE], "tokens_per_round")
+        rate = mean_of(group, "tokens_per_round")
+        late = [sum(row["acceptance_per_position"][-5:]) / 5 for row in group]
+        by_seed = ", ".join(f"{row['tokens_per_round']:.2f}" for row in group)
+        lines.append(
+            f"| {conditioning} | {objective} | {rate:.2f} | {rate / base:.2f}x | {by_seed} | {sum(late) / len(late):.3f} "
+            f"| {mean_of(group, 'tokens_per_round_sampled'):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def mean_of(rows: list[dict[str, Any]], name: str) -> float:
+    """Return the mean of one figure over rows."""
+    return sum(row[name] for row in rows) / len(rows)
+
+
 def plot_samples(rows: list[dict[str, Any]], path: Path) -> None:
     """Plot tokens per round against K: SpecDiff-2's self-selection beside the walk on the same kind of drafts.
 
@@ -115,17 +149,38 @@ def plot_samples(rows: list[dict[str, Any]], path: Path) -> None:
     os.replace(beside, path)
 
 
+def between_markers(text: str, name: str, body: str) -> str:
+    """Return a text with what stands between two markers replaced.
+
+    Args:
+        text (`str`): with one pair of HTML comments `name` and `/name`.
+        name (`str`): of the markers.
+        body (`str`): what is to stand there.
+
+    Returns:
+        `str`: the new text.
+
+    Raises:
+        ValueError: if there is not one pair.
+    """
+    block = f"<!-- {name} -->\n{body}\n<!-- /{name} -->"
+    new, count = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _: block, text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"`readme` must have one pair of markers {name!r}, got {count}.")
+    return new
+
+
 def main(readme: Annotated[Path, typer.Argument(help="the README to bring up to date")]) -> None:
     """Write the tables between README's result markers and draw the plot beside the result files."""
     folder = readme.parent / RESULTS
     demo = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     shapes = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))
     plot_samples(shapes["rows"], folder / "samples.png")
-    body = f"<!-- results -->\n{demo_section(demo)}\n\n{shapes_section(shapes)}\n<!-- /results -->"
     text = readme.read_text(encoding="utf-8")
-    new, count = re.subn(r"<!-- results -->.*?<!-- /results -->", lambda _: body, text, flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"`readme` must have one pair of result markers, got {count} in {str(readme)!r}.")
+    new = between_markers(text, "results", f"{demo_section(demo)}\n\n{shapes_section(shapes)}")
+    if (folder / "alignment.json").is_file():
+        alignment = json.loads((folder / "alignment.json").read_text(encoding="utf-8"))
+        new = between_markers(new, "alignment", alignment_section(alignment))
     beside = readme.with_suffix(".partial")
     beside.write_text(new, encoding="utf-8")
     os.replace(beside, readme)
