@@ -9,6 +9,9 @@ from hf_specdiff.benchmarks import alignment
 from hf_specdiff.benchmarks.report import alignment_section
 from hf_specdiff.training.data import sequences_of_texts
 
+# Under autocast a norm's weights are float32 and what it reads is not.
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> alignment.Bench:
