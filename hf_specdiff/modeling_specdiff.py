@@ -4,14 +4,10 @@ Letters: B batch, C new context tokens, Q window slots, S all keys, V vocabulary
 forward pass and how the host's stock loop calls a drafter; knows nothing of acceptance. Imported by the package's front only.
 """
 
-import os
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Cache
@@ -29,11 +25,7 @@ from transformers.utils import ModelOutput
 
 from .candidate_generator import SpecDiffCandidateGenerator
 from .configuration_specdiff import SpecDiffConfig
-from .model_card import is_repository
-from .repository import full_name
-from .repository import upload_repository
-from .repository import write_card
-from .repository import write_custom_generate
+from .repository import RepositoryMixin
 from .speculation import check_prompt
 
 
@@ -140,7 +132,7 @@ class SpecDiffLayer(nn.Module):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
+class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
     """A discrete-diffusion drafter.
 
     Give it to `generate` as `assistant_model`. One network, two conditionings (`SpecDiffConfig.target_layer_ids`): on tokens,
@@ -237,95 +229,6 @@ class SpecDiffDrafter(PreTrainedModel, GenerationMixin):
                     f"`{name}` in the drafter's generation_config.json must be at most `block_size` - 1 = {most}, got {value}. "
                     "Which of the two files belongs to these weights?"
                 )
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        *args: Any,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save the whole Hub repository: weights, configuration, code, `custom_generate/`, and a card.
-
-        A card with its owner's own words stays as it is.
-
-        Args:
-            save_directory (`str` or path): the folder.
-            is_main_process (`bool`): whether this process writes the files.
-            *args: as `transformers.PreTrainedModel.save_pretrained`.
-            push_to_hub (`bool`): whether to upload the drafter afterwards, as `push_to_hub` does; its arguments may be passed
-                too, and `repo_id` is by default the folder's name. Nothing else in the folder is uploaded.
-            **kwargs: as `transformers.PreTrainedModel.save_pretrained`.
-        """
-        names = ("repo_id", "private", "commit_message", "commit_description", "revision", "create_pr", "tags")
-        hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
-        # The host writes the entry of the class it was registered for; a headless AutoModel is the same class.
-        self.config.auto_map = {"AutoModel": f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}"}
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if not is_main_process:
-            return
-        folder = Path(save_directory)
-        write_custom_generate(folder)
-        write_card(folder, self, repo_id=hub_arguments.get("repo_id"))
-        if push_to_hub:
-            self.push_to_hub(**{"repo_id": folder.name, "token": kwargs.get("token"), **hub_arguments})
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
-        tags: list[str] | None = None,
-    ) -> CommitInfo:
-        """Upload the whole repository in one commit; a card that is on the Hub stays as it is.
-
-        `hf-specdiff publish` does the same with a tokenizer, measured figures and a self-check first.
-
-        Args:
-            repo_id (`str`): `name` or `org/name`.
-            commit_message (`str`, *optional*): of the commit.
-            commit_description (`str`, *optional*): of the commit.
-            private (`bool`, *optional*): whether a new repository is private.
-            token (`str` or `bool`, *optional*): as for `huggingface_hub`.
-            revision (`str`, *optional*): the branch.
-            create_pr (`bool`): whether to open a pull request instead.
-            max_shard_size (`int` or `str`): of one weights file.
-            tags (`list[str]`, *optional*): more tags for the card.
-
-        Returns:
-            `huggingface_hub.CommitInfo`: the commit.
-
-        Raises:
-            ValueError: if the Hub refuses.
-            ConnectionError: if the connection breaks; the same call goes on.
-        """
-        repo_id = full_name(repo_id, token)
-        with tempfile.TemporaryDirectory() as name:
-            folder, target = Path(name), self.config.target_model
-            if target is not None and (not is_repository(target) or Path(target).exists()):
-                self.config.target_model = None  # a path of this machine tells strangers nothing of use
-            try:
-                self.save_pretrained(folder, max_shard_size=max_shard_size)
-                write_card(folder, self, repo_id=repo_id, tags=tags)
-            finally:
-                self.config.target_model = target
-            return upload_repository(
-                folder,
-                repo_id,
-                message=commit_message or "Upload drafter",
-                description=commit_description,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-            )
 
     def get_input_embeddings(self) -> nn.Module | None:
         """Return the drafter's own embedding; `None` if it uses the target's."""

@@ -9,6 +9,7 @@ Hub, without the package, saves a whole repository again. Imported by the modell
 import inspect
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,98 @@ def explain_hub_error(error: Exception, repo_id: str) -> ValueError | Connection
         f"the connection to the Hub broke off while {repo_id!r} was being written: {said}. No commit was made unless "
         "the Hub had all of it; the same call goes on where this one stopped."
     )
+
+
+class RepositoryMixin:
+    """Saving and uploading a drafter as a whole repository: in front of `transformers.PreTrainedModel` among its bases."""
+
+    config: Any
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        *args: Any,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the whole Hub repository: weights, configuration, code, `custom_generate/`, and a card.
+
+        A card with its owner's own words stays as it is.
+
+        Args:
+            save_directory (`str` or path): the folder.
+            is_main_process (`bool`): whether this process writes the files.
+            *args: as `transformers.PreTrainedModel.save_pretrained`.
+            push_to_hub (`bool`): whether to upload the drafter afterwards, as `push_to_hub` does; its arguments may be passed
+                too, and `repo_id` is by default the folder's name. Nothing else in the folder is uploaded.
+            **kwargs: as `transformers.PreTrainedModel.save_pretrained`.
+        """
+        names = ("repo_id", "private", "commit_message", "commit_description", "revision", "create_pr", "tags")
+        hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
+        # The host writes the entry of the class it was registered for; a headless AutoModel is the same class.
+        self.config.auto_map = {"AutoModel": f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}"}
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        write_custom_generate(folder)
+        write_card(folder, self, repo_id=hub_arguments.get("repo_id"))
+        if push_to_hub:
+            self.push_to_hub(**{"repo_id": folder.name, "token": kwargs.get("token"), **hub_arguments})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        """Upload the whole repository in one commit; a card that is on the Hub stays as it is.
+
+        `hf-specdiff publish` does the same with a tokenizer, measured figures and a self-check first.
+
+        Args:
+            repo_id (`str`): `name` or `org/name`.
+            commit_message (`str`, *optional*): of the commit.
+            commit_description (`str`, *optional*): of the commit.
+            private (`bool`, *optional*): whether a new repository is private.
+            token (`str` or `bool`, *optional*): as for `huggingface_hub`.
+            revision (`str`, *optional*): the branch.
+            create_pr (`bool`): whether to open a pull request instead.
+            max_shard_size (`int` or `str`): of one weights file.
+            tags (`list[str]`, *optional*): more tags for the card.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: the commit.
+
+        Raises:
+            ValueError: if the Hub refuses.
+            ConnectionError: if the connection breaks; the same call goes on.
+        """
+        repo_id = full_name(repo_id, token)
+        with tempfile.TemporaryDirectory() as name:
+            folder, target = Path(name), self.config.target_model
+            if target is not None and (not is_repository(target) or Path(target).exists()):
+                self.config.target_model = None  # a path of this machine tells strangers nothing of use
+            try:
+                self.save_pretrained(folder, max_shard_size=max_shard_size)
+                write_card(folder, self, repo_id=repo_id, tags=tags)
+            finally:
+                self.config.target_model = target
+            return upload_repository(
+                folder,
+                repo_id,
+                message=commit_message or "Upload drafter",
+                description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
