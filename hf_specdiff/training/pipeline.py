@@ -271,6 +271,7 @@ def _training_setup(
         logging_steps=25,
         report_to="none",
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
     )
     return config, arguments
 
