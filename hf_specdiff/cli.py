@@ -265,9 +265,12 @@ def publish_command(
 def _prompt_sets(prompts_file: Path | None, num_prompts: int) -> dict[str, list[str]]:
     """Return prompts by the name of their set."""
     if prompts_file is not None:
-        texts = [prompt for prompt in read_prompts(prompts_file) if isinstance(prompt, str)]
-        if not texts:
-            raise ValueError(f"`--prompts-file` must hold texts, got only chats in {str(prompts_file)!r}.")
+        prompts = read_prompts(prompts_file)
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if len(texts) < len(prompts):
+            raise ValueError(
+                f"`--prompts-file` must hold texts, got {len(prompts) - len(texts)} chats in {str(prompts_file)!r}."
+            )
         return {prompts_file.stem: texts[:num_prompts]}
     return {name: [str(record["prompt"]) for record in load_prompts(name)[:num_prompts]] for name in PROMPT_SETS}
 

@@ -29,11 +29,11 @@ from hf_specdiff.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.demo.bundle import BUNDLED_TARGET
 from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.model_card import check_results
-from hf_specdiff.model_card import is_repository
 from hf_specdiff.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.repository import CARD
 from hf_specdiff.repository import cached_revision
 from hf_specdiff.repository import explain_hub_error
+from hf_specdiff.repository import is_on_hub
 from hf_specdiff.repository import own_defaults
 from hf_specdiff.repository import upload_repository
 from hf_specdiff.repository import write_card
@@ -236,10 +236,10 @@ def tuned_defaults(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name_target(config: SpecDiffConfig, name: str, revision: str | None) -> None:
-    """Write into a configuration whom the drafter is for, if that is a repository; a path tells strangers nothing of use."""
-    if name == BUNDLED_TARGET or (is_repository(name) and not Path(name).exists()):
+    """Write into a configuration whom the drafter is for, and take a path of this machine out of it."""
+    if name == BUNDLED_TARGET or is_on_hub(name):
         config.target_model, config.target_revision = name, revision
-    elif config.target_model is not None and (not is_repository(config.target_model) or Path(config.target_model).exists()):
+    elif not is_on_hub(config.target_model):
         config.target_model = config.target_revision = None
 
 

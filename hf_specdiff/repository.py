@@ -86,6 +86,11 @@ def own_defaults(drafter: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def is_on_hub(name: str | None) -> bool:
+    """Return whether a model's name is a repository's and not a folder's: a path of this machine tells strangers nothing."""
+    return name is not None and is_repository(name) and not Path(name).exists()
+
+
 def cached_revision(name: str | None) -> str | None:
     """Return the commit that a model was loaded from just now.
 
@@ -95,9 +100,9 @@ def cached_revision(name: str | None) -> str | None:
     Returns:
         `str`, *optional*: `None` for a folder, and for what did not come from the Hub.
     """
-    if name is None or not is_repository(name) or Path(name).is_dir():
+    if not is_on_hub(name):
         return None
-    found = try_to_load_from_cache(name, "config.json")
+    found = try_to_load_from_cache(str(name), "config.json")
     return Path(found).parent.name if isinstance(found, str) else None
 
 
@@ -280,6 +285,7 @@ class RepositoryMixin:
         hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
         # The host writes the entry of the class it was registered for; a headless AutoModel is the same class.
         self.config.auto_map = {"AutoModel": f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}"}
+        # Of the class behind this one among the bases, which mypy cannot know.
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
         if not is_main_process:
             return
@@ -302,7 +308,7 @@ class RepositoryMixin:
         max_shard_size: int | str = "50GB",
         tags: list[str] | None = None,
     ) -> CommitInfo:
-        """Upload the whole repository in one commit; a card that is on the Hub stays as it is.
+        """Upload the whole repository in one commit; a card with its owner's own words stays as it is.
 
         `hf-specdiff publish` does the same with a tokenizer, measured figures and a self-check first.
 
@@ -310,7 +316,7 @@ class RepositoryMixin:
             repo_id (`str`): `name` or `org/name`.
             commit_message (`str`, *optional*): of the commit.
             commit_description (`str`, *optional*): of the commit.
-            private (`bool`, *optional*): whether a new repository is private.
+            private (`bool`, *optional*): whether the repository is private; refused for one that is public already.
             token (`str` or `bool`, *optional*): as for `huggingface_hub`.
             revision (`str`, *optional*): the branch.
             create_pr (`bool`): whether to open a pull request instead.
@@ -327,8 +333,7 @@ class RepositoryMixin:
         repo_id = full_name(repo_id, token)
         with tempfile.TemporaryDirectory() as name:
             folder, target = Path(name), self.config.target_model
-            if target is not None and (not is_repository(target) or Path(target).exists()):
-                self.config.target_model = None  # a path of this machine tells strangers nothing of use
+            self.config.target_model = target if is_on_hub(target) else None
             try:
                 self.save_pretrained(folder, max_shard_size=max_shard_size)
                 write_card(folder, self, repo_id=repo_id, tags=tags)

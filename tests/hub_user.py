@@ -24,6 +24,7 @@ HAS_PACKAGE = "package" in sys.argv[2:]
 if not HAS_PACKAGE:
     sys.meta_path.insert(0, NotInstalled())
 
+# Only now: what these import must not find the package either.
 from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 from transformers import pipeline  # noqa: E402

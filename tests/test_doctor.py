@@ -102,6 +102,13 @@ def test_a_drafter_that_costs_more_than_it_brings_is_pointed_out() -> None:
     assert "tree_budget='auto'" in warning
 
 
+def test_chats_are_refused_where_texts_are_wanted(tmp_path: Path) -> None:
+    file = tmp_path / "mixed.jsonl"
+    file.write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}]}\n')
+    with pytest.raises(ValueError, match="must hold texts, got 1 chats"):
+        cli._prompt_sets(file, 4)
+
+
 def test_the_cost_of_a_round_is_told_in_plain_steps() -> None:
     lines = doctor.cost_lines(Profile([1, 16], [0.01, 0.02], 0.005), gamma=15)
     assert "10.0 ms" in lines[0]

@@ -144,6 +144,8 @@ def test_frequencies_that_a_model_keeps_are_ordinary(prompt: torch.Tensor) -> No
     target = make_target(max_position_embeddings=64, rope_parameters=rope)
     short = hf_specdiff.generate(target, prompt, assistant_model=make_drafter(), max_new_tokens=20, do_sample=False)
     assert torch.equal(short, target.generate(prompt, max_new_tokens=20, do_sample=False))
+    with pytest.raises(ValueError, match="rotary frequencies change"):
+        hf_specdiff.generate(target, prompt, assistant_model=make_drafter(), max_new_tokens=60, do_sample=False)
     assert not any(buffer.is_inference() for buffer in target.buffers())
     with inference([target], []):
         target.model.rotary_emb.inv_freq = target.model.rotary_emb.inv_freq * 1

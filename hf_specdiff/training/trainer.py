@@ -206,9 +206,8 @@ class SpecDiffTrainer(Trainer):
             places = windows.anchors[:, :, None] + torch.arange(gamma, device=input_ids.device)
             places = places.clamp(max=input_ids.shape[1] - 1).flatten(1)  # (B, A * G)
             rows = torch.arange(len(input_ids), device=input_ids.device)[:, None]
-            return features, torch.log_softmax(outputs.logits[rows, places].float(), dim=-1).unflatten(1, (-1, gamma)).flatten(
-                0, 1
-            )
+            law = torch.log_softmax(outputs.logits[rows, places].float(), dim=-1)  # (B, A * G, V)
+            return features, law.unflatten(1, (-1, gamma)).flatten(0, 1)
 
     def _token_logits(
         self, model: Any, config: SpecDiffConfig, inputs: dict[str, torch.Tensor], windows: Windows
