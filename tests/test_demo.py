@@ -178,7 +178,7 @@ def test_unknown_names_are_refused() -> None:
 
 def test_bundled_weights_are_small_bfloat16_safetensors() -> None:
     files = list(PAIR.rglob("*.safetensors"))
-    assert {path.parent.name for path in files} == {"target", "features", "tokens", "autoregressive"}
+    assert {path.parent.name for path in files} == {"target", "features", "tokens", "unaligned", "autoregressive"}
     assert sum(path.stat().st_size for path in files) < 32_000_000
     for path in files:
         assert json.loads((path.parent / "config.json").read_text())["dtype"] == "bfloat16"

@@ -12,16 +12,18 @@ PAIR = Path(__file__).parent / "pair"
 # How the bundled drafters' configurations name their target.
 BUNDLED_TARGET = "hf_specdiff.load_demo()"
 PROMPTS = Path(__file__).parent / "prompts"
-DRAFTERS = ("features", "tokens", "autoregressive")
+DRAFTERS = ("features", "tokens", "unaligned", "autoregressive")
 PROMPT_SETS = ("math", "code")
+# Enough for a solution; code has no natural end.
+MAX_NEW_TOKENS = {"math": 200, "code": 128}
 
 
 def load_demo(drafter: str = "features") -> tuple[Any, Any, Any]:
     """Load the bundled target, one of its drafters, and their tokenizer, in float32 on the CPU.
 
     Args:
-        drafter (`str`): `"features"` (feature-conditioned), `"tokens"` (token-conditioned) or `"autoregressive"` (a plain small
-            causal model, for comparison).
+        drafter (`str`): `"features"` (feature-conditioned) or `"tokens"` (token-conditioned); for comparison `"unaligned"` (the
+            feature-conditioned one as cross-entropy left it, before alignment) or `"autoregressive"` (a plain small model).
 
     Returns:
         `tuple`: target (`LlamaForCausalLM`), drafter (`SpecDiffDrafter`, or `LlamaForCausalLM`), tokenizer.

@@ -46,8 +46,10 @@ NUM_MORE_PROBLEMS = 5_120
 NUM_HELD_OUT = 96
 TARGET_LAYERS = 16
 MAX_LENGTH = 256
-# What was fastest over both tasks on two cores; `benchmarks/results/shapes.json` holds the figures.
+# What was fastest over both tasks on two cores; `benchmarks/results/standard.json` holds the figures.
 TREE_BUDGET = 16
+# The feature-conditioned drafter after this stage is kept for comparison: cross-entropy alone has taught it.
+UNALIGNED_STAGE = 2
 
 
 def model_config(num_layers: int) -> LlamaConfig:
@@ -215,6 +217,8 @@ def make_drafters(pair: Path, work: Path) -> None:
             if not fit_drafter(target, data[kind], output, plan, mask_token_id=tokenizer.mask_token_id, start_from=start_from):
                 raise typer.Exit(130)
             start_from = output
+            if name == "features" and number == UNALIGNED_STAGE:
+                bundle(AutoModelForCausalLM.from_pretrained(output, dtype=torch.bfloat16), pair / "unaligned")
         bundle(AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.bfloat16), pair / name)
 
 
