@@ -20,9 +20,10 @@ quality: $(STAMP)  ## format, lint and types, nothing changed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## the figures of README.md's results table and of the model cards
-	$(BIN)/hf-specdiff demo --num-prompts 64 --output benchmarks/results/demo.json
-	$(BIN)/python -m hf_specdiff.benchmarks.shapes benchmarks/results/shapes.json
+bench: $(STAMP)  ## the figures of README.md's results table and of the model cards; goes on where it was interrupted
+	$(BIN)/hf-specdiff bench --output build/bench
+	mv build/bench/results.json benchmarks/results/standard.json
+	rm -r build/bench
 	$(BIN)/python -m hf_specdiff.benchmarks.report README.md
 	$(BIN)/python -m hf_specdiff.demo.cards model_cards
 

@@ -1,8 +1,9 @@
-"""The command line: `hf-specdiff demo | generate | train | doctor | publish`.
+"""The command line: `hf-specdiff demo | generate | train | bench | doctor | publish`.
 
 Turns words into calls and errors into one line; everything else lives in the modules it calls.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +25,22 @@ from transformers import logging
 
 from hf_specdiff import doctor
 from hf_specdiff import hub
-from hf_specdiff.benchmarks.shapes import Models
-from hf_specdiff.benchmarks.shapes import record_of
-from hf_specdiff.benchmarks.shapes import write_results
+from hf_specdiff.benchmarks.methods import Models
+from hf_specdiff.benchmarks.standard import Extent
+from hf_specdiff.benchmarks.standard import benchmark
+from hf_specdiff.benchmarks.standard import bundled_models
+from hf_specdiff.benchmarks.standard import conditions_of
+from hf_specdiff.benchmarks.standard import write_record
+from hf_specdiff.benchmarks.tables import SPEED_TITLES
+from hf_specdiff.benchmarks.tables import speed_cells
+from hf_specdiff.benchmarks.time_budget import GAIN_TITLES
+from hf_specdiff.benchmarks.time_budget import HEADLINE
+from hf_specdiff.benchmarks.time_budget import Plan
+from hf_specdiff.benchmarks.time_budget import benchmark_time_budget
+from hf_specdiff.benchmarks.time_budget import gain_cells
+from hf_specdiff.benchmarks.time_budget import gains
+from hf_specdiff.benchmarks.time_budget import scaling_methods
+from hf_specdiff.demo.bundle import MAX_NEW_TOKENS
 from hf_specdiff.demo.bundle import PROMPT_SETS
 from hf_specdiff.demo.bundle import load_prompts
 from hf_specdiff.demo.show import run_demo
@@ -44,15 +58,15 @@ from hf_specdiff.training.trainer import spread_layers
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__, no_args_is_help=True)
 INTERRUPTED = 130
+DEFAULT_NEW_TOKENS = 128
 
 
 @app.command("demo")
 def demo_command(
     num_prompts: Annotated[int, typer.Option(help="held-out prompts of each set")] = 12,
-    output: Annotated[Path | None, typer.Option(help="JSON file for the figures")] = None,
 ) -> None:
     """Run the bundled pair: plain generate, an AR assistant and our drafters, on the same held-out prompts."""
-    if not run_demo(num_prompts, output):
+    if not run_demo(num_prompts):
         raise typer.Exit(1)
 
 
@@ -179,6 +193,53 @@ def train_command(
         typer.echo(f"The drafter is in {output}, with pictures of the run.")
 
 
+@app.command("bench")
+def bench_command(
+    output: Annotated[Path, typer.Option(help="folder of figures and pictures; the same command resumes an interrupted run")],
+    target: Annotated[str | None, typer.Argument(help="a folder or a Hub repository; by default the bundled pair")] = None,
+    drafters: Annotated[list[str] | None, typer.Argument(help="its drafters: folders or Hub repositories")] = None,
+    assistant: Annotated[str | None, typer.Option(help="an autoregressive assistant to compare with")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="a text file or JSON lines; by default the bundled prompts")] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="of each set")] = 16,
+    max_new_tokens: Annotated[int | None, typer.Option(min=2)] = None,
+    temperature: Annotated[list[float] | None, typer.Option(help="0: greedy; several times; by default 0 and 1")] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(help="several times; by default 1")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="only methods whose name holds this; several times")] = None,
+    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "float32",
+    device_map: Annotated[str, typer.Option(help="as for from_pretrained")] = "auto",
+    time_budget: Annotated[bool, typer.Option("--time-budget", help="right answers within a wall-clock time instead")] = False,
+    budget: Annotated[float | None, typer.Option(help="with --time-budget: the seconds at which gains are stated")] = None,
+) -> None:
+    """Lay plain generate, transformers' own speculation and ours side by side; or, with --time-budget, what speed is worth."""
+    names = {"target": target, "drafters": drafters, "assistant": assistant}
+    is_bundled = target is None
+    if is_bundled and (dtype, device_map) != ("float32", "auto"):
+        raise ValueError(
+            f"`--dtype` and `--device-map` must come with a target, got {dtype} and {device_map} for the bundled pair."
+        )
+    models = bundled_models() if target is None else _models_of(target, drafters or [], assistant, dtype, device_map)
+    command = " ".join(["hf-specdiff", *sys.argv[1:]])
+    console = Console()
+    if time_budget:
+        methods = scaling_methods(("unaligned", "features") if is_bundled else list(models.drafters))
+        plan = Plan(methods, budget or HEADLINE, num_problems=num_prompts, max_new_tokens=max_new_tokens or 256, seed=seed)
+        record = benchmark_time_budget(models, plan, output, names, command)
+        console.print(_table(GAIN_TITLES, [gain_cells(gain) for gain in gains(record["rows"], plan.headline)]))
+        console.print(f"Figures and curves are in {output}.", highlight=False)
+        return
+    if budget is not None:
+        raise ValueError(f"`--budget` must come with `--time-budget`, got {budget} alone.")
+    texts = _prompt_sets(prompts_file, num_prompts)
+    limits = {task: max_new_tokens or MAX_NEW_TOKENS.get(task, DEFAULT_NEW_TOKENS) for task in texts}
+    extent = Extent(texts, limits, tuple(temperature or (0.0, 1.0)), tuple(batch_size or (1,)), seed, tuple(method or ()))
+    record = benchmark(models, extent, output, names, command, is_standard=is_bundled and prompts_file is None)
+    for (task, heat, size), rows in itertools.groupby(record["rows"], lambda row: [row[name] for name in SPEED_TITLES[:3]]):
+        cells = [speed_cells(row)[3:] for row in rows]
+        console.print(_table(SPEED_TITLES[3:], cells, title=f"{task}, temperature {heat:g}, batch {size}"))
+    console.print(f"Figures and pictures are in {output}.", highlight=False)
+
+
 @app.command("doctor")
 def doctor_command(
     target: Annotated[str, typer.Argument(help="the target: a folder or a Hub repository")],
@@ -203,7 +264,6 @@ def doctor_command(
     models = Models(model, tokenizer, {"drafter": assistant})
     rows = doctor.try_prompts(models, prompts, max_new_tokens)
     shifted = doctor.layers_that_fit_better(models, prompts)
-    records = [record for task in prompts for record in record_of([row for row in rows if row.task == task])]
     cells = [
         [
             r["task"],
@@ -212,12 +272,13 @@ def doctor_command(
             f"{r['ratio_to_plain']:.2f}x",
             f"{r['num_identical']}/{r['num_prompts']}",
         ]
-        for r in records
+        for r in rows
     ]
     console.print(_table(["task", "method", "tokens per round", "speed against plain", "identical"], cells))
     if output is not None:
         command = " ".join(["hf-specdiff", *sys.argv[1:]])
-        write_results(output, records, command, dtype=dtype, device=str(model.device), max_new_tokens=max_new_tokens)
+        conditions = {**conditions_of(models, command), "device": str(model.device), "max_new_tokens": max_new_tokens}
+        write_record(output, {"conditions": conditions, "rows": rows})
         console.print(f"The figures are in {output}.", highlight=False)
     warnings = [f"{f.name}: {f.warning}" for f in findings if f.warning] + shifted + doctor.verdict(rows, profile, models)
     for warning in warnings:
@@ -275,9 +336,27 @@ def _prompt_sets(prompts_file: Path | None, num_prompts: int) -> dict[str, list[
     return {name: [str(record["prompt"]) for record in load_prompts(name)[:num_prompts]] for name in PROMPT_SETS}
 
 
-def _table(titles: list[str], rows: list[list[str]]) -> Table:
+def _models_of(target: str, drafters: list[str], assistant: str | None, dtype: str, device_map: str) -> Models:
+    """Load a target and what drafts for it; drafters are called by the last part of their names."""
+    if not drafters:
+        raise ValueError("`drafters` must be given with a target, got none.")
+    names = [Path(name).name for name in drafters]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`drafters` must have different last parts of their names, got {', '.join(drafters)}.")
+    model = load_model("target", target, dtype=dtype, device_map=device_map)
+    loaded = {
+        name: load_model("drafters", path, dtype=dtype, device_map=device_map)
+        for name, path in zip(names, drafters, strict=True)
+    }
+    assistants = {}
+    if assistant is not None:
+        assistants["AR assistant"] = load_model("assistant", assistant, dtype=dtype, device_map=device_map)
+    return Models(model, load_tokenizer("target", target), loaded, assistants)
+
+
+def _table(titles: list[str], rows: list[list[str]], title: str | None = None) -> Table:
     """Return a table for the terminal."""
-    table = Table(*titles)
+    table = Table(*titles, title=title)
     for row in rows:
         table.add_row(*map(escape, row))
     return table

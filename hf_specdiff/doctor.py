@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
-from hf_specdiff.benchmarks.shapes import Methods
-from hf_specdiff.benchmarks.shapes import Models
-from hf_specdiff.benchmarks.shapes import Row
-from hf_specdiff.benchmarks.shapes import measure
+from hf_specdiff.benchmarks.figures import rows_of
+from hf_specdiff.benchmarks.journal import Journal
+from hf_specdiff.benchmarks.methods import PLAIN
+from hf_specdiff.benchmarks.methods import Method
+from hf_specdiff.benchmarks.methods import Models
+from hf_specdiff.benchmarks.runner import Block
+from hf_specdiff.benchmarks.runner import run_block
 from hf_specdiff.budget import Profile
 from hf_specdiff.generate import check_pair
 from hf_specdiff.masked_target import why_not_masked
@@ -132,7 +135,7 @@ def cost_lines(profile: Profile, gamma: int) -> list[str]:
     ]
 
 
-def try_prompts(models: Models, prompts: dict[str, list[str]], max_new_tokens: int) -> list[Row]:
+def try_prompts(models: Models, prompts: dict[str, list[str]], max_new_tokens: int) -> list[dict[str, Any]]:
     """Decode prompts greedily, plain and in several shapes, in turn.
 
     Args:
@@ -141,14 +144,25 @@ def try_prompts(models: Models, prompts: dict[str, list[str]], max_new_tokens: i
         max_new_tokens (`int`): the length limit.
 
     Returns:
-        `list[Row]`: for each task plain `generate` first.
+        `list[dict]`: rows as `hf-specdiff bench` writes them; for each task plain `generate` first.
     """
-    methods: Methods = {"chain": ("drafter", {"draft_shape": "chain"})}
+    methods = [Method(PLAIN, {}), Method("chain", {"draft_shape": "chain"}, "drafter", is_ours=True)]
     if why_not_masked(models.target, models.target.device) is None:
-        methods |= {f"tree of {nodes}": ("drafter", {"draft_shape": "tree", "tree_budget": nodes}) for nodes in (16, 32)}
-    return [
-        row for task, texts in prompts.items() for row in measure(task, texts, models, methods, max_new_tokens=max_new_tokens)
-    ]
+        methods += [
+            Method(f"tree of {nodes}", {"draft_shape": "tree", "tree_budget": nodes}, "drafter", is_ours=True)
+            for nodes in (16, 32)
+        ]
+    rows = []
+    for task, texts in prompts.items():
+        block, journal = Block(task, texts, methods, max_new_tokens, num_detailed=0), Journal()
+        run_block(models, block, journal)
+        rows += rows_of(block, models, journal)
+    for row in rows:
+        if "refusal" in row:
+            raise ValueError(
+                f"`drafter` must be one that the target can verify, got an error for {row['method']}: {row['refusal']}"
+            )
+    return rows
 
 
 def layers_that_fit_better(models: Models, prompts: dict[str, list[str]]) -> list[str]:
@@ -185,11 +199,11 @@ def layers_that_fit_better(models: Models, prompts: dict[str, list[str]]) -> lis
     ]
 
 
-def verdict(rows: list[Row], profile: Profile, models: Models) -> list[str]:
+def verdict(rows: list[dict[str, Any]], profile: Profile, models: Models) -> list[str]:
     """Return what is wrong with what was measured; nothing if all is well.
 
     Args:
-        rows (`list[Row]`): of `try_prompts`.
+        rows (`list[dict]`): of `try_prompts`.
         profile (`Profile`): of `costs`.
         models (`Models`): who decoded.
 
@@ -198,11 +212,11 @@ def verdict(rows: list[Row], profile: Profile, models: Models) -> list[str]:
     """
     warnings = []
     drafter = models.drafters["drafter"]
-    chains = [row for row in rows if row.method == "chain"]
-    num_different = sum(row.num_prompts - row.num_identical for row in rows)
+    chains = [row for row in rows if row["method"] == "chain"]
+    num_different = sum(row["num_prompts"] - row["num_identical"] for row in rows)
     if num_different and models.target.dtype == torch.float32:
         warnings.append(f"{num_different} outputs differ from plain generate's, in float32: please report this target.")
-    best = max((row.tokens_per_round for row in chains), default=1.0)
+    best = max((row["tokens_per_round"] for row in chains), default=1.0)
     if best < SUSPICIOUS_TOKENS_PER_ROUND:
         config = drafter.config
         layers = "" if config.target_layer_ids is None else f" and the layers {config.target_layer_ids} (counted from 0)"

@@ -62,25 +62,12 @@ def test_generate_streams_plain_generates_text_and_statistics(tmp_path: Path) ->
     assert "tokens per round" in result.stderr
 
 
-def test_demo_compares_all_decoders_and_writes_its_figures(tmp_path: Path) -> None:
-    path = tmp_path / "demo.json"
-    result = CliRunner().invoke(app, ["demo", "--num-prompts", "1", "--output", str(path)])
+def test_demo_compares_all_methods() -> None:
+    result = CliRunner().invoke(app, ["demo", "--num-prompts", "1"])
     assert result.exit_code == 0, result.output
     assert "identical: 12/12" in result.output
-    record = json.loads(path.read_text())
-    assert len(record["rows"]) == 14
-    for times in record["rounds"]:
-        parts = [times[name] for name in ("target_pass", "drafter_pass", "between")]
-        assert min(parts) > 0
-        assert times["between_share"] == pytest.approx(times["between"] / sum(parts))
-    for row in record["rows"]:
-        assert row["num_identical"] == row["num_prompts"] == 1
-        rounds = sum(row["histogram"])
-        tokens = sum(size * count for size, count in enumerate(row["histogram"]))
-        assert row["tokens_per_round"] == pytest.approx(tokens / rounds)
-        if row["decoder"] == "plain generate":
-            assert row["ratio_to_plain"] == 1
-            assert row["tokens_per_round"] == 1
+    for words in ("plain generate", "AR assistant", "tokens, chain", "features, tree", "math: 1", "code: 1"):
+        assert words in result.output
 
 
 def test_train_makes_a_drafter_that_loads_and_drafts(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import hf_specdiff
 from hf_specdiff import cli
 from hf_specdiff import doctor
-from hf_specdiff.benchmarks.shapes import Models
+from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.budget import Profile
 from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.model_card import check_results
@@ -82,7 +82,7 @@ def test_tokenizers_without_padding_are_fine() -> None:
     target, drafter, tokenizer = hf_specdiff.load_demo()
     tokenizer.pad_token = None
     rows = doctor.try_prompts(Models(target, tokenizer, {"drafter": drafter}), {"any": ["def f(x):"]}, 8)
-    assert all(row.num_tokens == 8 for row in rows)
+    assert all(row["num_tokens"] == 8 for row in rows)
 
 
 def test_an_untrained_drafter_is_called_suspicious() -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from hf_specdiff.benchmarks.report import demo_section
+from hf_specdiff.benchmarks.report import SECTIONS
 from hf_specdiff.benchmarks.report import main as report
-from hf_specdiff.benchmarks.report import shapes_section
 from hf_specdiff.cli import app
 from hf_specdiff.demo.cards import KINDS
 from hf_specdiff.demo.cards import card_of
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -43,23 +43,23 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-def test_result_tables_hold_the_measured_figures() -> None:
-    results = ROOT / "benchmarks" / "results"
-    demo = json.loads((results / "demo.json").read_text(encoding="utf-8"))
-    shapes = json.loads((results / "shapes.json").read_text(encoding="utf-8"))
-    assert {row["task"] for row in demo["rows"]} == {"math", "code"}
-    assert demo_section(demo) in README
-    assert shapes_section(shapes) in README
+@pytest.mark.parametrize("name", SECTIONS)
+def test_result_tables_hold_the_measured_figures(name: str) -> None:
+    record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    assert f"<!-- {name} -->\n{SECTIONS[name](record)}\n<!-- /{name} -->" in README
+
+
+def test_linked_results_are_there() -> None:
     for link in re.findall(r"\]\((benchmarks/[^)]+)\)", README):
         assert (ROOT / link).is_file(), link
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_model_cards_hold_the_measured_figures(kind: str) -> None:
-    shapes = json.loads((ROOT / "benchmarks" / "results" / "shapes.json").read_text(encoding="utf-8"))
+    record = json.loads((RESULTS / "standard.json").read_text(encoding="utf-8"))
     card = (ROOT / "model_cards" / f"{kind}.md").read_text(encoding="utf-8")
-    assert card == card_of(kind, shapes)
-    row = next(row for row in shapes["rows"] if row["method"] == f"{kind}, chain")
+    assert card == card_of(kind, record)
+    row = next(row for row in record["rows"] if row["method"] == f"{kind}, chain")
     assert f"{row['ratio_to_plain']:.2f}x" in card
 
 
@@ -71,11 +71,12 @@ def test_every_command_named_exists() -> None:
 def test_report_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results -->\nlast year\n<!-- /results -->\nafter\n", encoding="utf-8")
+    markers = "".join(f"<!-- {name} -->\nlast year\n<!-- /{name} -->\nafter\n" for name in SECTIONS)
+    readme.write_text(f"before\n{markers}", encoding="utf-8")
     report(readme)
     text = readme.read_text(encoding="utf-8")
-    assert text.startswith("before\n<!-- results -->\nThe bundled pair")
-    assert text.endswith("<!-- /results -->\nafter\n")
+    assert text.startswith("before\n<!-- standard -->\n16 held-out prompts")
+    assert text.endswith("<!-- /alignment -->\nafter\n")
     assert "last year" not in text
     readme.write_text("no markers", encoding="utf-8")
     with pytest.raises(ValueError, match="markers"):

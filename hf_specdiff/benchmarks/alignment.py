@@ -1,14 +1,14 @@
 """What each training objective brings: `python -m hf_specdiff.benchmarks.alignment OUTPUT.json --work FOLDER`.
 
 Every row trains a drafter of the bundled target from nothing, with the same number of steps of the same size, and decodes the
-same held-out prompts with the real loop. Runs are short, so figures compare objectives with each other and with nothing else.
-Finished runs are kept in FOLDER, and an interrupted command goes on; with `--conditioning` two processes can share the work.
+same held-out prompts with the real loop. Runs are short, so figures compare objectives with each other and with nothing else,
+and all is about word problems: of code a drafter learns too little in such a run to tell objectives apart. Finished runs are
+kept in FOLDER, and an interrupted command goes on; with `--conditioning` two processes can share the work.
 """
 
 import itertools
 import json
 import os
-import random
 import time
 from dataclasses import dataclass
 from dataclasses import field
@@ -22,13 +22,12 @@ import transformers
 import typer
 from rich.progress import track
 
-from hf_specdiff.benchmarks.shapes import write_results
+from hf_specdiff.benchmarks.methods import Models
+from hf_specdiff.benchmarks.standard import conditions_of
+from hf_specdiff.benchmarks.standard import write_record
 from hf_specdiff.demo.bundle import load_demo
 from hf_specdiff.demo.bundle import load_prompts
-from hf_specdiff.demo.language_models import training_definitions
 from hf_specdiff.demo.recipe import MAX_LENGTH
-from hf_specdiff.demo.recipe import NUM_TRAINING_PROBLEMS
-from hf_specdiff.demo.recipe import training_prompts
 from hf_specdiff.demo.word_problems import iter_problems
 from hf_specdiff.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.training.data import Sequences
@@ -41,9 +40,12 @@ from hf_specdiff.training.trainer import spread_layers
 
 CONDITIONINGS = ("features", "tokens")
 NUM_DOCUMENTS = 2048
+# Of the problems to learn from: neither the target's nor the bundled drafters' own.
+PROBLEM_SEED = 7
 BATCH_SIZE = 8
-EVAL_PROMPTS = 12
-EVAL_TOKENS = 96
+NUM_ANCHORS = 16
+EVAL_PROMPTS = 24
+EVAL_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +54,32 @@ class Recipe:
 
     Attributes:
         stages (`tuple`): for each stage its share of the steps and the weights of its objectives.
-        data (`str`): `"regenerated"` (the target's own continuations) or `"original"` (the text as it is).
+        data (`str`): `"regenerated"` (the target's own continuations) or `"original"` (solutions as it was taught them).
         context_weight (`float`): of next-token prediction on the context, for token-conditioned drafters.
+        conditionings (`tuple`): for which kinds of drafter.
     """
 
     stages: tuple[tuple[float, dict[str, float]], ...]
     data: str = "regenerated"
     context_weight: float = 0.0
+    conditionings: tuple[str, ...] = CONDITIONINGS
 
 
-CE, TWO_THIRDS = {"ce": 1.0}, 2 / 3
+CE, CHAIN = {"ce": 1.0}, {"ce": 1.0, "chain": 5.0}
+READER: dict[str, Any] = {"context_weight": 0.5, "conditionings": ("tokens",)}
 RECIPES = {
     "uniform CE": Recipe(((1.0, CE),)),
     "position-decayed CE": Recipe(((1.0, {"decayed_ce": 1.0}),)),
     "streak from scratch": Recipe(((1.0, {"streak": 1.0}),)),
-    "CE, then streak": Recipe(((TWO_THIRDS, CE), (1 - TWO_THIRDS, {"streak": 1.0}))),
-    "CE, then CE + chain": Recipe(((TWO_THIRDS, CE), (1 - TWO_THIRDS, {"ce": 1.0, "chain": 2.0}))),
-    "D-PACE, next token of the context": Recipe(((1.0, {"dpace": 1.0}),), context_weight=0.5),
-    "CE + total variation": Recipe(((1.0, {"ce": 1.0, "tv": 1.0}),)),
-    "uniform CE, original text": Recipe(((1.0, CE),), data="original"),
+    "CE, then streak": Recipe(((0.5, CE), (0.5, {"streak": 1.0}))),
+    "CE, then CE + chain": Recipe(((0.5, CE), (0.5, CHAIN))),
+    "D-PACE": Recipe(((1.0, {"dpace": 1.0}),)),
+    "CE + total variation": Recipe(((1.0, {"ce": 1.0, "tv": 1.0}),), conditionings=("tokens",)),
+    "uniform CE, original text": Recipe(((1.0, CE),), data="original", conditionings=("tokens",)),
+    # Learning to continue the context as well: a token-conditioned drafter has no other model to read it for it.
+    "uniform CE, reading": Recipe(((1.0, CE),), **READER),
+    "CE, then CE + chain, reading": Recipe(((0.5, CE), (0.5, CHAIN)), **READER),
+    "D-PACE, reading": Recipe(((1.0, {"dpace": 1.0}),), **READER),
 }
 
 
@@ -87,15 +96,14 @@ class Bench:
     def data(self, kind: str) -> Sequences:
         """Return training sequences, made when they are first asked for."""
         if kind not in self.sequences:
+            problems = list(itertools.islice(iter_problems(PROBLEM_SEED, held_out=False), NUM_DOCUMENTS))
             if kind == "regenerated":
-                prompts = training_prompts()[:NUM_DOCUMENTS]
+                prompts = [problem.prompt for problem in problems]
                 folder = self.work / "sequences"
                 made = regenerate(self.target, self.tokenizer, prompts, folder, max_length=MAX_LENGTH, batch_size=128)
             else:
-                problems = itertools.islice(iter_problems(2, held_out=False), NUM_TRAINING_PROBLEMS)
-                texts = [problem.prompt + problem.solution for problem in problems] + training_definitions()
-                random.Random(2).shuffle(texts)
-                made = sequences_of_texts(self.tokenizer, texts[:NUM_DOCUMENTS], MAX_LENGTH)
+                texts = [problem.prompt + problem.solution for problem in problems]
+                made = sequences_of_texts(self.tokenizer, texts, MAX_LENGTH)
             self.sequences[kind] = made
         return self.sequences[kind]
 
@@ -119,12 +127,12 @@ def run(bench: Bench, name: str, conditioning: str, seed: int) -> dict[str, Any]
     recipe, start_from = RECIPES[name], None
     sequences = bench.data(recipe.data)
     layers = spread_layers(bench.target.config.num_hidden_layers, 4) if conditioning == "features" else None
-    plan = TrainingPlan(layers, num_layers=3, num_anchors=8, batch_size=BATCH_SIZE, learning_rate=2e-3, seed=seed)
-    plan = replace(plan, max_length=MAX_LENGTH, save_steps=1000, context_weight=0.0 if layers else recipe.context_weight)
+    plan = TrainingPlan(layers, num_layers=3, num_anchors=NUM_ANCHORS, batch_size=BATCH_SIZE, learning_rate=2e-3)
+    plan = replace(plan, max_length=MAX_LENGTH, save_steps=1000, context_weight=recipe.context_weight, seed=seed)
     start = time.perf_counter()
     for number, (share, weights) in enumerate(recipe.stages):
         epochs = share * bench.steps * BATCH_SIZE / len(sequences.ends)
-        stage = replace(plan, num_epochs=epochs, loss_weights=weights, learning_rate=plan.learning_rate / (1 + number))
+        stage = replace(plan, num_epochs=epochs, loss_weights=weights)
         output = folder / f"stage-{number}"
         mask = bench.tokenizer.mask_token_id
         if not fit_drafter(bench.target, sequences, output, stage, mask_token_id=mask, start_from=start_from):
@@ -132,7 +140,7 @@ def run(bench: Bench, name: str, conditioning: str, seed: int) -> dict[str, Any]
         start_from = output
     seconds = time.perf_counter() - start
     drafter = SpecDiffDrafter.from_pretrained(start_from).eval()
-    prompts = [str(record["prompt"]) for task in ("math", "code") for record in load_prompts(task)[:EVAL_PROMPTS]]
+    prompts = [str(record["prompt"]) for record in load_prompts("math")[:EVAL_PROMPTS]]
     ids = [bench.tokenizer(prompt)["input_ids"] for prompt in prompts]
     greedy = decode_held_out(bench.target, drafter, ids, EVAL_TOKENS)
     drawn = decode_held_out(bench.target, drafter, ids, EVAL_TOKENS, temperature=1.0, seed=seed)
@@ -156,7 +164,7 @@ def run(bench: Bench, name: str, conditioning: str, seed: int) -> dict[str, Any]
 def main(
     output: Annotated[Path, typer.Argument(help="JSON file for the figures")],
     work: Annotated[Path, typer.Option(help="folder of data and finished runs")],
-    steps: Annotated[int, typer.Option(min=3, help="of every run")] = 300,
+    steps: Annotated[int, typer.Option(min=3, help="of every run")] = 500,
     num_seeds: Annotated[int, typer.Option(min=1)] = 2,
     conditioning: Annotated[str | None, typer.Option(help="features or tokens; by default both")] = None,
 ) -> None:
@@ -170,11 +178,14 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(target, tokenizer, work, steps)
     kinds = CONDITIONINGS if conditioning is None else (conditioning,)
-    todo = list(itertools.product(range(num_seeds), RECIPES, kinds))
+    every = itertools.product(range(num_seeds), RECIPES, kinds)
+    todo = [(seed, name, kind) for seed, name, kind in every if kind in RECIPES[name].conditionings]
     rows = [run(bench, name, kind, seed) for seed, name, kind in track(todo, description="Training runs")]
     if conditioning is None:
         command = f"python -m hf_specdiff.benchmarks.alignment {output} --work FOLDER --steps {steps} --num-seeds {num_seeds}"
-        write_results(output, rows, command, batch_size=BATCH_SIZE, documents=NUM_DOCUMENTS, eval_prompts=2 * EVAL_PROMPTS)
+        conditions = conditions_of(Models(target, tokenizer, {}), command)
+        conditions |= {"batch_size": BATCH_SIZE, "documents": NUM_DOCUMENTS, "eval_prompts": EVAL_PROMPTS}
+        write_record(output, {"conditions": conditions, "rows": rows})
         typer.echo(f"{len(rows)} rows written to {output}")
 
 

@@ -1,95 +1,83 @@
-"""README's tables and plot from the result files: `python -m hf_specdiff.benchmarks.report README.md`.
+"""README's tables and pictures from the result files: `python -m hf_specdiff.benchmarks.report README.md`.
 
-Knows the files that `hf-specdiff demo --output` and `hf_specdiff.benchmarks.shapes` write. Measures nothing.
+Knows the files that `hf-specdiff bench` and `hf_specdiff.benchmarks.alignment` write. Measures nothing.
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Annotated
 from typing import Any
 
-import matplotlib as mpl
 import typer
 
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
-
-from hf_specdiff.benchmarks.shapes import NUM_DRAFTS
-from hf_specdiff.benchmarks.shapes import PLAIN
+from hf_specdiff.benchmarks.journal import write_text
+from hf_specdiff.benchmarks.plots import plot_all
+from hf_specdiff.benchmarks.plots import save
+from hf_specdiff.benchmarks.tables import markdown
+from hf_specdiff.benchmarks.tables import speed_table
+from hf_specdiff.benchmarks.tables import time_table
+from hf_specdiff.benchmarks.time_budget import GAIN_TITLES
+from hf_specdiff.benchmarks.time_budget import gain_cells
+from hf_specdiff.benchmarks.time_budget import gains
+from hf_specdiff.benchmarks.time_budget import plot_accuracy
 
 RESULTS = Path("benchmarks") / "results"
 BASELINE = "uniform CE"
 
 
-def demo_section(record: dict[str, Any]) -> str:
-    """Return the comparison with plain `generate` and the AR assistant, and where a round's time goes."""
+def standard_section(record: dict[str, Any]) -> str:
+    """Return how fast every method is, and where its time goes."""
+    conditions, rows = record["conditions"], record["rows"]
+    first = rows[0]
+    lines = [
+        f"{first['num_prompts']} held-out prompts a task, {conditions['dtype']}, torch {conditions['torch']}, transformers "
+        f"{conditions['transformers']}, {conditions['machine']};",
+        "all methods in one process, in turn on each prompt. Written by "
+        f"`{conditions['command']}` ([`standard.json`](benchmarks/results/standard.json)).",
+        "",
+        speed_table([row for row in rows if not is_of_curve(row)]),
+        "",
+        "![Speed of every method](benchmarks/results/ratio.png)",
+        "",
+        f"Where the time goes ({first['task']}, greedy):",
+        "",
+        time_table([row for row in rows if is_like(row, first) and not is_of_curve(row)]),
+        "",
+        "![Acceptance by position](benchmarks/results/acceptance.png)",
+        "",
+        "Self-selection, as in SpecDiff-2, beside the walk over the same joint samples:",
+        "",
+        "![Self-selection and the walk](benchmarks/results/samples.png)",
+    ]
+    return "\n".join(lines)
+
+
+def is_of_curve(row: dict[str, Any]) -> bool:
+    """Return whether a row is there for the curve over K alone."""
+    return row["arguments"].get("num_drafts", 8) != 8
+
+
+def is_like(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether two rows may be compared."""
+    return all(row[name] == other[name] for name in ("task", "temperature", "batch_size"))
+
+
+def time_budget_section(record: dict[str, Any]) -> str:
+    """Return what speed is worth in right answers."""
     conditions = record["conditions"]
+    headline = conditions["headline_seconds"]
     lines = [
-        f"The bundled pair on its held-out prompts: {conditions['settings']}, {conditions['threads']} CPU threads "
-        f"({conditions['machine']}), torch {conditions['torch']},",
-        f"transformers {conditions['transformers']}; all decoders in one process, interleaved prompt by prompt. "
-        "`make bench` measures it again and writes",
-        "[`demo.json`](benchmarks/results/demo.json), which also holds the histogram of the tokens per round.",
+        f"{conditions['num_problems']} held-out problems of each difficulty ({', '.join(map(str, conditions['difficulties']))} "
+        f"steps), {headline:g} s for each, a budget fixed before the run; written by",
+        f"`{conditions['command']}` ([`time_budget.json`](benchmarks/results/time_budget.json)). One answer is greedy and read "
+        f"where the time is up; a vote is the majority of attempts sampled at {conditions['temperature']:g}.",
         "",
-        "| task | decoder | tokens/s | ratio to plain | tokens per round | identical to plain |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [demo_row(row) for row in record["rows"]]
-    lines += [
+        markdown(GAIN_TITLES, [gain_cells(gain) for gain in gains(record["rows"], headline)]),
         "",
-        "Tokens per round counts the target's own token. For the assistants in transformers' loop the pass over the prompt is "
-        "a round.",
-        "",
-        "| a round of math | whole | target pass | drafter pass | everything between them |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [round_row(times) for times in record["rounds"]]
-    return "\n".join(lines)
-
-
-def demo_row(row: dict[str, Any]) -> str:
-    """Return one decoder's line."""
-    return (
-        f"| {row['task']} | {row['decoder']} | {row['tokens_per_second']:.0f} | {row['ratio_to_plain']:.2f}x | "
-        f"{row['tokens_per_round']:.2f} | {row['num_identical']}/{row['num_prompts']} |"
-    )
-
-
-def round_row(times: dict[str, Any]) -> str:
-    """Return the line of one kind of round."""
-    whole = times["target_pass"] + times["drafter_pass"] + times["between"]
-    cells = [f"{1e3 * seconds:.1f} ms" for seconds in (whole, times["target_pass"], times["drafter_pass"])]
-    return f"| {times['drafter']} drafter, {times['shape']} | {' | '.join(cells)} | {100 * times['between_share']:.1f} % |"
-
-
-def shapes_section(record: dict[str, Any]) -> str:
-    """Return every shape and rule as a table."""
-    lines = [
-        f"Shapes and rules, by `{record['conditions']['command']}` "
-        "([`shapes.json`](benchmarks/results/shapes.json)); ratios are to plain `generate` at the same temperature and batch "
-        "size:",
-        "",
-        "| task | temperature | batch | method | ratio to plain | tokens per round | drafted per round | identical to plain |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [shapes_row(row) for row in record["rows"] if " samples by " not in row["method"]]
-    lines += [
-        "",
-        "![Self-selection and the walk over the same joint samples](benchmarks/results/samples.png)",
+        "![Accuracy against the time for a problem](benchmarks/results/time_budget.png)",
     ]
     return "\n".join(lines)
-
-
-def shapes_row(row: dict[str, Any]) -> str:
-    """Return one method's line."""
-    identical = "by law" if row["temperature"] else f"{row['num_identical']}/{row['num_prompts']}"
-    return (
-        f"| {row['task']} | {row['temperature']:g} | {row['batch_size']} | {row['method']} | {row['ratio_to_plain']:.2f}x | "
-        f"{row['tokens_per_round']:.2f} | {row['drafted_per_round']:.1f} | {identical} |"
-    )
 
 
 def alignment_section(record: dict[str, Any]) -> str:
@@ -98,7 +86,7 @@ def alignment_section(record: dict[str, Any]) -> str:
     seeds = {row["seed"] for row in rows}
     lines = [
         f"Objectives at equal compute: {rows[0]['steps']} steps of {conditions['batch_size']} sequences from nothing, "
-        f"{len(seeds)} seeds, {conditions['eval_prompts']} held-out prompts of both kinds, greedy chains "
+        f"{len(seeds)} seeds, {conditions['eval_prompts']} held-out word problems, greedy chains "
         "([`alignment.json`](benchmarks/results/alignment.json),",
         f"`{conditions['command']}`). Runs are short: they compare objectives, not drafters.",
         "",
@@ -125,30 +113,6 @@ def mean_of(rows: list[dict[str, Any]], name: str) -> float:
     return sum(row[name] for row in rows) / len(rows)
 
 
-def plot_samples(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plot tokens per round against K: SpecDiff-2's self-selection beside the walk on the same kind of drafts.
-
-    Args:
-        rows (`list[dict]`): of `shapes.json`.
-        path (`pathlib.Path`): the PNG file.
-    """
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for axis, temperature, title in zip(axes, (0.0, 1.0), ("greedy", "sampling at temperature 1"), strict=True):
-        for rule, label in (("match", "walk over all drafts"), ("self-selection", "self-selection")):
-            names = [f"features, {count} samples by {rule}" for count in NUM_DRAFTS]
-            found = {row["method"]: row["tokens_per_round"] for row in rows if row["temperature"] == temperature}
-            axis.plot(NUM_DRAFTS, [found[name] for name in names], marker="o", label=label)
-        axis.set(xscale="log", xlabel="joint drafts K", title=f"math, {title}")
-        axis.set_xticks(NUM_DRAFTS, [str(count) for count in NUM_DRAFTS])
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("tokens per round")
-    axes[0].legend()
-    beside = path.with_suffix(".partial.png")
-    figure.savefig(beside, dpi=120)
-    plt.close(figure)
-    os.replace(beside, path)
-
-
 def between_markers(text: str, name: str, body: str) -> str:
     """Return a text with what stands between two markers replaced.
 
@@ -170,22 +134,23 @@ def between_markers(text: str, name: str, body: str) -> str:
     return new
 
 
+# What stands between which markers of the README, and the file that it is made from.
+SECTIONS = {"standard": standard_section, "time_budget": time_budget_section, "alignment": alignment_section}
+
+
 def main(readme: Annotated[Path, typer.Argument(help="the README to bring up to date")]) -> None:
-    """Write the tables between README's result markers and draw the plot beside the result files."""
+    """Write the tables between README's result markers and draw the pictures beside the result files."""
     folder = readme.parent / RESULTS
-    demo = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
-    shapes = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))
-    plot_samples(shapes["rows"], folder / "samples.png")
     text = readme.read_text(encoding="utf-8")
-    new = between_markers(text, "results", f"{demo_section(demo)}\n\n{shapes_section(shapes)}")
-    if (folder / "alignment.json").is_file():
-        alignment = json.loads((folder / "alignment.json").read_text(encoding="utf-8"))
-        new = between_markers(new, "alignment", alignment_section(alignment))
-    beside = readme.with_suffix(".partial")
-    beside.write_text(new, encoding="utf-8")
-    os.replace(beside, readme)
-    plain = [row for row in shapes["rows"] if row["method"] == PLAIN]
-    typer.echo(f"{len(demo['rows'])} and {len(shapes['rows']) - len(plain)} rows written to {readme}")
+    for name, section in SECTIONS.items():
+        record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        text = between_markers(text, name, section(record))
+        if name == "standard":
+            plot_all(record, folder)
+        elif name == "time_budget":
+            save(plot_accuracy(record["rows"]), folder / "time_budget.png")
+    write_text(readme, text)
+    typer.echo(f"{len(SECTIONS)} tables written to {readme}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from hf_specdiff.model_card import drafter_card
 from hf_specdiff.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.repository import own_defaults
 
-RESULTS = Path("benchmarks") / "results" / "shapes.json"
+RESULTS = Path("benchmarks") / "results" / "standard.json"
 KINDS = ("features", "tokens")
 
 
@@ -21,7 +21,7 @@ def results_of(record: dict[str, Any], kind: str) -> dict[str, Any]:
     """Return what was measured of one bundled drafter.
 
     Args:
-        record (`dict`): of `hf_specdiff.benchmarks.shapes`.
+        record (`dict`): of `hf-specdiff bench`.
         kind (`str`): `"features"` or `"tokens"`.
 
     Returns:
@@ -38,7 +38,7 @@ def card_of(kind: str, record: dict[str, Any]) -> str:
 
     Args:
         kind (`str`): `"features"` or `"tokens"`.
-        record (`dict`): of `hf_specdiff.benchmarks.shapes`.
+        record (`dict`): of `hf-specdiff bench`.
 
     Returns:
         `str`: the file's text.

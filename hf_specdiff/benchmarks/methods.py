@@ -1,0 +1,130 @@
+"""Ways to decode that can be laid side by side: plain `generate`, the host's own speculation, and ours in every shape and rule.
+
+Knows which arguments make which method. Measures nothing.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
+
+import torch
+
+from hf_specdiff.generate import generate
+
+PLAIN = "plain generate"
+NUM_DRAFTS = (1, 2, 4, 8, 16)
+TREE_SIZES = (16, 32)
+HOT = 1.5  # the temperature that SpecDiff-2 draws joint samples at
+# What the host's documentation proposes to begin with.
+LOOKUP_TOKENS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """A target, its tokenizer, and who drafts for it.
+
+    Attributes:
+        target (`transformers.PreTrainedModel`): the target.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer, padding on the left.
+        drafters (`dict`): `SpecDiffDrafter`s by name.
+        assistants (`dict`): autoregressive assistants by name.
+    """
+
+    target: Any
+    tokenizer: Any
+    drafters: dict[str, Any]
+    assistants: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where prompts go."""
+        device: torch.device = self.target.device
+        return device
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to decode.
+
+    Attributes:
+        name (`str`): as it stands in tables.
+        arguments (`dict`): of `generate`.
+        assistant (`str`, *optional*): the name of the drafter or assistant.
+        is_ours (`bool`): whether `hf_specdiff.generate` runs the loop, or the target's own `generate`.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    assistant: str | None = None
+    is_ours: bool = False
+
+    def decode(self, models: Models, inputs: Mapping[str, Any], **settings: Any) -> Any:
+        """Decode a batch.
+
+        Args:
+            models (`Models`): who decodes.
+            inputs (`Mapping`): `input_ids` and `attention_mask`.
+            **settings: of `generate`, the same for every method.
+
+        Returns:
+            what `generate` returns.
+        """
+        arguments = {**inputs, **settings, **self.arguments}
+        if self.assistant is not None:
+            arguments["assistant_model"] = (models.drafters | models.assistants)[self.assistant]
+        return generate(models.target, **arguments) if self.is_ours else models.target.generate(**arguments)
+
+
+def ours(drafter: str, name: str, **arguments: Any) -> Method:
+    """Return a method of our loop, named after the drafter and what is done with it."""
+    return Method(f"{drafter}, {name}", arguments, drafter, is_ours=True)
+
+
+def host_methods(models: Models, drafters: Iterable[str]) -> list[Method]:
+    """Return what transformers can do with the same target and some of the drafters, plain `generate` first."""
+    methods = [
+        Method(PLAIN, {}),
+        Method("transformers, prompt lookup", {"prompt_lookup_num_tokens": LOOKUP_TOKENS}),
+    ]
+    methods += [Method(f"transformers, {name}", {}, name) for name in models.assistants]
+    for name in drafters:
+        if models.drafters[name].config.target_layer_ids is None:
+            methods.append(Method(f"transformers, {name}", {}, name))
+        else:
+            methods.append(Method(f"transformers' dflash loop, {name}", {"speculation_type": "dflash"}, name))
+    return methods
+
+
+def our_methods(drafter: str, temperature: float, num_drafts: tuple[int, ...] = (8,)) -> list[Method]:
+    """Return every shape and rule worth comparing at a temperature.
+
+    Args:
+        drafter (`str`): its name.
+        temperature (`float`): 0 for greedy.
+        num_drafts (`tuple[int, ...]`): the numbers K of joint samples.
+
+    Returns:
+        `list[Method]`: chains, trees, auto, joint samples.
+    """
+    if temperature:
+        methods = [
+            ours(drafter, f"chain by {rule}", draft_shape="chain", acceptance=rule) for rule in ("match", "ratio", "block")
+        ]
+        methods += [
+            ours(drafter, f"tree of 32 by {rule}", draft_shape="tree", tree_budget=32, acceptance=rule)
+            for rule in ("match", "ratio")
+        ]
+    else:
+        methods = [ours(drafter, "chain", draft_shape="chain")]
+        methods += [ours(drafter, f"tree of {size}", draft_shape="tree", tree_budget=size) for size in TREE_SIZES]
+    methods.append(ours(drafter, "auto", tree_budget="auto"))
+    return methods + [samples(drafter, count, rule) for count in num_drafts for rule in ("match", "self_selection")]
+
+
+def samples(drafter: str, count: int, rule: str) -> Method:
+    """Return the verification of K joint samples, as in SpecDiff-2 or by the walk over all of them."""
+    name = f"{count} samples by {rule.replace('_', '-')}"
+    arguments: dict[str, Any] = {"draft_shape": "samples", "num_drafts": count, "draft_temperature": HOT}
+    return ours(drafter, name, **arguments, acceptance=rule)

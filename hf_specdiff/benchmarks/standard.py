@@ -1,0 +1,291 @@
+"""The benchmark: which prompts go through which methods, and the files that come of it. What `hf-specdiff bench` runs.
+
+Knows the bundled pair's standard set, and what to compare for models of others.
+"""
+
+import itertools
+import json
+import platform
+import subprocess
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import BarColumn
+from rich.progress import MofNCompleteColumn
+from rich.progress import Progress
+from rich.progress import TextColumn
+from rich.progress import TimeElapsedColumn
+from rich.progress import TimeRemainingColumn
+
+from hf_specdiff import __version__
+from hf_specdiff.benchmarks.figures import rows_of
+from hf_specdiff.benchmarks.journal import Journal
+from hf_specdiff.benchmarks.journal import write_text
+from hf_specdiff.benchmarks.methods import NUM_DRAFTS
+from hf_specdiff.benchmarks.methods import Method
+from hf_specdiff.benchmarks.methods import Models
+from hf_specdiff.benchmarks.methods import host_methods
+from hf_specdiff.benchmarks.methods import our_methods
+from hf_specdiff.benchmarks.methods import ours
+from hf_specdiff.benchmarks.plots import plot_all
+from hf_specdiff.benchmarks.runner import Block
+from hf_specdiff.benchmarks.runner import run_block
+from hf_specdiff.benchmarks.tables import speed_table
+from hf_specdiff.benchmarks.tables import time_table
+from hf_specdiff.demo.bundle import load_demo
+from hf_specdiff.profiling import machine_of
+from hf_specdiff.profiling import measure_profile
+from hf_specdiff.speculation import resolve_speculation
+from hf_specdiff.training.trainer import new_drafter
+
+RESULTS, TABLE = "results.json", "table.md"
+PACKAGE = Path(__file__).parents[1]
+BATCH_SIZE = 8
+# Of the token-conditioned drafter's methods, the standard set has these.
+TOKENS = ("chain", "chain by block", "tree of 16", "tree of 32 by ratio", "auto")
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much is measured.
+
+    Attributes:
+        texts (`dict[str, list[str]]`): prompts by task.
+        max_new_tokens (`dict[str, int]`): the length limit by task.
+        temperatures (`tuple[float, ...]`): 0 for greedy.
+        batch_sizes (`tuple[int, ...]`): prompts decoded together.
+        seed (`int`): of sampling.
+        words (`tuple[str, ...]`): only methods whose name holds one of them, and plain `generate`; all if empty.
+    """
+
+    texts: dict[str, list[str]]
+    max_new_tokens: dict[str, int]
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    batch_sizes: tuple[int, ...] = (1,)
+    seed: int = 0
+    words: tuple[str, ...] = ()
+
+
+def bundled_models() -> Models:
+    """Return the bundled models, and an untrained drafter of the feature-conditioned one's shape."""
+    target, features, tokenizer = load_demo("features")
+    tokens, unaligned, assistant = (load_demo(name)[1] for name in ("tokens", "unaligned", "autoregressive"))
+    untrained = new_drafter(features.config, seed=0).eval()
+    drafters = {"features": features, "tokens": tokens, "unaligned": unaligned, "untrained": untrained}
+    return Models(target, tokenizer, drafters, {"AR assistant": assistant})
+
+
+def bundled_methods(models: Models, temperature: float, num_drafts: tuple[int, ...]) -> list[Method]:
+    """Return what the standard set compares: everything of both drafters, and what the others are there to show.
+
+    Args:
+        models (`Models`): of `bundled_models`.
+        temperature (`float`): 0 for greedy.
+        num_drafts (`tuple[int, ...]`): the numbers K of joint samples.
+
+    Returns:
+        `list[Method]`: plain `generate` first.
+    """
+    methods = host_methods(models, ("features", "tokens"))
+    methods += our_methods("features", temperature, num_drafts)
+    methods += [method for method in our_methods("tokens", temperature, ()) if method.name.endswith(TOKENS)]
+    if temperature:
+        return methods
+    return [*methods, ours("unaligned", "chain", draft_shape="chain"), ours("untrained", "auto", tree_budget="auto")]
+
+
+def methods_for(models: Models, temperature: float) -> list[Method]:
+    """Return what to compare of any models: the host's methods and, of each drafter, ours; plain `generate` first."""
+    methods = host_methods(models, models.drafters)
+    return methods + [method for name in models.drafters for method in our_methods(name, temperature)]
+
+
+def blocks_of(models: Models, extent: Extent, *, is_standard: bool = False) -> list[Block]:
+    """Return what is compared with what.
+
+    Args:
+        models (`Models`): who decodes.
+        extent (`Extent`): how much.
+        is_standard (`bool`): whether it is the bundled pair's standard set: its first task has a curve over K, and is decoded
+            in batches too.
+
+    Returns:
+        `list[Block]`: one for every task, temperature and batch size.
+    """
+    blocks = []
+    for task, temperature in itertools.product(extent.texts, extent.temperatures):
+        is_first = is_standard and task == next(iter(extent.texts))
+        if is_standard:
+            methods = bundled_methods(models, temperature, NUM_DRAFTS if is_first else (8,))
+        else:
+            methods = methods_for(models, temperature)
+        blocks += [_block(extent, task, methods, temperature, size) for size in extent.batch_sizes]
+        if is_first and not temperature:
+            batched = [*methods[:1], *our_methods("features", temperature, ())]
+            blocks.append(_block(extent, task, batched, temperature, BATCH_SIZE))
+    return blocks
+
+
+def _block(extent: Extent, task: str, methods: list[Method], temperature: float, batch_size: int) -> Block:
+    return Block(
+        task,
+        extent.texts[task],
+        _chosen(methods, extent.words),
+        extent.max_new_tokens[task],
+        temperature=temperature,
+        batch_size=batch_size,
+        seed=extent.seed,
+    )
+
+
+def _chosen(methods: list[Method], words: tuple[str, ...]) -> list[Method]:
+    """Return the methods that are asked for; plain `generate`, the first, always."""
+    return methods[:1] + [method for method in methods[1:] if not words or any(word in method.name for word in words)]
+
+
+def check_extent(models: Models, extent: Extent) -> None:
+    """Refuse what cannot be measured before any work.
+
+    Args:
+        models (`Models`): who decodes.
+        extent (`Extent`): how much.
+
+    Raises:
+        ValueError: for an empty prompt, one that leaves no room in the target's context, a temperature or batch size out of
+            range, or words that no method has.
+    """
+    if min(extent.temperatures) < 0:
+        raise ValueError(f"`temperature` must be at least 0, got {min(extent.temperatures)}.")
+    if min(extent.batch_sizes) < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {min(extent.batch_sizes)}.")
+    room = getattr(models.target.config.get_text_config(), "max_position_embeddings", None)
+    for task, texts in extent.texts.items():
+        for number, text in enumerate(texts, 1):
+            length = len(models.tokenizer(text)["input_ids"])
+            if not text.strip() or not length:
+                raise ValueError(f"`prompts` must have a text each, got an empty one, number {number} of {task!r}.")
+            if room is not None and length + extent.max_new_tokens[task] > room:
+                raise ValueError(
+                    f"`prompts` must leave {extent.max_new_tokens[task]} of the target's {room} positions free, got {length} "
+                    f"tokens in number {number} of {task!r}. Shorten it, or lower `max_new_tokens`."
+                )
+
+
+def benchmark(
+    models: Models, extent: Extent, output: Path, names: dict[str, Any], command: str, *, is_standard: bool = False
+) -> dict[str, Any]:
+    """Lay methods side by side; what `hf-specdiff bench` does.
+
+    Args:
+        models (`Models`): who decodes.
+        extent (`Extent`): how much.
+        output (`pathlib.Path`): the folder; gets `results.json`, `table.md` and pictures. An interrupted run goes on.
+        names (`dict`): where the models came from.
+        command (`str`): what was typed.
+        is_standard (`bool`): see `blocks_of`.
+
+    Returns:
+        `dict`: what is in `results.json`: `conditions`, `profile` (what passes cost), `rows`.
+
+    Raises:
+        ValueError: if `extent` cannot be measured, or the folder is of something else.
+    """
+    check_extent(models, extent)
+    blocks = blocks_of(models, extent, is_standard=is_standard)
+    if extent.words and all(len(block.methods) == 1 for block in blocks):
+        known = dict.fromkeys(m.name for t in extent.temperatures for m in methods_for(models, t))
+        raise ValueError(f"`method` must be part of a method's name, got {list(extent.words)}. There are: {', '.join(known)}.")
+    journal = Journal(output, settings_of(models, blocks, names))
+    transformers.logging.disable_progress_bar()
+    with progress_bar() as progress:
+        bar = progress.add_task("", total=sum(block.num_steps for block in blocks))
+        for block in blocks:
+            progress.update(bar, description=block.name)
+            run_block(models, block, journal, partial(progress.advance, bar))
+    rows = [row for block in blocks for row in rows_of(block, models, journal)]
+    record = {"conditions": conditions_of(models, command), "profile": _profile(models), "rows": rows}
+    write_record(output / RESULTS, record)
+    write_text(output / TABLE, f"{speed_table(rows)}\n\n{time_table(rows)}\n")
+    plot_all(record, output)
+    return record
+
+
+def progress_bar() -> Progress:
+    """Return a bar with what is done, how long it took and what is left."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )
+
+
+def conditions_of(models: Models, command: str) -> dict[str, Any]:
+    """Return what figures depend on: versions, commit, machine, precision, the command."""
+    return {
+        "hf_specdiff": __version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": machine_of(models.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(models.target.dtype).removeprefix("torch."),
+        "command": command,
+    }
+
+
+def commit() -> str | None:
+    """Return the package's commit, with a plus sign if files differ from it; `None` outside a repository."""
+    try:
+        git = ["git", "-C", str(PACKAGE)]
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write figures as JSON, whole or not at all."""
+    write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def _profile(models: Models) -> dict[str, list[float]] | None:
+    """Return what target passes of different sizes cost, as a chain's round sees them; it takes a drafter to run one."""
+    if not models.drafters:
+        return None
+    drafter = next(iter(models.drafters.values()))
+    chain = resolve_speculation({"draft_shape": "chain"}, drafter, do_sample=False)
+    profile = measure_profile(models.target, drafter, chain, models.device)
+    return {"sizes": [float(size) for size in profile.sizes], "target_seconds": profile.target_seconds}
+
+
+def settings_of(models: Models, blocks: list[Block], names: dict[str, Any]) -> dict[str, Any]:
+    """Return everything that decides what a run measures; a folder of a run with other settings is refused.
+
+    Args:
+        models (`Models`): who decodes.
+        blocks (`list[Block]`): what is compared.
+        names (`dict`): where the models came from.
+
+    Returns:
+        `dict`: of values that JSON knows.
+    """
+    return {
+        **names,
+        "dtype": str(models.target.dtype),
+        "machine": machine_of(models.device),
+        "transformers": transformers.__version__,
+        "hf_specdiff": __version__,
+        **{
+            block.name: {
+                "texts": block.texts,
+                "methods": {method.name: method.arguments for method in block.methods},
+                "max_new_tokens": block.max_new_tokens,
+                "seed": block.seed,
+            }
+            for block in blocks
+        },
+    }

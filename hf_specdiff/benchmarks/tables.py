@@ -1,0 +1,71 @@
+"""A benchmark's figures as tables: cells for the terminal, and Markdown. Measures nothing."""
+
+from typing import Any
+
+SPEED_TITLES = [
+    "task",
+    "temperature",
+    "batch_size",
+    "method",
+    "tokens/s",
+    "ratio to plain (95 %)",
+    "tokens per round",
+    "our fastest to it (95 %)",
+    "identical",
+]
+TIME_TITLES = [
+    "method",
+    "a round",
+    "target",
+    "drafter",
+    "rest",
+    "first token",
+    "memory",
+    "share of the limit",
+    "the limit",
+    "perfect drafts",
+]
+
+
+def speed_cells(row: dict[str, Any]) -> list[str]:
+    """Return how fast a method is, under `SPEED_TITLES`; of one that could not run the reason."""
+    cells = [row["task"], f"{row['temperature']:g}", str(row["batch_size"]), row["method"]]
+    if "refusal" in row:
+        return [*cells, "", f"cannot run: {row['refusal']}", "", "", ""]
+    identical = "by law" if row["temperature"] else f"{row['num_identical']}/{row['num_prompts']}"
+    lead = f"{row['best_to_this']:.2f}x ({row['best_low']:.2f} to {row['best_high']:.2f})" if "best_to_this" in row else ""
+    ratio = f"{row['ratio_to_plain']:.2f}x ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+    return [*cells, f"{row['tokens_per_second']:.0f}", ratio, f"{row['tokens_per_round']:.2f}", lead, identical]
+
+
+def time_cells(row: dict[str, Any]) -> list[str]:
+    """Return where the time of a method's rounds goes, under `TIME_TITLES`; what is not known is left empty."""
+    parts = [row[name] for name in ("target_seconds", "drafter_seconds", "rest_seconds")]
+    first, peak, perfect = row["first_token_seconds"], row["peak_bytes"], row.get("perfect_ratio")
+    return [
+        row["method"],
+        f"{1e3 * sum(parts):.1f} ms",
+        *(f"{1e3 * part:.1f} ms" for part in parts[:2]),
+        f"{100 * parts[2] / sum(parts):.1f} %",
+        "" if first is None else f"{1e3 * first:.1f} ms",
+        "" if peak is None else f"{peak / 1e6:.0f} MB",
+        f"{100 * row['share_of_limit']:.0f} %",
+        f"{row['limit_ratio']:.2f}x",
+        "" if perfect is None else f"{perfect:.1f}x",
+    ]
+
+
+def markdown(titles: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [titles, ["---"] * len(titles), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of speeds."""
+    return markdown(SPEED_TITLES, [speed_cells(row) for row in rows])
+
+
+def time_table(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of where the time of a round goes, of the methods that were looked into."""
+    return markdown(TIME_TITLES, [time_cells(row) for row in rows if "target_seconds" in row])

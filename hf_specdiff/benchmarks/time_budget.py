@@ -1,0 +1,338 @@
+"""Acceleration-compute scaling: what faster decoding is worth in right answers within a fixed wall-clock time.
+
+Word problems with checkable answers, and two ways to spend the time on each: one greedy step-by-step answer, read where the
+time is up, or sampled attempts one after the other, the majority of those that are finished deciding. Every piece of text is
+kept with the second it came at, so that one run tells the accuracy at every budget, and all methods take turns on each problem.
+
+Source: SpecDiff-2, arXiv:2511.00606 (one budget of 15 s and the first way only).
+"""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import asdict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from hf_specdiff.benchmarks.clocks import Recording
+from hf_specdiff.benchmarks.clocks import wait
+from hf_specdiff.benchmarks.journal import Journal
+from hf_specdiff.benchmarks.methods import PLAIN
+from hf_specdiff.benchmarks.methods import Method
+from hf_specdiff.benchmarks.methods import Models
+from hf_specdiff.benchmarks.methods import ours
+from hf_specdiff.benchmarks.plots import save
+from hf_specdiff.benchmarks.standard import RESULTS
+from hf_specdiff.benchmarks.standard import conditions_of
+from hf_specdiff.benchmarks.standard import progress_bar
+from hf_specdiff.benchmarks.standard import write_record
+from hf_specdiff.demo.word_problems import WordProblem
+from hf_specdiff.demo.word_problems import iter_problems
+from hf_specdiff.profiling import machine_of
+
+ANSWER, VOTE = "one answer", "majority vote"
+STATED = re.compile(r"The answer is (\d+)\.")
+NUMBER = re.compile(r"\d+")
+# Of the problems: no other set of this package is made with it.
+SEED = 11
+HEADLINE = 0.5
+FRACTIONS = (0.2, 0.3, 0.4, 0.6, 1.0, 1.5, 2.0, 3.0, 4.0)
+GAIN_TITLES = ["strategy", "method", "right answers", "gain over plain generate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured, all of it decided before the run.
+
+    Attributes:
+        methods (`list[Method]`): who solves the problems; plain `generate` first.
+        headline (`float`): seconds for a problem, the budget at which gains are stated; the curve runs through `FRACTIONS` of
+            it.
+        difficulties (`tuple[int, ...]`): steps of a problem's solution.
+        num_problems (`int`): of each difficulty.
+        max_new_tokens (`int`): of an answer.
+        temperature (`float`): of sampled attempts.
+        seed (`int`): of sampled attempts.
+    """
+
+    methods: list[Method]
+    headline: float = HEADLINE
+    difficulties: tuple[int, ...] = (2, 4, 5)
+    num_problems: int = 20
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    seed: int = 0
+
+    @property
+    def budgets(self) -> list[float]:
+        """Seconds for a problem, rising."""
+        return [round(self.headline * fraction, 4) for fraction in FRACTIONS]
+
+    def problems(self) -> Iterator[tuple[int, WordProblem]]:
+        """Yield held-out problems with their number, the difficulties in turn."""
+        sources = [iter_problems(SEED + steps, held_out=True, num_steps=(steps,)) for steps in self.difficulties]
+        rounds = zip(*sources, strict=True)
+        every = itertools.chain.from_iterable(itertools.islice(rounds, self.num_problems))
+        yield from enumerate(every)
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One text.
+
+    Attributes:
+        method (`str`): who wrote it.
+        strategy (`str`): `"one answer"` or `"majority vote"`.
+        difficulty (`int`): steps of the problem.
+        problem (`int`): its number.
+        seconds (`list[float]`): when each piece came, since the work on the problem began; of a vote's attempts the end alone.
+        answers (`list[str | None]`): what the text answers from then on.
+        expected (`str`): the right answer.
+    """
+
+    method: str
+    strategy: str
+    difficulty: int
+    problem: int
+    seconds: list[float]
+    answers: list[str | None]
+    expected: str
+
+    def answer_at(self, seconds: float) -> str | None:
+        """Return what is answered when the time is up."""
+        known = [answer for when, answer in zip(self.seconds, self.answers, strict=True) if when <= seconds]
+        return known[-1] if known else None
+
+
+def answer_in(text: str, *, is_whole: bool) -> str | None:
+    """Return the answer that a text states, or, of a text cut off, the last number that it came to.
+
+    Args:
+        text (`str`): a solution or its beginning.
+        is_whole (`bool`): whether it must have been stated.
+
+    Returns:
+        `str`: digits; `None` if there is none.
+    """
+    stated = STATED.findall(text)
+    if stated or is_whole:
+        return stated[-1] if stated else None
+    # A number at the very end may have more digits to come.
+    numbers = NUMBER.findall(re.sub(r"\d+$", "", text))
+    return numbers[-1] if numbers else None
+
+
+def scaling_methods(drafters: Sequence[str]) -> list[Method]:
+    """Return who solves problems: plain `generate`, the chain of each drafter, and the full loop with the last one."""
+    chains = [ours(name, "chain", draft_shape="chain") for name in drafters]
+    return [Method(PLAIN, {}), *chains, ours(drafters[-1], "auto", tree_budget="auto")]
+
+
+def benchmark_time_budget(models: Models, plan: Plan, output: Path, names: dict[str, Any], command: str) -> dict[str, Any]:
+    """Measure right answers within wall-clock budgets; what `hf-specdiff bench --time-budget` does.
+
+    Args:
+        models (`Models`): who decodes.
+        plan (`Plan`): what is measured.
+        output (`pathlib.Path`): the folder; gets `results.json` and a picture. An interrupted run goes on.
+        names (`dict`): where the models came from.
+        command (`str`): what was typed.
+
+    Returns:
+        `dict`: what is in `results.json`: `conditions` and `rows`.
+
+    Raises:
+        ValueError: for a budget in which nothing can be written, or a folder of something else.
+    """
+    check_budget(models, plan)
+    journal = Journal(output, {**names, **asdict(plan), "machine": machine_of(models.device), "torch": torch.__version__})
+    with progress_bar() as progress:
+        bar = progress.add_task("problems", total=plan.num_problems * len(plan.difficulties))
+        run_time_budget(models, plan, journal, partial(progress.advance, bar))
+    settings = {name: value for name, value in asdict(plan).items() if name != "methods"}
+    settings["headline_seconds"] = settings.pop("headline")
+    rows = accuracy_rows(plan, journal)
+    record = {"conditions": {**conditions_of(models, command), **settings}, "rows": rows}
+    write_record(output / RESULTS, record)
+    save(plot_accuracy(rows), output / "time_budget.png")
+    return record
+
+
+def check_budget(models: Models, plan: Plan) -> None:
+    """Refuse budgets in which nothing can be written.
+
+    Args:
+        models (`Models`): who decodes.
+        plan (`Plan`): with the budgets.
+
+    Raises:
+        ValueError: if the shortest one is shorter than the time to plain decoding's first token.
+    """
+    _, problem = next(plan.problems())
+    for _ in range(2):  # the first call allocates
+        first = _write(models, plan.methods[0], problem, 1, {"do_sample": False}).pieces[1][0]
+    if plan.budgets[0] < first:
+        raise ValueError(
+            f"`budget` must be longer than {first / FRACTIONS[0]:.3f} s here, got {plan.headline}. The curve begins at "
+            f"{FRACTIONS[0]:g} of it, which must be enough for one token."
+        )
+
+
+def run_time_budget(models: Models, plan: Plan, journal: Journal, on_problem: Callable[[], None] = lambda: None) -> None:
+    """Let every method solve every problem in both ways.
+
+    Args:
+        models (`Models`): who decodes.
+        plan (`Plan`): what is measured.
+        journal (`Journal`): gets a record for each text; what it holds already is not written again.
+        on_problem (`Callable`): called after each problem.
+    """
+    is_warm = False
+    for number, problem in plan.problems():
+        if not journal.select(problem=number):
+            if not is_warm:
+                for method in plan.methods:
+                    _write(models, method, problem, plan.max_new_tokens, {"do_sample": False})
+                is_warm = True
+            attempts = [_one_answer(models, plan, method, number, problem) for method in plan.methods]
+            for method in plan.methods:
+                attempts += _votes(models, plan, method, number, problem)
+            journal.append(asdict(attempt) for attempt in attempts)
+        on_problem()
+
+
+def accuracy_rows(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
+    """Return the share of right answers of each method, difficulty, strategy and budget.
+
+    Args:
+        plan (`Plan`): what was measured.
+        journal (`Journal`): with all texts.
+
+    Returns:
+        `list[dict]`: `method`, `difficulty`, `strategy`, `budget_seconds`, `accuracy`, `problems`, `seed`.
+    """
+    grouped: dict[tuple[str, int, str], dict[int, list[Attempt]]] = {}
+    for record in journal.records:
+        attempt = Attempt(**record)
+        group = grouped.setdefault((attempt.method, attempt.difficulty, attempt.strategy), {})
+        group.setdefault(attempt.problem, []).append(attempt)
+    rows = []
+    for method, difficulty, strategy in itertools.product(plan.methods, plan.difficulties, (ANSWER, VOTE)):
+        problems = grouped[method.name, difficulty, strategy]
+        for budget in plan.budgets:
+            num_right = sum(vote(attempts, budget) == attempts[0].expected for attempts in problems.values())
+            rows.append(
+                {
+                    "method": method.name,
+                    "difficulty": difficulty,
+                    "strategy": strategy,
+                    "budget_seconds": budget,
+                    "accuracy": num_right / len(problems),
+                    "problems": len(problems),
+                    "seed": plan.seed,
+                }
+            )
+    return rows
+
+
+def vote(attempts: list[Attempt], seconds: float) -> str | None:
+    """Return what most attempts answer when the time is up; of several equally frequent answers the first one given."""
+    answers = Counter(answer for attempt in attempts if (answer := attempt.answer_at(seconds)) is not None)
+    return answers.most_common(1)[0][0] if answers else None
+
+
+def gains(rows: list[dict[str, Any]], headline: float) -> list[dict[str, Any]]:
+    """Return what each method gains at one budget, over all difficulties.
+
+    Args:
+        rows (`list[dict]`): of `accuracy_rows`.
+        headline (`float`): the budget, in seconds.
+
+    Returns:
+        `list[dict]`: `strategy`, `method`, `accuracy`, `gain_percent` over plain `generate` (`None` where that solves none).
+    """
+    found = []
+    for strategy in (ANSWER, VOTE):
+        chosen = [row for row in rows if row["strategy"] == strategy and row["budget_seconds"] == headline]
+        accuracies = {
+            method: sum(row["accuracy"] * row["problems"] for row in chosen if row["method"] == method)
+            / sum(row["problems"] for row in chosen if row["method"] == method)
+            for method in dict.fromkeys(row["method"] for row in chosen)
+        }
+        plain = next(iter(accuracies.values()))
+        for method, accuracy in accuracies.items():
+            gain = 100 * (accuracy / plain - 1) if plain else None
+            found.append({"strategy": strategy, "method": method, "accuracy": accuracy, "gain_percent": gain})
+    return found
+
+
+def gain_cells(gain: dict[str, Any]) -> list[str]:
+    """Return a gain under `GAIN_TITLES`."""
+    percent = "" if gain["gain_percent"] is None else f"{gain['gain_percent']:+.0f} %"
+    return [gain["strategy"], gain["method"], f"{100 * gain['accuracy']:.0f} %", percent]
+
+
+def plot_accuracy(rows: list[dict[str, Any]]) -> Figure:
+    """Draw accuracy against the budget, for each difficulty and strategy."""
+    difficulties = sorted({row["difficulty"] for row in rows})
+    size = (3.6 * len(difficulties), 6.2)
+    figure, axes = plt.subplots(2, len(difficulties), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    for axis, (strategy, difficulty) in zip(axes.flat, itertools.product((ANSWER, VOTE), difficulties), strict=True):
+        chosen = [row for row in rows if (row["strategy"], row["difficulty"]) == (strategy, difficulty)]
+        for method in dict.fromkeys(row["method"] for row in chosen):
+            own = [row for row in chosen if row["method"] == method]
+            axis.plot([row["budget_seconds"] for row in own], [row["accuracy"] for row in own], marker=".", label=method)
+        axis.set(xscale="log", xlabel="seconds for a problem", title=f"{strategy}, {difficulty} steps")
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("right answers")
+    axes[0, 0].legend(fontsize=7)
+    return figure
+
+
+def _write(models: Models, method: Method, problem: WordProblem, max_new_tokens: int, settings: dict[str, Any]) -> Recording:
+    """Let a method write, and return what came when."""
+    inputs = models.tokenizer(problem.prompt, return_tensors="pt", return_token_type_ids=False).to(models.device)
+    wait(models.device)
+    recording = Recording()
+    method.decode(models, inputs, streamer=recording, max_new_tokens=max_new_tokens, **settings)
+    return recording
+
+
+def _one_answer(models: Models, plan: Plan, method: Method, number: int, problem: WordProblem) -> Attempt:
+    """Write one greedy answer and note what it says after each piece."""
+    recording = _write(models, method, problem, plan.max_new_tokens, {"do_sample": False})
+    answers, tokens = [], []
+    for _, piece in recording.pieces[1:]:
+        tokens += piece
+        answers.append(answer_in(models.tokenizer.decode(tokens, skip_special_tokens=True), is_whole=False))
+    times = [when for when, _ in recording.pieces[1:]]
+    return Attempt(method.name, ANSWER, problem.num_steps, number, times, answers, problem.answer)
+
+
+def _votes(models: Models, plan: Plan, method: Method, number: int, problem: WordProblem) -> list[Attempt]:
+    """Sample answers until the longest budget is over."""
+    settings = {"do_sample": True, "temperature": plan.temperature, "top_k": 0, "top_p": 1.0}
+    attempts: list[Attempt] = []
+    elapsed = 0.0
+    while elapsed < plan.budgets[-1]:
+        torch.manual_seed(1_000 * (plan.seed * 10_000 + number) + len(attempts))
+        recording = _write(models, method, problem, plan.max_new_tokens, settings)
+        elapsed += recording.duration
+        text = models.tokenizer.decode(recording.tokens_at(recording.duration), skip_special_tokens=True)
+        answer = answer_in(text, is_whole=True)
+        attempts.append(Attempt(method.name, VOTE, problem.num_steps, number, [elapsed], [answer], problem.answer))
+    return attempts
