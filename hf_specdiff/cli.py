@@ -356,7 +356,9 @@ def _models_of(target: str, drafters: list[str], assistant: str | None, dtype: s
 
 def _table(titles: list[str], rows: list[list[str]], title: str | None = None) -> Table:
     """Return a table for the terminal."""
-    table = Table(*titles, title=title)
+    table = Table(title=title)
+    for name in titles:
+        table.add_column(name, no_wrap=name == "method")
     for row in rows:
         table.add_row(*map(escape, row))
     return table

@@ -88,3 +88,6 @@ def test_every_mapped_file_exists() -> None:
     assert tree is not None
     for name in re.findall(r"^  (\w+\.py|\w+/)", tree.group(1), flags=re.MULTILINE):
         assert (ROOT / "hf_specdiff" / name).exists(), name
+    nested = re.findall(r"^    (\w+\.py(?:, \w+\.py)*)", tree.group(1), flags=re.MULTILINE)
+    names = {name for line in nested for name in line.split(", ")}
+    assert names == {path.name for path in (ROOT / "hf_specdiff" / "benchmarks").glob("*.py")} - {"__init__.py"}

@@ -79,12 +79,12 @@ def show_side_by_side(console: Console, models: Models, prompt: str) -> None:
 def table_of(task: str, rows: list[dict[str, Any]]) -> Table:
     """Return the comparison of one prompt set as a table."""
     table = Table(title=f"{task}: {rows[0]['num_prompts']} held-out prompts, greedy, float32")
-    for heading in ("loop", "method", "tokens/s", "ratio to plain", "tokens per round", "identical"):
-        table.add_column(heading, justify="left" if heading in ("loop", "method") else "right")
+    table.add_column("method", no_wrap=True)
+    for heading in ("tokens/s", "to plain", "tokens a round", "identical"):
+        table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
-            row["loop"],
-            row["method"].removeprefix("transformers, "),
+            f"hf_specdiff, {row['method']}" if row["loop"] == "hf_specdiff" else row["method"],
             f"{row['tokens_per_second']:.0f}",
             f"{row['ratio_to_plain']:.2f}x",
             f"{row['tokens_per_round']:.2f}",
