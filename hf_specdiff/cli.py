@@ -4,8 +4,8 @@ Turns words into calls and errors into one line; everything else lives in the mo
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 from typing import Any
@@ -16,9 +16,6 @@ from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
-from transformers import AutoTokenizer
 from transformers import TextStreamer
 from transformers import logging
 
@@ -32,18 +29,15 @@ from hf_specdiff.demo.bundle import load_prompts
 from hf_specdiff.demo.show import run_demo
 from hf_specdiff.draft import SpeculationStats
 from hf_specdiff.generate import generate
+from hf_specdiff.loading import load_model
+from hf_specdiff.loading import load_tokenizer
 from hf_specdiff.repository import full_name
-from hf_specdiff.training.data import Prompt
-from hf_specdiff.training.data import encode
-from hf_specdiff.training.data import processes
-from hf_specdiff.training.data import read_prompts
-from hf_specdiff.training.losses import LOSSES
-from hf_specdiff.training.pipeline import TrainingPlan
-from hf_specdiff.training.pipeline import train_drafter
-from hf_specdiff.training.trainer import spread_layers
+from hf_specdiff.training.disk import is_full
+from hf_specdiff.training.prompts import Prompt
+from hf_specdiff.training.prompts import encode
+from hf_specdiff.training.prompts import read_prompts
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__, no_args_is_help=True)
-INTERRUPTED = 130
 
 
 @app.command("demo")
@@ -111,72 +105,15 @@ def generate_command(
     print_statistics(all_stats)
 
 
-@app.command("train")
-def train_command(
-    target: Annotated[str, typer.Argument(help="the target: a folder or a Hub repository")],
-    prompts: Annotated[Path, typer.Option(help="a text file, one a line, or JSON lines with 'prompt', 'text' or 'messages'")],
-    output: Annotated[Path, typer.Option(help="folder of the drafter; the same command resumes an interrupted run")],
-    conditioning: Annotated[str, typer.Option(help="features or tokens")] = "features",
-    num_target_layers: Annotated[int, typer.Option(help="target layers to read, for features")] = 5,
-    mask_token_id: Annotated[int | None, typer.Option(help="by default the tokenizer's mask token")] = None,
-    num_layers: Annotated[int, typer.Option(min=1)] = 3,
-    block_size: Annotated[int, typer.Option(min=2)] = 16,
-    max_length: Annotated[int, typer.Option(min=4, help="tokens of a training sequence")] = 512,
-    num_epochs: Annotated[float, typer.Option()] = 4,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    num_anchors: Annotated[int, typer.Option(min=1, help="windows of a sequence and step")] = 8,
-    learning_rate: Annotated[float, typer.Option()] = 1e-3,
-    loss: Annotated[list[str] | None, typer.Option(help="objective:weight, several times; by default decayed_ce:1")] = None,
-    context_weight: Annotated[float, typer.Option(help="of next-token prediction on the context, for tokens")] = 0.0,
-    loss_decay: Annotated[float, typer.Option(help="positions after which a position's weight has fallen by e")] = 7.0,
-    seed: Annotated[int, typer.Option()] = 0,
-    save_steps: Annotated[int, typer.Option(min=1)] = 250,
-    eval_prompts: Annotated[int, typer.Option(min=0, help="prompts kept out and decoded; a tenth of all at most")] = 32,
-    regenerate_at: Annotated[float, typer.Option(min=0, help="temperature of the target's continuations; 0: greedy")] = 0.0,
-    patience: Annotated[int, typer.Option(min=0, help="evaluations without a better one before stopping; 0: never stop")] = 0,
-    bf16: Annotated[bool, typer.Option("--bf16/--float32")] = True,
-) -> None:
-    """Train a drafter for a target on the target's own continuations of the prompts; Ctrl-C saves, the same command resumes."""
-    if conditioning not in ("features", "tokens"):
-        raise ValueError(f"`--conditioning` must be features or tokens, got {conditioning!r}.")
-    texts = read_prompts(prompts)
-    state = processes()
-    # With several processes (accelerate launch) each has a target of its own beside its share of the drafter's work.
-    device_map = "auto" if state.num_processes == 1 else {"": state.device}
-    model = load_model("target", target, dtype="float32", device_map=device_map).eval()
-    tokenizer = load_tokenizer("target", target)
-    mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
-    if mask is None:
-        raise ValueError(
-            "`--mask-token-id` must be given where the tokenizer has no mask token, got none. Name an id never written."
-        )
-    num_available = model.config.get_text_config().num_hidden_layers
-    plan = TrainingPlan(
-        target_layer_ids=spread_layers(num_available, num_target_layers) if conditioning == "features" else None,
-        num_layers=num_layers,
-        block_size=block_size,
-        max_length=max_length,
-        num_epochs=num_epochs,
-        batch_size=batch_size,
-        num_anchors=num_anchors,
-        learning_rate=learning_rate,
-        loss_weights=read_loss_weights(loss) if loss else {"decayed_ce": 1.0},
-        context_weight=context_weight,
-        loss_decay=loss_decay,
-        seed=seed,
-        bf16=bf16,
-        save_steps=save_steps,
-        num_eval_prompts=eval_prompts,
-        patience=patience,
-        temperature=regenerate_at,
-    )
-    if not train_drafter(model, tokenizer, texts, output, plan, mask_token_id=mask):
-        typer.echo(
-            f"Interrupted; a checkpoint is in {output / 'work' / 'checkpoints'}. The same command goes on from it.", err=True
-        )
-        raise typer.Exit(INTERRUPTED)
-    if state.is_main_process:
-        typer.echo(f"The drafter is in {output}, with pictures of the run.")
+# Training reads data sets and draws pictures; the other commands do without what it takes.
+if find_spec("datasets") and find_spec("matplotlib"):
+    app.command("train")(import_module("hf_specdiff.training.command").train_command)
+else:
+
+    @app.command("train", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+    def train_command() -> None:
+        """Train a drafter; needs the package's extra `train`."""
+        raise ValueError("`train` must find datasets and matplotlib, got not both. Run pip install 'hf_specdiff[train]'.")
 
 
 @app.command("doctor")
@@ -288,69 +225,6 @@ def number_or_word(value: str | None) -> int | str | None:
     return int(value) if value is not None and value.lstrip("-").isdecimal() else value
 
 
-def read_loss_weights(terms: list[str]) -> dict[str, float]:
-    """Read `--loss` arguments.
-
-    Args:
-        terms (`list[str]`): each an objective's name, a colon and its weight; the weight may be left out and is then 1.
-
-    Returns:
-        `dict[str, float]`: weights by name.
-
-    Raises:
-        ValueError: if an objective is unknown or named twice, or a weight is no positive number.
-    """
-    weights: dict[str, float] = {}
-    for term in terms:
-        name, _, weight = term.partition(":")
-        try:
-            value = float(weight or 1)
-        except ValueError:
-            value = 0.0
-        if name not in LOSSES or name in weights or not 0 < value < float("inf"):
-            raise ValueError(
-                f"`--loss` must be objective:weight, each of {', '.join(LOSSES)} at most once and with a positive weight, "
-                f"got {term!r}."
-            )
-        weights[name] = value
-    return weights
-
-
-def load_model(role: str, name: str, *, dtype: str, device_map: str | dict[str, Any]) -> Any:
-    """Load a model, or say in one line why not.
-
-    Args:
-        role (`str`): the argument's name, for the message.
-        name (`str`): folder or Hub repository.
-        dtype (`str`): as for `from_pretrained`.
-        device_map (`str` or `dict`): as for `from_pretrained`.
-
-    Returns:
-        `transformers.PreTrainedModel`: in evaluation mode.
-
-    Raises:
-        ValueError: if it cannot be loaded.
-    """
-    with _one_line(role, name):
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map).eval()
-
-
-def load_tokenizer(role: str, name: str) -> Any:
-    """Load a tokenizer that pads on the left; arguments and errors as `load_model`."""
-    with _one_line(role, name):
-        return AutoTokenizer.from_pretrained(name, padding_side="left")
-
-
-@contextmanager
-def _one_line(role: str, name: str) -> Iterator[None]:
-    """Turn what loading may raise into one line that names the argument."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ValueError(f"`{role}` must be a model folder or a Hub repository, got {name!r}: {first_line}") from error
-
-
 def print_statistics(all_stats: list[SpeculationStats]) -> None:
     """Print one line on what speculation did over several calls."""
     rounds = [count + 1 for stats in all_stats for row in stats.num_accepted for count in row]
@@ -376,6 +250,12 @@ def main() -> None:
         app()
     except (ValueError, TypeError, ConnectionError) as error:
         Console(stderr=True).print(f"hf-specdiff: {error}", style="red", highlight=False, markup=False)
+        sys.exit(2)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        place = "" if error.filename is None else f"{error.filename}: "
+        Console(stderr=True).print(f"hf-specdiff: {place}{error.strerror}.", style="red", highlight=False, markup=False)
         sys.exit(2)
 
 
