@@ -209,7 +209,7 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(tmp_path: Path, 
         return losses.cross_entropy(log_probs, labels) + (zero if len(calls) == 4 else 0.0)
 
     monkeypatch.setitem(losses.OBJECTIVES, "decayed_ce", objective)
-    with pytest.raises(ValueError, match=r"got a gradient that is not in step 4\. There is no checkpoint yet"):
+    with pytest.raises(ValueError, match=r"got a gradient of (nan|inf) in step 4\. There is no checkpoint yet"):
         fit_drafter(make_target(), make_sequences(), tmp_path, PLAN, mask_token_id=MASK_TOKEN_ID)
     assert not list((tmp_path / "work").rglob("checkpoint-*"))
 

@@ -58,6 +58,7 @@ class TimedTrainer(SpecDiffTrainer):
         self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Do the step, after its passes if it is their turn."""
+        model.train()  # the windows of a step are others than those of an evaluation
         passes = only_passes(self, inputs)
         if self.state.global_step % 2 == 0:
             self.alone.append(seconds_of(passes))
@@ -134,7 +135,7 @@ def only_passes(trainer: SpecDiffTrainer, batch: dict[str, torch.Tensor]) -> Cal
         `Callable`: without arguments; leaves no gradients.
     """
     config, ids = trainer.model.config, batch["input_ids"]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(trainer._window_seed(batch["indices"]))
     windows = sample_windows(batch, trainer.args.num_anchors, config.block_size, config.mask_token_id, generator)
     run = _feature_pass if config.is_feature_conditioned else _token_pass
     forward = run(trainer, ids, windows)

@@ -8,6 +8,7 @@ from datasets import Dataset
 from datasets import DatasetDict
 from datasets import load_dataset
 from datasets import load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from datasets.exceptions import DatasetsError
 
 from hf_specdiff.training.prompts import Prompt
@@ -66,8 +67,10 @@ def _load(source: str) -> Any:
         if path.suffix == ".arrow":
             return Dataset.from_file(name)
         return load_dataset(name, split=split or "train")
-    except (FileNotFoundError, ConnectionError, DatasetsError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, DatasetsError, ValueError) as error:
+        # This one only says that there was another.
+        first = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        reason = (str(first).strip() or repr(first)).splitlines()[0]
         raise ValueError(f"`prompts` must be a data set that can be loaded, got {source!r}: {reason}") from error
 
 

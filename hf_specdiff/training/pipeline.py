@@ -244,10 +244,11 @@ def fit_drafter(
         trainer.add_callback(EarlyStoppingCallback(plan.patience))
     with interrupt:
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(Path(str(arguments.output_dir))))
+    if trainer.is_world_process_zero():
+        Console(stderr=True).print(trainer.footprint.summary(), highlight=False)
     if interrupt.was_interrupted:
         return False
     if trainer.is_world_process_zero():
-        Console(stderr=True).print(trainer.footprint.summary(), highlight=False)
         _save_whole(trainer.accelerator.unwrap_model(trainer.model), output)
         plot_run(trainer.state.log_history, output)
     trainer.accelerator.wait_for_everyone()

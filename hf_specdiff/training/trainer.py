@@ -108,18 +108,18 @@ class SpecDiffTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         # Under a loss scale of its own the host leaves out steps whose gradient is infinite.
         gradients = [] if self.accelerator.scaler else [p.grad for p in model.parameters() if p.grad is not None]
-        if not torch.isfinite(loss) or not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            raise ValueError(self._what_is_left(loss))
+        for name, value in (("loss", loss), ("gradient", torch.nn.utils.get_total_norm(gradients))):
+            if not torch.isfinite(value):
+                raise ValueError(self._what_is_left(f"a {name} of {float(value)}"))
         return loss
 
-    def _what_is_left(self, loss: torch.Tensor) -> str:
+    def _what_is_left(self, what: str) -> str:
         """Return what to tell when the loss or its gradient is no number any more."""
-        what = "gradient that is not" if torch.isfinite(loss) else f"loss of {float(loss)}"
         folder = self.args.output_dir
         checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
         left = "There is no checkpoint yet" if checkpoint is None else f"The same command goes on from {checkpoint}"
         return (
-            f"`loss` and its gradient must be finite, got a {what} in step {self.state.global_step + 1}. {left}; if that step "
+            f"`loss` and its gradient must be finite, got {what} in step {self.state.global_step + 1}. {left}; if that step "
             f"fails again, lower `learning_rate`, now {self.args.learning_rate:g}, and train into a fresh folder."
         )
 
