@@ -5,8 +5,9 @@ import tempfile
 
 # Before transformers is imported: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Nor may one leave measured profiles in the user's cache.
+# Nor may one leave measured profiles or data sets in the user's cache.
 os.environ["HF_SPECDIFF_CACHE"] = tempfile.mkdtemp(prefix="hf_specdiff-tests-")
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="hf_specdiff-tests-")
 
 import pytest
 import torch

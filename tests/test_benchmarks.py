@@ -25,7 +25,9 @@ from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.methods import host_methods
 from hf_specdiff.benchmarks.methods import our_methods
 from hf_specdiff.benchmarks.methods import ours
+from hf_specdiff.benchmarks.plots import plot_accuracy
 from hf_specdiff.benchmarks.plots import plot_all
+from hf_specdiff.benchmarks.plots import save
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import Call
 from hf_specdiff.benchmarks.runner import run_block
@@ -327,7 +329,7 @@ def test_accuracy_within_a_time_is_measured_and_resumed(
         assert {"method", "difficulty", "strategy", "budget_seconds", "accuracy", "problems", "seed"} == row.keys()
         assert row["accuracy"] in (0.0, 1.0)
     assert record["conditions"]["headline_seconds"] == 0.2
-    assert (tmp_path / "out" / "time_budget.png").is_file()
+    assert save(plot_accuracy(rows), tmp_path / "time_budget.png").is_file()
     # Greedy answers are the same text, so whatever is right in the end is right for every method.
     lines = [json.loads(line) for line in (tmp_path / "out" / LINES).read_text().splitlines()]
     answers: dict[int, set[str]] = {}

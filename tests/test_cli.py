@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 import hf_specdiff
 from hf_specdiff.cli import app
 from hf_specdiff.cli import number_or_word
-from hf_specdiff.cli import read_loss_weights
 from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.demo.bundle import load_prompts
+from hf_specdiff.training.command import read_loss_weights
 
 TARGET, FEATURES = str(PAIR / "target"), str(PAIR / "features")
 TRAIN = [

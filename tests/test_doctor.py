@@ -7,6 +7,7 @@ import hf_specdiff
 from hf_specdiff import cli
 from hf_specdiff import doctor
 from hf_specdiff.benchmarks.methods import Models
+from hf_specdiff.benchmarks.standard import prompt_sets
 from hf_specdiff.budget import Profile
 from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.model_card import check_results
@@ -106,7 +107,7 @@ def test_chats_are_refused_where_texts_are_wanted(tmp_path: Path) -> None:
     file = tmp_path / "mixed.jsonl"
     file.write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}]}\n')
     with pytest.raises(ValueError, match="must hold texts, got 1 chats"):
-        cli._prompt_sets(file, 4)
+        prompt_sets(file, 4)
 
 
 def test_the_cost_of_a_round_is_told_in_plain_steps() -> None:

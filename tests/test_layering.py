@@ -25,7 +25,7 @@ LEVELS = [
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 HUB_FILES = [PACKAGE / f"{name}.py" for name in sorted(LEVEL_OF)]
 # What only the installed package needs.
-PACKAGE_FILES = {"__init__", "cli", "doctor", "hub"}
+PACKAGE_FILES = {"__init__", "cli", "doctor", "hub", "loading"}
 # safetensors and huggingface_hub are always there where transformers is.
 ALLOWED = {"torch", "transformers", "safetensors", "huggingface_hub"} | set(sys.stdlib_module_names)
 

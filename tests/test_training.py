@@ -24,8 +24,6 @@ from hf_specdiff.text import Text
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import collate
-from hf_specdiff.training.data import encode
-from hf_specdiff.training.data import read_prompts
 from hf_specdiff.training.data import regenerate
 from hf_specdiff.training.data import sample_windows
 from hf_specdiff.training.evaluation import calibration_error
@@ -35,6 +33,8 @@ from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import fit_drafter
 from hf_specdiff.training.pipeline import last_whole_checkpoint
 from hf_specdiff.training.pipeline import split_documents
+from hf_specdiff.training.prompts import encode
+from hf_specdiff.training.prompts import read_prompts
 from hf_specdiff.training.trainer import SpecDiffTrainer
 from hf_specdiff.training.trainer import SpecDiffTrainingArguments
 from hf_specdiff.training.trainer import make_drafter_config

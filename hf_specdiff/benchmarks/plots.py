@@ -1,5 +1,6 @@
 """Pictures of a benchmark's figures. Measures nothing."""
 
+import itertools
 import math
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hf_specdiff.benchmarks.methods import NUM_DRAFTS
+from hf_specdiff.benchmarks.time_budget import STRATEGIES
 
 OURS, THEIRS = "#2a6f97", "#b08968"
 PARTS = (
@@ -142,6 +144,24 @@ def plot_samples(rows: list[dict[str, Any]]) -> Figure:
         axis.set(xscale="log", xlabel="joint drafts K", ylabel="tokens per round")
         axis.set_xticks(NUM_DRAFTS, [str(count) for count in NUM_DRAFTS])
         axis.legend()
+    return figure
+
+
+def plot_accuracy(rows: list[dict[str, Any]]) -> Figure:
+    """Draw accuracy against the budget, for each difficulty and strategy."""
+    difficulties = sorted({row["difficulty"] for row in rows})
+    size = (3.6 * len(difficulties), 6.2)
+    figure, axes = plt.subplots(2, len(difficulties), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    for axis, (strategy, difficulty) in zip(axes.flat, itertools.product(STRATEGIES, difficulties), strict=True):
+        chosen = [row for row in rows if (row["strategy"], row["difficulty"]) == (strategy, difficulty)]
+        for method in dict.fromkeys(row["method"] for row in chosen):
+            own = [row for row in chosen if row["method"] == method]
+            axis.plot([row["budget_seconds"] for row in own], [row["accuracy"] for row in own], marker=".", label=method)
+        axis.set(xscale="log", xlabel="seconds for a problem", title=f"{strategy}, {difficulty} steps")
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("right answers")
+    axes[0, 0].legend(fontsize=7)
     return figure
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import typer
 
 from hf_specdiff.benchmarks.journal import write_text
+from hf_specdiff.benchmarks.plots import plot_accuracy
 from hf_specdiff.benchmarks.plots import plot_all
 from hf_specdiff.benchmarks.plots import save
+from hf_specdiff.benchmarks.tables import GAIN_TITLES
+from hf_specdiff.benchmarks.tables import gain_cells
 from hf_specdiff.benchmarks.tables import markdown
 from hf_specdiff.benchmarks.tables import speed_table
 from hf_specdiff.benchmarks.tables import time_table
-from hf_specdiff.benchmarks.time_budget import GAIN_TITLES
-from hf_specdiff.benchmarks.time_budget import gain_cells
 from hf_specdiff.benchmarks.time_budget import gains
-from hf_specdiff.benchmarks.time_budget import plot_accuracy
 
 RESULTS = Path("benchmarks") / "results"
 BASELINE = "uniform CE"

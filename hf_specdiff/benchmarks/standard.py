@@ -31,15 +31,17 @@ from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.methods import host_methods
 from hf_specdiff.benchmarks.methods import our_methods
 from hf_specdiff.benchmarks.methods import ours
-from hf_specdiff.benchmarks.plots import plot_all
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import run_block
 from hf_specdiff.benchmarks.tables import speed_table
 from hf_specdiff.benchmarks.tables import time_table
+from hf_specdiff.demo.bundle import PROMPT_SETS
 from hf_specdiff.demo.bundle import load_demo
+from hf_specdiff.demo.bundle import load_prompts
 from hf_specdiff.profiling import machine_of
 from hf_specdiff.profiling import measure_profile
 from hf_specdiff.speculation import resolve_speculation
+from hf_specdiff.training.prompts import read_prompts
 from hf_specdiff.training.trainer import new_drafter
 
 RESULTS, TABLE = "results.json", "table.md"
@@ -77,6 +79,30 @@ def bundled_models() -> Models:
     untrained = new_drafter(features.config, seed=0).eval()
     drafters = {"features": features, "tokens": tokens, "unaligned": unaligned, "untrained": untrained}
     return Models(target, tokenizer, drafters, {"AR assistant": assistant})
+
+
+def prompt_sets(prompts_file: Path | None, num_prompts: int) -> dict[str, list[str]]:
+    """Return prompts by the name of their set.
+
+    Args:
+        prompts_file (`pathlib.Path`, *optional*): a text file or JSON lines; by default the bundled sets.
+        num_prompts (`int`): of each set, at most.
+
+    Returns:
+        `dict[str, list[str]]`: texts.
+
+    Raises:
+        ValueError: if the file cannot be read, or holds chats.
+    """
+    if prompts_file is not None:
+        prompts = read_prompts(prompts_file)
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if len(texts) < len(prompts):
+            raise ValueError(
+                f"`--prompts-file` must hold texts, got {len(prompts) - len(texts)} chats in {str(prompts_file)!r}."
+            )
+        return {prompts_file.stem: texts[:num_prompts]}
+    return {name: [str(record["prompt"]) for record in load_prompts(name)[:num_prompts]] for name in PROMPT_SETS}
 
 
 def bundled_methods(models: Models, temperature: float, num_drafts: tuple[int, ...]) -> list[Method]:
@@ -183,7 +209,7 @@ def benchmark(
     Args:
         models (`Models`): who decodes.
         extent (`Extent`): how much.
-        output (`pathlib.Path`): the folder; gets `results.json`, `table.md` and pictures. An interrupted run goes on.
+        output (`pathlib.Path`): the folder; gets `results.json` and `table.md`. An interrupted run goes on.
         names (`dict`): where the models came from.
         command (`str`): what was typed.
         is_standard (`bool`): see `blocks_of`.
@@ -210,7 +236,6 @@ def benchmark(
     record = {"conditions": conditions_of(models, command), "profile": _profile(models), "rows": rows}
     write_record(output / RESULTS, record)
     write_text(output / TABLE, f"{speed_table(rows)}\n\n{time_table(rows)}\n")
-    plot_all(record, output)
     return record
 
 

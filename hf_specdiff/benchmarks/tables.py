@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from rich.markup import escape
+from rich.table import Table
+
 SPEED_TITLES = [
     "task",
     "temperature",
@@ -25,6 +28,8 @@ TIME_TITLES = [
     "the limit",
     "perfect drafts",
 ]
+
+GAIN_TITLES = ["strategy", "method", "right answers", "gain over plain generate"]
 
 
 def speed_cells(row: dict[str, Any]) -> list[str]:
@@ -55,6 +60,12 @@ def time_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def gain_cells(gain: dict[str, Any]) -> list[str]:
+    """Return a gain under `GAIN_TITLES`."""
+    percent = "" if gain["gain_percent"] is None else f"{gain['gain_percent']:+.0f} %"
+    return [gain["strategy"], gain["method"], f"{100 * gain['accuracy']:.0f} %", percent]
+
+
 def markdown(titles: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table."""
     lines = [titles, ["---"] * len(titles), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
@@ -69,3 +80,13 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
 def time_table(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of where the time of a round goes, of the methods that were looked into."""
     return markdown(TIME_TITLES, [time_cells(row) for row in rows if "target_seconds" in row])
+
+
+def terminal_table(titles: list[str], rows: list[list[str]], title: str | None = None) -> Table:
+    """Return a table for the terminal."""
+    table = Table(title=title)
+    for name in titles:
+        table.add_column(name, no_wrap=name == "method")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table

@@ -19,13 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import torch
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 from hf_specdiff.benchmarks.clocks import Recording
 from hf_specdiff.benchmarks.clocks import wait
@@ -34,7 +28,6 @@ from hf_specdiff.benchmarks.methods import PLAIN
 from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.methods import ours
-from hf_specdiff.benchmarks.plots import save
 from hf_specdiff.benchmarks.standard import RESULTS
 from hf_specdiff.benchmarks.standard import conditions_of
 from hf_specdiff.benchmarks.standard import progress_bar
@@ -43,14 +36,13 @@ from hf_specdiff.demo.word_problems import WordProblem
 from hf_specdiff.demo.word_problems import iter_problems
 from hf_specdiff.profiling import machine_of
 
-ANSWER, VOTE = "one answer", "majority vote"
+ANSWER, VOTE = STRATEGIES = "one answer", "majority vote"
 STATED = re.compile(r"The answer is (\d+)\.")
 NUMBER = re.compile(r"\d+")
 # Of the problems: no other set of this package is made with it.
 SEED = 11
 HEADLINE = 0.5
 FRACTIONS = (0.2, 0.3, 0.4, 0.6, 1.0, 1.5, 2.0, 3.0, 4.0)
-GAIN_TITLES = ["strategy", "method", "right answers", "gain over plain generate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +139,7 @@ def benchmark_time_budget(models: Models, plan: Plan, output: Path, names: dict[
     Args:
         models (`Models`): who decodes.
         plan (`Plan`): what is measured.
-        output (`pathlib.Path`): the folder; gets `results.json` and a picture. An interrupted run goes on.
+        output (`pathlib.Path`): the folder; gets `results.json`. An interrupted run goes on.
         names (`dict`): where the models came from.
         command (`str`): what was typed.
 
@@ -167,7 +159,6 @@ def benchmark_time_budget(models: Models, plan: Plan, output: Path, names: dict[
     rows = accuracy_rows(plan, journal)
     record = {"conditions": {**conditions_of(models, command), **settings}, "rows": rows}
     write_record(output / RESULTS, record)
-    save(plot_accuracy(rows), output / "time_budget.png")
     return record
 
 
@@ -230,7 +221,7 @@ def accuracy_rows(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
         group = grouped.setdefault((attempt.method, attempt.difficulty, attempt.strategy), {})
         group.setdefault(attempt.problem, []).append(attempt)
     rows = []
-    for method, difficulty, strategy in itertools.product(plan.methods, plan.difficulties, (ANSWER, VOTE)):
+    for method, difficulty, strategy in itertools.product(plan.methods, plan.difficulties, STRATEGIES):
         problems = grouped[method.name, difficulty, strategy]
         for budget in plan.budgets:
             num_right = sum(vote(attempts, budget) == attempts[0].expected for attempts in problems.values())
@@ -265,7 +256,7 @@ def gains(rows: list[dict[str, Any]], headline: float) -> list[dict[str, Any]]:
         `list[dict]`: `strategy`, `method`, `accuracy`, `gain_percent` over plain `generate` (`None` where that solves none).
     """
     found = []
-    for strategy in (ANSWER, VOTE):
+    for strategy in STRATEGIES:
         chosen = [row for row in rows if row["strategy"] == strategy and row["budget_seconds"] == headline]
         accuracies = {
             method: sum(row["accuracy"] * row["problems"] for row in chosen if row["method"] == method)
@@ -277,30 +268,6 @@ def gains(rows: list[dict[str, Any]], headline: float) -> list[dict[str, Any]]:
             gain = 100 * (accuracy / plain - 1) if plain else None
             found.append({"strategy": strategy, "method": method, "accuracy": accuracy, "gain_percent": gain})
     return found
-
-
-def gain_cells(gain: dict[str, Any]) -> list[str]:
-    """Return a gain under `GAIN_TITLES`."""
-    percent = "" if gain["gain_percent"] is None else f"{gain['gain_percent']:+.0f} %"
-    return [gain["strategy"], gain["method"], f"{100 * gain['accuracy']:.0f} %", percent]
-
-
-def plot_accuracy(rows: list[dict[str, Any]]) -> Figure:
-    """Draw accuracy against the budget, for each difficulty and strategy."""
-    difficulties = sorted({row["difficulty"] for row in rows})
-    size = (3.6 * len(difficulties), 6.2)
-    figure, axes = plt.subplots(2, len(difficulties), figsize=size, sharey=True, layout="constrained", squeeze=False)
-    for axis, (strategy, difficulty) in zip(axes.flat, itertools.product((ANSWER, VOTE), difficulties), strict=True):
-        chosen = [row for row in rows if (row["strategy"], row["difficulty"]) == (strategy, difficulty)]
-        for method in dict.fromkeys(row["method"] for row in chosen):
-            own = [row for row in chosen if row["method"] == method]
-            axis.plot([row["budget_seconds"] for row in own], [row["accuracy"] for row in own], marker=".", label=method)
-        axis.set(xscale="log", xlabel="seconds for a problem", title=f"{strategy}, {difficulty} steps")
-        axis.grid(alpha=0.3)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("right answers")
-    axes[0, 0].legend(fontsize=7)
-    return figure
 
 
 def _write(models: Models, method: Method, problem: WordProblem, max_new_tokens: int, settings: dict[str, Any]) -> Recording:

@@ -3,7 +3,6 @@
 Letters: B batch, S sequence length, A windows per sequence, W block size. Knows tokens and files; knows no drafter.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -20,79 +19,9 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from hf_specdiff.training.losses import IGNORED
-
-# A prompt is a text, or a chat: messages with a role and a content, the one to be answered last.
-Prompt = str | list[dict[str, str]]
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """Read prompts from a file.
-
-    Args:
-        path (`pathlib.Path`): a `.jsonl` file of objects with a "prompt", "text" or "messages" field, or a text file with a
-            prompt in each line.
-
-    Returns:
-        `list`: the prompts, blank ones left out; of chats the last answer is left out, for the target to give its own.
-
-    Raises:
-        ValueError: if the file is missing, holds no prompt, or a line is no such object.
-    """
-    if not path.is_file():
-        raise ValueError(f"`prompts` must be a text or JSON-lines file, got {str(path)!r}, which does not exist.")
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`prompts` must be a text file in UTF-8, got {str(path)!r}: {error}.") from error
-    prompts = [_prompt_of(line, number, path) for number, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
-    prompts = [prompt for prompt in prompts if (prompt.strip() if isinstance(prompt, str) else prompt)]
-    if not prompts:
-        raise ValueError(f"`prompts` must hold at least one prompt, got none in {str(path)!r}.")
-    return prompts
-
-
-def _prompt_of(line: str, number: int, path: Path) -> Prompt:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"`prompts` must be one JSON object a line, got {line[:40]!r} in line {number} of {str(path)!r}."
-        ) from error
-    record = record if isinstance(record, dict) else {}
-    text = record.get("prompt", record.get("text"))
-    if isinstance(text, str):
-        return text
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-        raise ValueError(
-            f"`prompts` must have a 'prompt' or 'text' field, or 'messages' with a 'role' and a 'content' each, got "
-            f"{line[:40]!r} in line {number} of {str(path)!r}."
-        )
-    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-
-
-def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Return a prompt's token ids: a text as it is, a chat by the tokenizer's template up to where the answer begins.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): the target's.
-        prompt (`str` or `list[dict]`): the prompt.
-
-    Returns:
-        `list[int]`: ids.
-
-    Raises:
-        ValueError: for a chat if the tokenizer has no template.
-    """
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    if tokenizer.chat_template is None:
-        raise ValueError("`prompts` must be texts for a tokenizer without a chat template, got 'messages'.")
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+from hf_specdiff.training.prompts import Prompt
+from hf_specdiff.training.prompts import encode
+from hf_specdiff.training.prompts import encode_document
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,22 +195,27 @@ def window_attention_mask(
     return mask[:, None]
 
 
-def sequences_of_texts(tokenizer: Any, texts: list[str], max_length: int) -> Sequences:
+def sequences_of_texts(tokenizer: Any, texts: Sequence[Prompt], max_length: int) -> Sequences:
     """Take texts as they are, cut into pieces; anchors may stand anywhere but on the first token.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the target's.
-        texts (`list[str]`): documents; an end-of-text token is put after each.
-        max_length (`int`): tokens of a piece; a rest of fewer than 32 is left out.
+        texts (`Sequence`): documents: texts, an end-of-text token is put after each, or chats.
+        max_length (`int`): tokens of a piece; a document's rest of fewer than 32 is left out.
 
     Returns:
         `Sequences`: the pieces.
+
+    Raises:
+        ValueError: if no text has three tokens.
     """
     pieces = []
-    for ids in tokenizer(texts)["input_ids"]:
-        ids = [*ids, tokenizer.eos_token_id]
-        pieces += [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
-    pieces = [piece for piece in pieces if len(piece) >= 32]
+    for text in texts:
+        ids = encode_document(tokenizer, text)
+        cut = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+        pieces += [piece for number, piece in enumerate(cut) if len(piece) >= (32 if number else 3)]
+    if not pieces:
+        raise ValueError(f"`prompts` must hold a text of at least 3 tokens, got none among {len(texts)}.")
     return Sequences.from_lists(pieces, [1] * len(pieces))
 
 

@@ -12,6 +12,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from transformers import EarlyStoppingCallback
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
@@ -21,12 +22,16 @@ from hf_specdiff.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.repository import cached_revision
 from hf_specdiff.training.curves import plot_run
-from hf_specdiff.training.data import Prompt
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences
-from hf_specdiff.training.data import encode
 from hf_specdiff.training.data import processes
 from hf_specdiff.training.data import regenerate
+from hf_specdiff.training.data import sequences_of_texts
+from hf_specdiff.training.disk import room_in
+from hf_specdiff.training.prompts import Prompt
+from hf_specdiff.training.prompts import encode
+from hf_specdiff.training.prompts import encode_document
+from hf_specdiff.training.prompts import up_to_the_answer
 from hf_specdiff.training.trainer import EvaluateAtEnd
 from hf_specdiff.training.trainer import SpecDiffTrainer
 from hf_specdiff.training.trainer import SpecDiffTrainingArguments
@@ -59,6 +64,7 @@ class TrainingPlan:
         eval_tokens (`int`): tokens to write after each of them.
         temperature (`float`): at which the target continues the prompts; 0: greedily.
         patience (`int`): evaluations without a better one after which training stops; 0: never.
+        as_is (`bool`): whether to learn from the texts as they stand, instead of from the target's continuations.
     """
 
     target_layer_ids: list[int] | None
@@ -79,6 +85,7 @@ class TrainingPlan:
     eval_tokens: int = 128
     patience: int = 0
     temperature: float = 0.0
+    as_is: bool = False
 
 
 def train_drafter(
@@ -95,7 +102,8 @@ def train_drafter(
     Args:
         target (`transformers.PreTrainedModel`): frozen.
         tokenizer (`PreTrainedTokenizerBase`): the target's, padding on the left.
-        prompts (`Sequence`): texts or chats; the target continues them, and the drafter learns from that text.
+        prompts (`Sequence`): texts or chats; the target continues them, and the drafter learns from that text, or, if the plan
+            says so, from the texts and whole chats themselves.
         output (`pathlib.Path`): the drafter; work in progress goes to its `work` subfolder.
         plan (`TrainingPlan`): all settings.
         mask_token_id (`int`): see `SpecDiffConfig`.
@@ -104,28 +112,23 @@ def train_drafter(
         `bool`: whether the drafter is finished; false after Ctrl-C, with a checkpoint in `work`.
 
     Raises:
-        ValueError: if `output` holds a run with other settings, or no prompt is usable.
+        ValueError: if `output` holds a run with other settings, no prompt is usable, or the loss is no number any more.
+        OSError: if the disk is full.
     """
     _training_setup(target, output, plan, mask_token_id)  # a mistake in the plan is found before the work
     work = output / "work"
     digest = hashlib.sha256(json.dumps(list(prompts), sort_keys=True).encode()).hexdigest()
     revision = cached_revision(target.name_or_path)
     source = {"target": target.name_or_path, "target_revision": revision, "prompts": digest}
-    with processes().main_process_first():
-        _claim(work, {**asdict(plan), "mask_token_id": mask_token_id, **source})
-    seen, held_out = split_documents(prompts, plan.num_eval_prompts, plan.seed)
-    settings: dict[str, Any] = {"max_length": plan.max_length}
-    if plan.temperature > 0:
-        settings |= {"do_sample": True, "temperature": plan.temperature}
-    sequences = regenerate(target, tokenizer, seen, work / "sequences", **settings)
-    evaluation = None
-    if held_out:
-        continued = regenerate(target, tokenizer, held_out, work / "held-out", **settings)
-        fitting = [ids for prompt in held_out if 0 < len(ids := encode(tokenizer, prompt)) <= plan.max_length - 2]
-        evaluation = HeldOut(fitting, continued)
-    is_finished = fit_drafter(target, sequences, output, plan, mask_token_id=mask_token_id, held_out=evaluation)
-    if is_finished:
-        tokenizer.save_pretrained(output)  # a drafter's repository holds the tokenizer that its ids belong to
+    with room_in(output):
+        with processes().main_process_first():
+            _claim(work, {**asdict(plan), "mask_token_id": mask_token_id, **source})
+        sequences, held_out = (
+            _as_it_is(tokenizer, prompts, plan) if plan.as_is else _continued(target, tokenizer, prompts, work, plan)
+        )
+        is_finished = fit_drafter(target, sequences, output, plan, mask_token_id=mask_token_id, held_out=held_out)
+        if is_finished:
+            tokenizer.save_pretrained(output)  # a drafter's repository holds the tokenizer that its ids belong to
     return is_finished
 
 
@@ -140,6 +143,43 @@ class HeldOut:
 
     prompts: list[list[int]]
     sequences: Sequences
+
+
+def _continued(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], work: Path, plan: TrainingPlan
+) -> tuple[Sequences, HeldOut | None]:
+    """Return what to learn from and what to be judged by: prompts that the target has continued."""
+    seen, held_out = split_documents(prompts, plan.num_eval_prompts, plan.seed)
+    settings: dict[str, Any] = {"max_length": plan.max_length}
+    if plan.temperature > 0:
+        settings |= {"do_sample": True, "temperature": plan.temperature}
+    sequences = regenerate(target, tokenizer, seen, work / "sequences", **settings)
+    if not held_out:
+        return sequences, None
+    continued = regenerate(target, tokenizer, held_out, work / "held-out", **settings)
+    fitting = [ids for prompt in held_out if 0 < len(ids := encode(tokenizer, prompt)) <= plan.max_length - 2]
+    return sequences, HeldOut(fitting, continued)
+
+
+def _as_it_is(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Prompt], plan: TrainingPlan
+) -> tuple[Sequences, HeldOut | None]:
+    """Return what to learn from and what to be judged by: whole documents, and the beginnings of some to be continued."""
+    seen, held_out = split_documents(documents, plan.num_eval_prompts, plan.seed)
+    sequences = sequences_of_texts(tokenizer, seen, plan.max_length)
+    if not held_out:
+        return sequences, None
+    beginnings = [_beginning(tokenizer, document, plan.max_length) for document in held_out]
+    fitting = [ids for ids in beginnings if 0 < len(ids) <= plan.max_length - 2]
+    return sequences, HeldOut(fitting, sequences_of_texts(tokenizer, held_out, plan.max_length))
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase, document: Prompt, max_length: int) -> list[int]:
+    """Return what of a whole document the target is to continue: a chat up to its last answer, half of a text."""
+    if not isinstance(document, str):
+        return encode(tokenizer, up_to_the_answer(document))
+    ids = encode_document(tokenizer, document)[:max_length]
+    return ids[: len(ids) // 2]
 
 
 def split_documents(prompts: Sequence[Prompt], num_held_out: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -204,6 +244,8 @@ def fit_drafter(
         trainer.add_callback(EarlyStoppingCallback(plan.patience))
     with interrupt:
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(Path(str(arguments.output_dir))))
+    if trainer.is_world_process_zero():
+        Console(stderr=True).print(trainer.footprint.summary(), highlight=False)
     if interrupt.was_interrupted:
         return False
     if trainer.is_world_process_zero():
@@ -218,8 +260,9 @@ def _write_down(config: SpecDiffConfig, plan: TrainingPlan, num_sequences: int) 
     terms = [f"{name} (weight {weight:g})" for name, weight in plan.loss_weights.items()]
     if plan.context_weight:
         terms.append(f"next token of the context (weight {plan.context_weight:g})")
+    kind = " of text as it stands," if plan.as_is else ""
     stage = {
-        "data": f"{num_sequences:,} sequences of up to {plan.max_length} tokens, {plan.num_epochs:g} epochs",
+        "data": f"{num_sequences:,} sequences{kind} of up to {plan.max_length} tokens, {plan.num_epochs:g} epochs",
         "objective": " + ".join(terms),
     }
     earlier = config.training or {}

@@ -3,6 +3,7 @@
 Letters: B batch, S sequence length, A windows per sequence, W block size, G = W - 1, V vocabulary, D hidden size.
 """
 
+import os
 import signal
 from dataclasses import dataclass
 from dataclasses import field
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 from transformers import TrainerControl
 from transformers import TrainerState
 from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_specdiff.conditioning import layer_output_indices
 from hf_specdiff.conditioning import target_features
@@ -29,6 +31,7 @@ from hf_specdiff.training.data import window_attention_mask
 from hf_specdiff.training.evaluation import Streaks
 from hf_specdiff.training.evaluation import calibration_error
 from hf_specdiff.training.evaluation import decode_held_out
+from hf_specdiff.training.footprint import Footprint
 from hf_specdiff.training.losses import DISTILLATION
 from hf_specdiff.training.losses import IGNORED
 from hf_specdiff.training.losses import LOSSES
@@ -91,6 +94,42 @@ class SpecDiffTrainer(Trainer):
         super().__init__(data_collator=collate, **kwargs)
         self.target = target.eval().requires_grad_(False)
         self.eval_prompts = eval_prompts or []
+        self.footprint = Footprint(self.args.device)
+        self.add_callback(self.footprint)
+
+    def training_step(
+        self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Do a step but for the optimizer's part, and stop where it would spoil the weights; see `transformers.Trainer`.
+
+        Raises:
+            ValueError: if the loss or its gradient is no number, or infinite.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Under a loss scale of its own the host leaves out steps whose gradient is infinite.
+        gradients = [] if self.accelerator.scaler else [p.grad for p in model.parameters() if p.grad is not None]
+        for name, value in (("loss", loss), ("gradient", torch.nn.utils.get_total_norm(gradients))):
+            if not torch.isfinite(value):
+                raise ValueError(self._what_is_left(f"a {name} of {float(value)}"))
+        return loss
+
+    def _what_is_left(self, what: str) -> str:
+        """Return what to tell when the loss or its gradient is no number any more."""
+        folder = self.args.output_dir
+        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        left = "There is no checkpoint yet" if checkpoint is None else f"The same command goes on from {checkpoint}"
+        return (
+            f"`loss` and its gradient must be finite, got {what} in step {self.state.global_step + 1}. {left}; if that step "
+            f"fails again, lower `learning_rate`, now {self.args.learning_rate:g}, and train into a fresh folder."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what steps cost to a log of steps; see `transformers.Trainer.log`."""
+        if "loss" in logs:
+            logs |= self.footprint.since_last_log()
+        elif "train_runtime" in logs:
+            logs |= self.footprint.of_all_steps()
+        super().log(logs, start_time)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

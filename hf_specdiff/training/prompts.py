@@ -1,0 +1,148 @@
+"""Prompts and documents: texts and chats from a file, and their token ids. Knows no data sets and no models."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# A prompt is a text, or a chat: messages with a role and a content, the one to be answered last.
+Prompt = str | list[dict[str, str]]
+
+
+def read_prompts(path: Path, *, as_is: bool = False) -> list[Prompt]:
+    """Read prompts from a file.
+
+    Args:
+        path (`pathlib.Path`): a `.jsonl` file of objects with a "prompt", "text" or "messages" field, or a text file with a
+            prompt in each line.
+        as_is (`bool`): see `prompt_of`.
+
+    Returns:
+        `list`: the prompts, blank ones left out.
+
+    Raises:
+        ValueError: if the file is missing, holds no prompt, or a line is no such object.
+    """
+    if not path.is_file():
+        raise ValueError(f"`prompts` must be a text or JSON-lines file, got {str(path)!r}, which does not exist.")
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`prompts` must be a text file in UTF-8, got {str(path)!r}: {error}.") from error
+    if path.suffix != ".jsonl":
+        return without_blank(lines, str(path))
+    records = [(_record_of(line, number, path), number) for number, line in enumerate(lines, 1)]
+    prompts = [prompt_of(record, f"line {number} of {str(path)!r}", as_is=as_is) for record, number in records]
+    return without_blank(prompts, str(path))
+
+
+def without_blank(prompts: Sequence[Prompt], source: str) -> list[Prompt]:
+    """Leave blank prompts out.
+
+    Args:
+        prompts (`Sequence`): texts and chats.
+        source (`str`): where they come from, for the message.
+
+    Returns:
+        `list`: the others.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    kept = [prompt for prompt in prompts if (prompt.strip() if isinstance(prompt, str) else prompt)]
+    if not kept:
+        raise ValueError(f"`prompts` must hold at least one prompt, got none in {source!r}.")
+    return kept
+
+
+def prompt_of(record: dict[str, Any], place: str, *, as_is: bool = False) -> Prompt:
+    """Take the prompt out of a record.
+
+    Args:
+        record (`dict`): a "prompt" or "text" field, or "messages", the first that is there.
+        place (`str`): where the record stands, for the message.
+        as_is (`bool`): whether the whole document is wanted, not only what the target is to continue: then a "prompt" field is
+            passed over, and a chat keeps its last answer, which is left out otherwise, for the target to give its own.
+
+    Returns:
+        `str` or `list[dict]`: the prompt.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    names = ("text",) if as_is else ("prompt", "text")
+    for name in names:
+        text = record.get(name)
+        if isinstance(text, str):
+            return text
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+        raise ValueError(
+            f"`prompts` must have a {' or '.join(map(repr, names))} field, or 'messages' with a 'role' and a 'content' each, "
+            f"got {str(record)[:60]} in {place}."
+        )
+    messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return messages if as_is else up_to_the_answer(messages)
+
+
+def up_to_the_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return a chat without its last answer."""
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
+def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Return a prompt's token ids: a text as it is, a chat by the tokenizer's template up to where the answer begins.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the target's.
+        prompt (`str` or `list[dict]`): the prompt.
+
+    Returns:
+        `list[int]`: ids.
+
+    Raises:
+        ValueError: for a chat if the tokenizer has no template.
+    """
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return _encode_chat(tokenizer, prompt, add_generation_prompt=True)
+
+
+def encode_document(tokenizer: Any, document: Prompt) -> list[int]:
+    """Return a whole document's token ids: a text and the end-of-text token, a chat as the tokenizer's template writes it.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the target's.
+        document (`str` or `list[dict]`): the document.
+
+    Returns:
+        `list[int]`: ids.
+
+    Raises:
+        ValueError: for a chat if the tokenizer has no template.
+    """
+    if not isinstance(document, str):
+        return _encode_chat(tokenizer, document, add_generation_prompt=False)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*tokenizer(document)["input_ids"], *end]
+
+
+def _encode_chat(tokenizer: Any, chat: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise ValueError("`prompts` must be texts for a tokenizer without a chat template, got 'messages'.")
+    settings = {"add_generation_prompt": add_generation_prompt, "return_dict": True}
+    return list(tokenizer.apply_chat_template(chat, **settings)["input_ids"])
+
+
+def _record_of(line: str, number: int, path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"`prompts` must be one JSON object a line, got {line[:40]!r} in line {number} of {str(path)!r}.")
+    return record
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
