@@ -24,6 +24,7 @@ from .sampling import process_without_prefix
 from .sampling import processors_of_row
 from .sampling import to_float
 from .sampling import to_probs
+from .shapes import ChildTemperature
 from .shapes import chain_values
 from .shapes import draft_samples
 from .shapes import draft_tree
@@ -92,6 +93,7 @@ class DenoisingDrafter:
         self.mask_token_id = network.config.mask_token_id
         self.cache = DynamicCache(config=network.config)
         self.rows: RaggedCache | None = None  # from the first draft on, which tells how many rows there are
+        self.child_temperature = ChildTemperature() if speculation.is_tempered else None
         self.budget: Budget | None = None  # set where the draft's size is to follow the machine
         self._unseen: list[Features] = []
         self._home = network.device  # where the target's processors hold their tensors
@@ -124,9 +126,8 @@ class DenoisingDrafter:
         if speculation.draft_shape == "samples":
             return draft_samples(self._free_scores(logits), speculation)
         if speculation.draft_shape == "tree":
-            return draft_tree(
-                self._free_scores(logits), speculation, choose, budget.smallest_value if budget is not None else 0.0
-            )
+            smallest = 0.0 if budget is None else budget.smallest_value
+            return draft_tree(self._free_scores(logits), speculation, choose, smallest, self.child_temperature)
         steps = reveal_counts(window.shape[1] - 1, speculation.num_denoising_steps)
         if len(steps) > 1:
             return self._denoise(text, window, logits, steps)

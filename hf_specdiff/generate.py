@@ -71,7 +71,8 @@ def generate(
             `tree_budget` (`int`): nodes of the shape `"tree"`, by default 32; `"auto"`: as many as pay on this machine;
             `profile` (`Profile` or path, *optional*): what passes cost, for `"auto"`; by default measured once and kept in the
             user's cache;
-            `draft_temperature` (`float`): of the draft distribution, by default 1.0; 0 drafts the most probable tokens;
+            `draft_temperature` (`float`): of the draft distribution; 0 drafts the most probable tokens; by default 1.0, but
+            `"auto"` for the drawn children of a tree: round by round what agreed best with the target so far;
             `acceptance` (`str`): `"match"`, `"ratio"`, `"block"`, `"self_selection"` or `"auto"` (default: the rule that
             accepts most).
 

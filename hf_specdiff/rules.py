@@ -77,7 +77,10 @@ def next_token_at(tree: DraftTree, scores: Scores, *, do_sample: bool) -> Callab
         law = to_probs(scores.last(row, path))
         sampled = tree.sampled
         if sampled is not None and path[-1] in sampled.row_of[row]:
-            draft_law = sampled.laws[sampled.row_of[row][path[-1]]].to(law.device)
+            place = sampled.row_of[row][path[-1]]
+            if sampled.on_visit is not None:
+                sampled.on_visit(place, law)
+            draft_law = sampled.laws[place].to(law.device)
             law = sampled_child_law(law, draft_law, sampled.token_of[row][path[-1]])
         return int(draw(law[None]))
 

@@ -18,6 +18,67 @@ from .tree import TreeShape
 from .tree import best_first
 from .tree import merge_drafts
 
+# Of drawn children, and how fast earlier rounds are forgotten.
+TEMPERATURES = (1.0, 0.7, 0.4, 0.2)
+DECAY = 0.9
+
+
+class ChildTemperature:
+    """At which temperature the drawn children of a tree are drawn: the one that agreed best with the target so far.
+
+    A child drawn from q, its position's marginal without its siblings, is accepted where q and the target's law p overlap, with
+    probability sum_x min(p(x), q(x)) (the siblings have q = 0 and are accepted with their p anyway). A marginal averages over
+    all texts that may come before its position, while p knows the text: where p is nearly certain a colder q overlaps more,
+    where it is not a warmer one does. Each node that verification reaches shows p, so what the other temperatures would have
+    brought is known too.
+
+    The choice is made between rounds, from what earlier rounds showed, and the tokens are drawn from the very law that the
+    rule is given; so it changes how much is accepted and nothing else.
+    """
+
+    def __init__(self) -> None:
+        self.value = 1.0
+        self._num_rounds = 0
+        self._overlaps = [0.0] * len(TEMPERATURES)
+        self._marginals: torch.Tensor | None = None
+        self._seen: list[tuple[int, torch.Tensor]] = []
+
+    def law(self, marginals: torch.Tensor) -> torch.Tensor:
+        """Return what to draw this round's children from.
+
+        Args:
+            marginals (`torch.Tensor` of shape `(n, V)`, float32): of the children's positions without their siblings,
+                normalised.
+
+        Returns:
+            `torch.Tensor` of shape `(n, V)`, float32.
+        """
+        self._learn()
+        self._marginals = marginals
+        self._num_rounds += 1
+        return _tempered(marginals, self.value)
+
+    def visit(self, place: int, target_law: torch.Tensor) -> None:
+        """Note the target's law `(V,)` where a child was drawn; see `SampledChildren.on_visit`."""
+        # A text changes slowly, and comparing costs time: after the first rounds one in four tells enough.
+        if self._num_rounds <= 4 or self._num_rounds % 4 == 0:
+            self._seen.append((place, target_law))
+
+    def _learn(self) -> None:
+        if self._marginals is None or not self._seen:
+            return
+        places = [place for place, _ in self._seen]
+        target_laws = torch.stack([law for _, law in self._seen]).to(self._marginals.device)
+        marginals = self._marginals[places]
+        found = torch.stack([torch.minimum(target_laws, _tempered(marginals, t)).sum() for t in TEMPERATURES]).tolist()
+        self._overlaps = [DECAY * old + new for old, new in zip(self._overlaps, found, strict=True)]
+        self.value = TEMPERATURES[self._overlaps.index(max(self._overlaps))]
+        self._seen = []
+
+
+def _tempered(laws: torch.Tensor, temperature: float) -> torch.Tensor:
+    return laws if temperature == 1 else torch.softmax(laws.log() / temperature, dim=-1)
+
 
 def draft_samples(scores: torch.Tensor, speculation: SpeculationConfig) -> DraftTree:
     """Draw K joint drafts, each token from its position's marginal, and merge them into a trie.
@@ -43,6 +104,7 @@ def draft_tree(
     speculation: SpeculationConfig,
     choose: Callable[[list[list[float]]], int] | None = None,
     smallest: float = 0.0,
+    temperature: ChildTemperature | None = None,
 ) -> Draft | DraftTree:
     """Take the most probable prefixes as a tree; for the ratio rule, draw the last child of each inner node.
 
@@ -52,6 +114,7 @@ def draft_tree(
         choose (`Callable`, *optional*): from each row's path probabilities, falling, to how many nodes are worth verifying. It
             is asked before anything is drawn.
         smallest (`float`): paths of at most this probability are left out.
+        temperature (`ChildTemperature`, *optional*): of the drawn children; by default that of the marginals.
 
     Returns:
         `DraftTree`: with `sampled` for the ratio rule; or a `Draft` of nothing, where no node is worth it.
@@ -72,7 +135,7 @@ def draft_tree(
     ]
     if not any(tokens):
         return Draft.nothing(ranked_tokens[:, :, 0])
-    sampled = draw_last_children(shapes, tokens, marginals) if speculation.acceptance == "ratio" else None
+    sampled = draw_last_children(shapes, tokens, marginals, temperature) if speculation.acceptance == "ratio" else None
     return DraftTree.of_rows(tokens, [shape.parents for shape in shapes], scores.device, sampled=sampled)
 
 
@@ -91,7 +154,9 @@ def chain_values(scores: torch.Tensor) -> list[list[float]]:
     return to_probs(scores).amax(dim=-1).cumprod(dim=-1).tolist()
 
 
-def draw_last_children(shapes: list[TreeShape], tokens: list[list[int]], marginals: torch.Tensor) -> SampledChildren:
+def draw_last_children(
+    shapes: list[TreeShape], tokens: list[list[int]], marginals: torch.Tensor, temperature: ChildTemperature | None = None
+) -> SampledChildren:
     """Replace the last child of each inner node by one drawn from the marginal without its siblings.
 
     Which nodes there are was settled before anything is drawn, and does not change with what is drawn.
@@ -100,6 +165,7 @@ def draw_last_children(shapes: list[TreeShape], tokens: list[list[int]], margina
         shapes (`list[TreeShape]`): of each row.
         tokens (`list[list[int]]`): of each row's nodes; the replaced ones are changed in place.
         marginals (`torch.Tensor` of shape `(B, G, V)`, float32): what to draw from.
+        temperature (`ChildTemperature`, *optional*): at which.
 
     Returns:
         `SampledChildren`: the drawn tokens and their laws.
@@ -125,10 +191,12 @@ def draw_last_children(shapes: list[TreeShape], tokens: list[list[int]], margina
         laws[index[:, 0], index[:, 1]] = 0.0
     # The last child's own rank has a positive probability, so something is left to draw.
     laws = laws / laws.sum(dim=-1, keepdim=True)
+    if temperature is not None:
+        laws = temperature.law(laws)
     row_of: list[dict[int, int]] = [{} for _ in shapes]
     token_of: list[dict[int, int]] = [{} for _ in shapes]
     for place, ((row, parent, last), token) in enumerate(zip(places, draw(laws).tolist(), strict=True)):
         tokens[row][last - 1] = token
         row_of[row][parent] = place
         token_of[row][parent] = token
-    return SampledChildren(laws, row_of, token_of)
+    return SampledChildren(laws, row_of, token_of, None if temperature is None else temperature.visit)

@@ -46,6 +46,7 @@ class SpeculationConfig:
         tree_budget (`int`): most nodes of the shape `"tree"`, the anchor not counted.
         is_adaptive (`bool`): whether each round takes as much of gamma (chain) or the budget (tree) as pays on this machine.
         draft_temperature (`float`): of the draft distribution; 0 drafts the most probable tokens.
+        is_tempered (`bool`): whether the drawn children of a tree follow the target's temperature (see `ChildTemperature`).
         acceptance (`str`): `"match"`, `"ratio"`, `"block"` or `"self_selection"`.
     """
 
@@ -57,6 +58,7 @@ class SpeculationConfig:
     tree_budget: int = 32
     is_adaptive: bool = False
     draft_temperature: float = 1.0
+    is_tempered: bool = False
     acceptance: str = "match"
 
     @property
@@ -70,7 +72,7 @@ class SpeculationConfig:
         return self.reveals_in_order or self.draft_temperature == 0
 
 
-SPECULATION_ARGUMENTS = tuple(field.name for field in fields(SpeculationConfig) if field.name != "is_adaptive")
+SPECULATION_ARGUMENTS = tuple(field.name for field in fields(SpeculationConfig) if not field.name.startswith("is_"))
 
 
 def resolve_speculation(
@@ -110,7 +112,8 @@ def resolve_speculation(
     num_drafts = _integer("num_drafts", 8 if values["num_drafts"] is None else values["num_drafts"], 1, MAX_NUM_DRAFTS)
     budget = AUTO_TREE_BUDGET if is_auto["tree_budget"] else 32 if values["tree_budget"] is None else values["tree_budget"]
     budget = _integer("tree_budget", budget, 1, MAX_TREE_BUDGET, " or 'auto'")
-    temperature = _temperature(1.0 if values["draft_temperature"] is None else values["draft_temperature"])
+    is_tempered = values["draft_temperature"] in (None, "auto")
+    temperature = 1.0 if is_tempered else _temperature(values["draft_temperature"])
     if is_preferred and not _fits(shape, acceptance, steps, temperature, why_no_tree):
         shape = "auto"  # the drafter's own default yields to what this call and this target ask for
     shape = _shape(shape, acceptance, steps, temperature, why_no_tree)
@@ -122,7 +125,9 @@ def resolve_speculation(
             f"`gamma` and `tree_budget` must be integers with `draft_shape` {shape!r} and `num_denoising_steps` {steps}, got "
             "'auto': there are no probabilities of one pass to choose by. Pass numbers, or draft_shape='tree'."
         )
-    speculation = SpeculationConfig(gamma, steps, order, shape, num_drafts, budget, is_adaptive, temperature, acceptance)
+    speculation = SpeculationConfig(
+        gamma, steps, order, shape, num_drafts, budget, is_adaptive, temperature, is_tempered, acceptance
+    )
     return _with_rule(speculation, do_sample=do_sample)
 
 
@@ -219,5 +224,5 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
 
 def _temperature(value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
-        raise ValueError(f"`draft_temperature` must be a finite number of at least 0, got {value!r}.")
+        raise ValueError(f"`draft_temperature` must be a finite number of at least 0 or 'auto', got {value!r}.")
     return float(value)

@@ -5,6 +5,7 @@ Draws nothing. Imported by the drafters.
 """
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -100,11 +101,14 @@ class SampledChildren:
             of its siblings, normalised.
         row_of (`list[dict[int, int]]`): for each batch row, from inner node to its row in `laws`.
         token_of (`list[dict[int, int]]`): for each batch row, from inner node to the token that was drawn under it.
+        on_visit (`Callable`, *optional*): told a row of `laws` and the target's law there, for each inner node that is
+            reached; what it learns may change later drafts, never this one.
     """
 
     laws: torch.Tensor
     row_of: list[dict[int, int]]
     token_of: list[dict[int, int]]
+    on_visit: Callable[[int, torch.Tensor], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -277,6 +277,25 @@ def test_rows_of_a_batch_keep_their_joint_law(scheme: dict, target: LlamaForCaus
     assert distance(law_of(joint(target.generate), monkeypatch), law_of(joint(ours, **scheme), monkeypatch)) < TOLERANCE
 
 
+@pytest.mark.parametrize("temperature", [0.3, 2.5])
+def test_children_at_a_temperature_learnt_on_the_way_preserve_the_law(
+    temperature: float, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second round on the children are drawn at another temperature than the marginals'."""
+    monkeypatch.setattr(shapes, "TEMPERATURES", (temperature,))
+    drafted = []
+    tempered = shapes._tempered
+    monkeypatch.setattr(shapes, "_tempered", lambda laws, value: drafted.append(value) or tempered(laws, value))
+    settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 2, **PROCESSED}
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    ours = law_of(
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **MANY["tree-ratio"]),
+        monkeypatch,
+    )
+    assert {1.0, temperature} <= set(drafted)
+    assert distance(plain, ours) < TOLERANCE
+
+
 def test_control_children_drawn_from_another_law_are_seen(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "draw", lambda laws: draw(laws.square()))
     settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 0}

@@ -65,17 +65,18 @@ class Recipe:
     conditionings: tuple[str, ...] = CONDITIONINGS
 
 
+TOKENS: dict[str, Any] = {"conditionings": ("tokens",)}
 CE, CHAIN = {"ce": 1.0}, {"ce": 1.0, "chain": 5.0}
-READER: dict[str, Any] = {"context_weight": 0.5, "conditionings": ("tokens",)}
+READER: dict[str, Any] = {"context_weight": 0.5, **TOKENS}
 RECIPES = {
     "uniform CE": Recipe(((1.0, CE),)),
-    "position-decayed CE": Recipe(((1.0, {"decayed_ce": 1.0}),)),
-    "streak from scratch": Recipe(((1.0, {"streak": 1.0}),)),
-    "CE, then streak": Recipe(((0.5, CE), (0.5, {"streak": 1.0}))),
-    "CE, then CE + chain": Recipe(((0.5, CE), (0.5, CHAIN))),
+    "position-decayed CE": Recipe(((1.0, {"decayed_ce": 1.0}),), **TOKENS),
+    "streak from scratch": Recipe(((1.0, {"streak": 1.0}),), **TOKENS),
+    "CE, then streak": Recipe(((0.5, CE), (0.5, {"streak": 1.0})), **TOKENS),
+    "CE, then CE + chain": Recipe(((0.5, CE), (0.5, CHAIN)), **TOKENS),
     "D-PACE": Recipe(((1.0, {"dpace": 1.0}),)),
-    "CE + total variation": Recipe(((1.0, {"ce": 1.0, "tv": 1.0}),), conditionings=("tokens",)),
-    "uniform CE, original text": Recipe(((1.0, CE),), data="original", conditionings=("tokens",)),
+    "CE + total variation": Recipe(((1.0, {"ce": 1.0, "tv": 1.0}),), **TOKENS),
+    "uniform CE, original text": Recipe(((1.0, CE),), data="original", **TOKENS),
     # Learning to continue the context as well: a token-conditioned drafter has no other model to read it for it.
     "uniform CE, reading": Recipe(((1.0, CE),), **READER),
     "CE, then CE + chain, reading": Recipe(((0.5, CE), (0.5, CHAIN)), **READER),
