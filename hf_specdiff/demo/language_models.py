@@ -1,6 +1,6 @@
 """The bundled target and the autoregressive assistant: tokenizer, corpus, causal language modelling.
 
-Knows plain causal language models only; drafters are trained by `hf_specdiff.training`. Imported by the recipe.
+Knows plain causal language models only; drafters are trained by `hf_specdiff.training`. Imported by what makes pairs.
 """
 
 import itertools
@@ -23,11 +23,11 @@ from transformers import PreTrainedTokenizerFast
 from transformers import Trainer
 from transformers import TrainerCallback
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_specdiff.demo.source_code import iter_definitions
 from hf_specdiff.demo.source_code import iter_modules
 from hf_specdiff.demo.word_problems import iter_problems
+from hf_specdiff.training.pipeline import last_whole_checkpoint
 
 VOCAB_SIZE = 576
 BLOCK_LENGTH = 256
@@ -151,5 +151,5 @@ def train_language_model(
         dataloader_pin_memory=False,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=list(callbacks))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if work.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
     model.to(torch.bfloat16).save_pretrained(folder)
