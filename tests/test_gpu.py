@@ -143,9 +143,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch, count: int, has_bfloat16: bool) -> Non
 def test_the_timer_times_the_steps_after_the_first_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     timer = pair.StepTimer(pair.FULL, CPU)
     assert (timer.first, timer.last) == (10, 40)
-    seconds = iter([100.0, 106.0])
-    monkeypatch.setattr(timer, "_now", lambda: next(seconds))
     state, control = TrainerState(), TrainerControl(should_save=True)
+    seconds = {10: 100.0, 40: 106.0}
+    monkeypatch.setattr(timer, "_now", lambda: seconds[state.global_step])
     for step in range(1, 41):
         assert not control.should_training_stop
         state.global_step = step
