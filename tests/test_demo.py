@@ -12,7 +12,9 @@ from transformers import pipeline
 import hf_specdiff
 from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.demo.recipe import NUM_CORPUS_PROBLEMS
+from hf_specdiff.demo.recipe import TARGET_LAYERS
 from hf_specdiff.demo.recipe import code_prompt
+from hf_specdiff.demo.recipe import model_config
 from hf_specdiff.demo.recipe import training_prompts
 from hf_specdiff.demo.source_code import iter_modules
 from hf_specdiff.demo.word_problems import iter_problems
@@ -159,6 +161,12 @@ def test_held_out_problems_are_told_by_their_text() -> None:
         assert all(problem.is_held_out == held_out for problem in problems)
         for problem in problems:
             assert problem.solution.endswith(f"The answer is {problem.answer}.")
+
+
+def test_the_recipe_makes_targets_of_the_bundled_shape() -> None:
+    bundled, made = json.loads((PAIR / "target" / "config.json").read_text()), model_config(TARGET_LAYERS)
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        assert getattr(made, name) == bundled[name]
 
 
 def test_code_prompts_leave_something_to_write() -> None:

@@ -72,7 +72,8 @@ class PassClock:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        # Of the modules' device: another one may be current.
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
 

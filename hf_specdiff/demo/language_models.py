@@ -1,10 +1,12 @@
 """The bundled target and the autoregressive assistant: tokenizer, corpus, causal language modelling.
 
-Knows plain causal language models only; drafters are trained by `hf_specdiff.training`. Imported by the recipe.
+Knows plain causal language models only; drafters are trained by `hf_specdiff.training`. Imported by what makes pairs.
 """
 
 import itertools
 import random
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,21 +21,23 @@ from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast
 from transformers import Trainer
+from transformers import TrainerCallback
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_specdiff.demo.source_code import iter_definitions
 from hf_specdiff.demo.source_code import iter_modules
 from hf_specdiff.demo.word_problems import iter_problems
+from hf_specdiff.training.pipeline import last_whole_checkpoint
 
 VOCAB_SIZE = 576
 BLOCK_LENGTH = 256
 SPECIAL_TOKENS = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>", "mask_token": "<|mask|>"}
 
 
-def training_definitions() -> list[str]:
-    """Return the source of every definition outside the held-out modules."""
-    return [text for path in iter_modules(held_out=False) for text in iter_definitions(path)]
+@cache
+def training_definitions() -> tuple[str, ...]:
+    """Return the source of every definition outside the held-out modules; they are read once in a process."""
+    return tuple(text for path in iter_modules(held_out=False) for text in iter_definitions(path))
 
 
 def train_tokenizer(folder: Path) -> None:
@@ -104,30 +108,35 @@ def make_corpus(num_problems: int, code_epochs: int) -> list[str]:
 def train_language_model(
     folder: Path,
     work: Path,
-    tokenizer: PreTrainedTokenizerFast,
     config: LlamaConfig,
-    documents: list[str],
+    dataset: PackedDocuments,
     *,
     learning_rate: float,
+    batch_size: int = 16,
+    max_steps: int | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
-    """Train a causal language model for one pass over the documents and save it in bfloat16.
+    """Train a causal language model for one pass over the corpus and save it in bfloat16.
 
-    An interrupted run goes on from its last checkpoint.
+    It runs on a GPU if there is one. An interrupted run goes on from its last checkpoint.
 
     Args:
         folder (`pathlib.Path`): where the model goes.
         work (`pathlib.Path`): where the checkpoints go.
-        tokenizer (`PreTrainedTokenizerFast`): the bundled tokenizer.
         config (`LlamaConfig`): the model's shape.
-        documents (`list[str]`): the corpus.
+        dataset (`PackedDocuments`): the corpus.
         learning_rate (`float`): peak of the cosine schedule.
+        batch_size (`int`): blocks of a step.
+        max_steps (`int`, *optional*): steps in place of one pass; more than a pass begins it again.
+        callbacks (`Sequence[TrainerCallback]`): of the host's trainer.
     """
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     arguments = TrainingArguments(
         output_dir=str(work),
         num_train_epochs=1,
-        per_device_train_batch_size=16,
+        max_steps=-1 if max_steps is None else max_steps,
+        per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=100,
@@ -141,6 +150,6 @@ def train_language_model(
         report_to="none",
         dataloader_pin_memory=False,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=PackedDocuments(documents, tokenizer))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if work.is_dir() else None)
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=list(callbacks))
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
     model.to(torch.bfloat16).save_pretrained(folder)

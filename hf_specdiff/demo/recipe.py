@@ -22,6 +22,7 @@ from transformers import LlamaConfig
 
 from hf_specdiff.demo.bundle import BUNDLED_TARGET
 from hf_specdiff.demo.language_models import VOCAB_SIZE
+from hf_specdiff.demo.language_models import PackedDocuments
 from hf_specdiff.demo.language_models import make_corpus
 from hf_specdiff.demo.language_models import train_language_model
 from hf_specdiff.demo.language_models import train_tokenizer
@@ -52,16 +53,25 @@ TREE_BUDGET = 16
 UNALIGNED_STAGE = 2
 
 
-def model_config(num_layers: int) -> LlamaConfig:
-    """Return a deep, narrow Llama: on a CPU it is most like a large model on a GPU, where more tokens in a pass cost little."""
+def model_config(num_layers: int, hidden_size: int = 192, num_heads: int = 4) -> LlamaConfig:
+    """Return a deep, narrow Llama: on a CPU it is most like a large model on a GPU, where more tokens in a pass cost little.
+
+    Args:
+        num_layers (`int`): its layers.
+        hidden_size (`int`): its width.
+        num_heads (`int`): attention heads; an even number that divides the width.
+
+    Returns:
+        `LlamaConfig`: with two query heads to a key head.
+    """
     return LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=192,
-        intermediate_size=512,
+        hidden_size=hidden_size,
+        intermediate_size=64 * -(-hidden_size // 24),  # 8/3 of the width, in whole 64s
         num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=48,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads // 2,
+        head_dim=hidden_size // num_heads,
         tie_word_embeddings=True,
         max_position_embeddings=1024,
         pad_token_id=0,
@@ -183,7 +193,7 @@ def training_data(pair: Path, work: Path, tokenizer: Any) -> dict[str, Sequences
     code = regenerate(quick, tokenizer, more_code_prompts(), work / "code", **settings)
     math = regenerate(quick, tokenizer, more_math_prompts(), work / "math", **settings)
     more_code = regenerate(quick, tokenizer, yet_more_code_prompts(), work / "more-code", **settings)
-    raw = sequences_of_texts(tokenizer, training_definitions(), MAX_LENGTH)
+    raw = sequences_of_texts(tokenizer, list(training_definitions()), MAX_LENGTH)
     return {
         "mixed": Sequences.concatenate([continued, raw]),
         "continued": continued,
@@ -200,7 +210,8 @@ def make_language_model(name: str, num_layers: int, learning_rate: float, corpus
     tokenizer = AutoTokenizer.from_pretrained(pair / "target")
     documents = make_corpus(NUM_CORPUS_PROBLEMS, NUM_CORPUS_CODE_EPOCHS)
     documents = documents[: int(corpus_share * len(documents))]
-    train_language_model(pair / name, work / name, tokenizer, model_config(num_layers), documents, learning_rate=learning_rate)
+    dataset = PackedDocuments(documents, tokenizer)
+    train_language_model(pair / name, work / name, model_config(num_layers), dataset, learning_rate=learning_rate)
 
 
 def make_drafters(pair: Path, work: Path) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
+from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_specdiff.configuration_specdiff import SpecDiffConfig
@@ -209,6 +210,7 @@ def fit_drafter(
     mask_token_id: int,
     start_from: Path | None = None,
     held_out: HeldOut | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> bool:
     """Train on given sequences and save; the second half of `train_drafter`.
 
@@ -220,6 +222,7 @@ def fit_drafter(
         mask_token_id (`int`): see `SpecDiffConfig`.
         start_from (`pathlib.Path`, *optional*): a drafter of the same shape to go on from; by default a fresh one.
         held_out (`HeldOut`, *optional*): what to evaluate on; the best checkpoint is then what is saved.
+        callbacks (`Sequence[TrainerCallback]`): more of the host's trainer.
 
     Returns:
         `bool`: whether the drafter is finished; false after Ctrl-C, with a checkpoint in `work`.
@@ -236,7 +239,7 @@ def fit_drafter(
         args=arguments,
         train_dataset=dataset,
         eval_dataset=None if held_out is None else SequenceDataset(held_out.sequences, plan.max_length),
-        callbacks=[interrupt],
+        callbacks=[interrupt, *callbacks],
     )
     if held_out is not None:
         trainer.add_callback(EvaluateAtEnd())
