@@ -22,10 +22,10 @@ quality: $(STAMP)  ## format, lint and types, nothing changed
 
 bench: $(STAMP)  ## the figures of README.md's results table and of the model cards; goes on where it was interrupted
 	$(BIN)/hf-specdiff bench --output build/bench
-	mv build/bench/results.json benchmarks/results/standard.json
-	rm -r build/bench
+	cp build/bench/results.json benchmarks/results/standard.json
 	$(BIN)/python -m hf_specdiff.benchmarks.report README.md
 	$(BIN)/python -m hf_specdiff.demo.cards model_cards
+	rm -r build/bench
 
 clean:
 	rm -rf $(VENV)

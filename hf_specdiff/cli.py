@@ -3,6 +3,7 @@
 Turns words into calls and errors into one line; everything else lives in the modules it calls.
 """
 
+import shlex
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -161,7 +162,7 @@ def doctor_command(
     ]
     console.print(terminal_table(["task", "method", "tokens per round", "speed against plain", "identical"], cells))
     if output is not None:
-        command = " ".join(["hf-specdiff", *sys.argv[1:]])
+        command = shlex.join(["hf-specdiff", *sys.argv[1:]])
         conditions = {**conditions_of(models, command), "device": str(model.device), "max_new_tokens": max_new_tokens}
         write_record(output, {"conditions": conditions, "rows": rows})
         console.print(f"The figures are in {output}.", highlight=False)

@@ -40,5 +40,5 @@ def _one_line(role: str, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0]
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"`{role}` must be a model folder or a Hub repository, got {name!r}: {first_line}") from error

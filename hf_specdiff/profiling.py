@@ -12,6 +12,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from dataclasses import replace
 from functools import partial
@@ -39,6 +41,7 @@ logger = logging.get_logger(__name__)
 SIZES = [1, 2, 4, 8, 12, 16, 24, 32, 48, 65]
 CONTEXT_LENGTH = 192
 NUM_REPEATS = 9
+CACHE_VARIABLE = "HF_SPECDIFF_CACHE"
 # A calibration is written again when it has moved by such a factor, as a logarithm.
 NOTABLE_CHANGE = 0.15
 # What was measured or read in this process, by the pair's key.
@@ -149,10 +152,32 @@ def machine_of(device: torch.device) -> str:
     return f"{name} ({os.cpu_count()} cores, {torch.get_num_threads()} threads), torch {torch.__version__}"
 
 
+@contextmanager
+def isolated_profiles(folder: Path) -> Iterator[None]:
+    """Keep profiles, and what is learnt of drafters, in a folder of their own inside `with`: what is measured there shall not
+    depend on what was generated before.
+
+    Args:
+        folder (`pathlib.Path`): made when something is kept; an earlier run's profiles in it are used.
+    """
+    elsewhere, known = os.environ.get(CACHE_VARIABLE), dict(_KNOWN)
+    _KNOWN.clear()
+    os.environ[CACHE_VARIABLE] = str(folder)
+    try:
+        yield
+    finally:
+        _KNOWN.clear()
+        _KNOWN.update(known)
+        if elsewhere is None:
+            del os.environ[CACHE_VARIABLE]
+        else:
+            os.environ[CACHE_VARIABLE] = elsewhere
+
+
 def cache_folder() -> Path:
     """Return where profiles are kept: `HF_SPECDIFF_CACHE`, or `hf_specdiff` beside the host's own cache."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    return Path(os.environ.get("HF_SPECDIFF_CACHE") or Path(home) / "hf_specdiff") / "profiles"
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "hf_specdiff") / "profiles"
 
 
 def _stored_or_measured(path: Path, model: Any, drafter: Any, speculation: SpeculationConfig, device: torch.device) -> Profile:

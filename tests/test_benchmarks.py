@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,17 @@ import torch
 from typer.testing import CliRunner
 
 import hf_specdiff
+from hf_specdiff import profiling
 from hf_specdiff.benchmarks import runner
 from hf_specdiff.benchmarks import standard
 from hf_specdiff.benchmarks import time_budget
 from hf_specdiff.benchmarks.clocks import PassClock
 from hf_specdiff.benchmarks.clocks import PeakMemory
 from hf_specdiff.benchmarks.clocks import Recording
+from hf_specdiff.benchmarks.figures import _acceptance
+from hf_specdiff.benchmarks.figures import _times
 from hf_specdiff.benchmarks.figures import rows_of
+from hf_specdiff.benchmarks.figures import share_interval
 from hf_specdiff.benchmarks.figures import speed_ratio
 from hf_specdiff.benchmarks.journal import LINES
 from hf_specdiff.benchmarks.journal import Journal
@@ -30,9 +35,11 @@ from hf_specdiff.benchmarks.plots import plot_all
 from hf_specdiff.benchmarks.plots import save
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import Call
+from hf_specdiff.benchmarks.runner import Detail
 from hf_specdiff.benchmarks.runner import run_block
 from hf_specdiff.benchmarks.tables import speed_table
 from hf_specdiff.benchmarks.tables import time_table
+from hf_specdiff.budget import Profile
 from hf_specdiff.cli import app
 from hf_specdiff.cli import main
 from hf_specdiff.demo.bundle import PAIR
@@ -75,17 +82,17 @@ def test_every_method_of_the_standard_set_runs_and_keeps_the_tokens(models: Mode
         assert row.keys() >= REQUIRED, row
         assert row["identical"] is True, row["method"]
         assert row["num_tokens"] == 48
-        assert row["ratio_low"] <= row["ratio_to_plain"] <= row["ratio_high"]
+        assert row["ratio_low"] is None  # two prompts are no sample
         assert min(row["target_seconds"], row["rest_seconds"]) > 0
         assert 0 < row["share_of_limit"] < 1
-        assert row["limit_ratio"] == pytest.approx(row["ratio_to_plain"] / row["share_of_limit"])
         assert row["first_token_seconds"] > 0
         if row["method"] not in (PLAIN, "untrained, auto"):
             assert row["tokens_per_round"] > 1, row["method"]
-            assert sum(size * count for size, count in enumerate(row["histogram"])) >= 46
+            # The first token, or more of them, come with the pass over the prompt.
+            assert 24 <= sum(size * count for size, count in enumerate(row["histogram"])) <= 46, row["method"]
         if row["loop"] == "hf_specdiff":
-            assert row["perfect_ratio"] > 1
-            assert row["best_to_this"] >= 1
+            assert 0 < row["between_share"] < 0.9
+            assert ("perfect_ratio" in row) == ("auto" not in row["method"])
     assert rows[0]["ratio_to_plain"] == 1
     assert rows[0]["drafter_seconds"] == pytest.approx(0, abs=1e-4)  # it has none; two clocks are not quite one
     assert all(row["drafter_seconds"] > 0 for row in rows[2:] if row["method"] != "untrained, auto")
@@ -112,7 +119,7 @@ def test_batches_are_compared_row_by_row_and_the_hosts_loops_say_why_not(models:
     rows = {row["method"]: row for row in rows_of(block, models, journal)}
     assert rows[CHAIN.name]["num_identical"] == rows[CHAIN.name]["num_prompts"] == 3
     assert rows[CHAIN.name]["first_token_seconds"] is None
-    assert rows[CHAIN.name]["perfect_ratio"] is None
+    assert "perfect_ratio" not in rows[CHAIN.name]
     refused = [name for name, row in rows.items() if "refusal" in row]
     assert refused == ["transformers, prompt lookup", "transformers, AR assistant", "transformers' dflash loop, features"]
     table = speed_table(list(rows.values()))
@@ -183,12 +190,15 @@ def test_folders_of_other_runs_are_refused(tmp_path: Path) -> None:
 
 def test_the_interval_is_that_of_paired_prompts() -> None:
     """Prompts differ tenfold in length, but one method is twice as fast on each: the interval must not be wide."""
-    plain = [call_of(seconds, 100) for seconds in (1.0, 10.0, 5.0, 2.0)]
+    plain = [call_of(seconds, 100) for seconds in (1.0, 10.0, 5.0, 2.0, 4.0)]
     steady = speed_ratio([call_of(call.seconds / 2, 100) for call in plain], plain)
     assert (steady.value, steady.low, steady.high) == pytest.approx((2, 2, 2))
-    shaky = speed_ratio([call_of(seconds, 100) for seconds in (1.0, 2.5, 5.0, 1.0)], plain)
-    assert shaky.low < shaky.value < shaky.high
-    assert shaky.value == pytest.approx(18 / 9.5)
+    shaky = speed_ratio([call_of(seconds, 100) for seconds in (1.0, 2.5, 5.0, 1.0, 2.0)], plain)
+    assert shaky.low is not None
+    assert shaky.high is not None
+    assert 1 <= shaky.low < shaky.value < shaky.high <= 4
+    assert shaky.value == pytest.approx(22 / 11.5)
+    assert speed_ratio(plain[:4], plain[:4]).low is None
 
 
 def test_the_clock_counts_a_pass_inside_a_pass_once() -> None:
@@ -251,8 +261,7 @@ def test_the_command_writes_figures_table_and_pictures(tmp_path: Path) -> None:
     assert again.exit_code == 0, again.output
     assert json.loads((output / "results.json").read_text())["rows"] == json.loads(figures)["rows"]
     refused = CliRunner().invoke(app, [*arguments[:-1], "4"])
-    assert isinstance(refused.exception, ValueError)
-    assert "seed" in str(refused.exception) or "differ" in str(refused.exception)
+    assert "where seed differs" in str(refused.exception)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +274,11 @@ def test_the_command_writes_figures_table_and_pictures(tmp_path: Path) -> None:
         (["--budget", "1"], "`--budget` must come with"),
         (["--dtype", "bfloat16"], "must come with a target"),
         (["--time-budget", "--budget", "0.001"], "`budget` must be longer"),
+        (["--time-budget", "--budget", "0"], "`budget` must be longer"),
+        (["--time-budget", "--method", "auto"], "must stand without"),
+        (["--assistant", "x"], "`--assistant` must come with a target"),
+        (["--method", "chain", "--method", "eagle"], "got 'eagle'"),
+        ([str(PAIR / "target"), str(PAIR / "autoregressive")], "must be SpecDiffDrafters"),
         ([str(PAIR / "target")], "`drafters` must be given"),
         ([str(PAIR / "target"), str(PAIR / "tokens"), str(PAIR / "tokens")], "different last parts"),
     ],
@@ -295,6 +309,7 @@ def test_answers_are_read_as_far_as_they_are_written() -> None:
     assert time_budget.answer_in(" 12 + 30 = 4", is_whole=False) == "30"  # more digits may follow
     assert time_budget.answer_in(" 12 + 30 = 42 ", is_whole=False) == "42"
     assert time_budget.answer_in("none", is_whole=False) is None
+    assert time_budget.answer_in(f"{text} Question: 9 + 9. The answer is 18.", is_whole=True) == "42"
 
 
 def attempt(seconds: list[float], answers: list[str | None], problem: int = 0, method: str = PLAIN) -> time_budget.Attempt:
@@ -338,3 +353,103 @@ def test_accuracy_within_a_time_is_measured_and_resumed(
     assert all(len(found) == 1 for found in answers.values())
     monkeypatch.setattr(time_budget, "_votes", lambda *arguments: pytest.fail("solved again"))
     assert time_budget.benchmark_time_budget(models, plan, tmp_path / "out", {}, "command")["rows"] == rows
+
+
+@pytest.mark.parametrize("turn", [1, 2, 4])
+def test_a_method_that_fails_later_is_out_for_good_and_the_others_finish(
+    models: Models, turn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt too long for one method must not cost the whole benchmark; that it runs the next time changes nothing."""
+    decode = Method.decode
+    count = 0
+
+    def fails_once(self: Method, *arguments: object, **settings: object) -> object:
+        nonlocal count
+        if self is CHAIN:
+            count += 1
+            if count == turn:
+                raise RuntimeError("out of memory")
+        return decode(self, *arguments, **settings)
+
+    monkeypatch.setattr(Method, "decode", fails_once)
+    block = Block("math", prompts(2), [Method(PLAIN, {}), CHAIN], max_new_tokens=4, num_detailed=1)
+    journal = Journal()
+    run_block(models, block, journal)
+    plain, chain = rows_of(block, models, journal)
+    assert plain["num_prompts"] == 2
+    assert chain["refusal"] == "out of memory"
+    run_block(models, block, journal)
+    assert rows_of(block, models, journal)[1] == chain
+
+
+def test_a_drafter_that_does_not_fit_is_in_the_table(tmp_path: Path) -> None:
+    target, drafter, tokenizer = hf_specdiff.load_demo()
+    drafter.config.target_layer_ids = [0, 1, 2, 99]
+    extent = standard.Extent({"any": prompts(1)}, {"any": 4}, temperatures=(0.0,), words=("chain",))
+    record = standard.benchmark(Models(target, tokenizer, {"mine": drafter}), extent, tmp_path / "out", {}, "command")
+    assert "`target_layer_ids`" in record["rows"][1]["refusal"]
+    assert record["profile"] is None
+
+
+def test_figures_of_times_are_those_worked_out_by_hand() -> None:
+    """Two calls of 10 s and 6 s: prefill 1 s each, 4 + 2 passes of 1 s, drafter 2 s and 1 s."""
+    common = {"block": "b", "method": "m", "batch": 0, "prefill_seconds": 1.0, "num_tokens": 17, "peak_bytes": 5}
+    one = {"seconds": 10, "target_seconds": 4, "drafter_seconds": 2, "rest_seconds": 3, "loop_seconds": 8, "num_rounds": 4}
+    two = {"seconds": 6, "target_seconds": 2, "drafter_seconds": 1, "rest_seconds": 2, "loop_seconds": 5, "num_rounds": 2}
+    details = [Detail(**common, **one, first_token_seconds=2), Detail(**common, **two, first_token_seconds=1)]
+    found = _times(details, [replace(detail, seconds=20) for detail in details], window=8)
+    assert found["target_seconds"] == 1
+    assert found["drafter_seconds"] == 0.5
+    assert found["rest_seconds"] == pytest.approx(5 / 6)
+    assert found["between_share"] == pytest.approx((13 - 11) / (13 - 2))  # loops of 13 s, passes of 11 s, prefill of 2 s
+    assert found["first_token_seconds"] == 1.5
+    assert found["share_of_limit"] == 8 / 16
+    assert found["limit_ratio"] == 40 / 8
+    assert found["perfect_ratio"] == 40 / (2 + 2 + 2)  # 16 tokens after the first: two rounds of eight in each call
+
+
+def test_acceptance_counts_the_drafts_that_reach_a_position() -> None:
+    assert _acceptance([1, 3, 4], [3, 3, 2]) == pytest.approx([2 / 3, 2 / 3, 0.0])
+    assert _acceptance([], []) == []
+
+
+def test_rounds_leave_the_pass_over_the_prompt_out(models: Models) -> None:
+    """The same drafter in transformers' dflash loop and in ours: the same drafts, the same rounds."""
+    block = Block("math", prompts(1), [*host_methods(models, ("features",)), CHAIN], max_new_tokens=40, num_detailed=0)
+    journal = Journal()
+    run_block(models, block, journal)
+    rounds = {call["method"]: call["rounds"] for call in journal.select(kind="call")}
+    assert rounds["transformers' dflash loop, features"] == rounds[CHAIN.name]
+
+
+def test_standard_blocks_have_names_of_their_own(models: Models) -> None:
+    extent = standard.Extent({"math": prompts(2), "code": prompts(2, "code")}, {"math": 8, "code": 8})
+    for sizes in ((1,), (1, 8)):
+        blocks = standard.blocks_of(models, replace(extent, batch_sizes=sizes), is_standard=True)
+        names = [block.name for block in blocks]
+        assert len(set(names)) == len(names)
+        assert "math, temperature 0.0, batch 8" in names
+
+
+def test_profiles_of_a_benchmark_are_its_own(tmp_path: Path) -> None:
+    before = profiling.cache_folder()
+    profiling._KNOWN["mine"] = Profile([1, 2], [0.1, 0.2], 0.1)
+    with profiling.isolated_profiles(tmp_path):
+        assert profiling.cache_folder() == tmp_path / "profiles"
+        assert "mine" not in profiling._KNOWN
+        profiling._KNOWN["other"] = Profile([1, 2], [0.1, 0.2], 0.1)
+    assert profiling.cache_folder() == before
+    assert profiling._KNOWN.pop("mine")
+    assert "other" not in profiling._KNOWN
+
+
+def test_a_shares_interval_is_wilsons() -> None:
+    assert share_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    low, high = share_interval(1.0, 10)
+    assert low == pytest.approx(0.7225, abs=1e-4)
+    assert high == 1
+
+
+def test_any_budget_has_its_gain() -> None:
+    plan = time_budget.Plan([], headline=0.33333)
+    assert plan.headline in plan.budgets

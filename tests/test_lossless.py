@@ -277,22 +277,27 @@ def test_rows_of_a_batch_keep_their_joint_law(scheme: dict, target: LlamaForCaus
     assert distance(law_of(joint(target.generate), monkeypatch), law_of(joint(ours, **scheme), monkeypatch)) < TOLERANCE
 
 
-@pytest.mark.parametrize("temperature", [0.3, 2.5])
+@pytest.mark.parametrize("temperatures", [(0.3,), (2.5,), (0.3, 2.5)], ids=["colder", "warmer", "by-what-was-accepted"])
 def test_children_at_a_temperature_learnt_on_the_way_preserve_the_law(
-    temperature: float, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+    temperatures: tuple[float, ...], target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the second round on the children are drawn at another temperature than the marginals'."""
-    monkeypatch.setattr(shapes, "TEMPERATURES", (temperature,))
-    drafted = []
-    tempered = shapes._tempered
-    monkeypatch.setattr(shapes, "_tempered", lambda laws, value: drafted.append(value) or tempered(laws, value))
-    settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 2, **PROCESSED}
+    """From the second round on they are drawn at another temperature than 1, even one that hangs on how much was accepted."""
+    used = set()
+
+    def choose(self: shapes.ChildTemperature) -> None:
+        if self._seen:
+            self.value = temperatures[len(self._seen) % len(temperatures)]
+            self._seen = []
+        used.add(self.value)
+
+    monkeypatch.setattr(shapes.ChildTemperature, "_learn", choose)
+    settings = {"max_new_tokens": 5, "do_sample": True, "top_k": 2, **PROCESSED}
+    scheme = {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": 3, "gamma": 2}
     plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
     ours = law_of(
-        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **MANY["tree-ratio"]),
-        monkeypatch,
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **scheme), monkeypatch
     )
-    assert {1.0, temperature} <= set(drafted)
+    assert used == {1.0, *temperatures}
     assert distance(plain, ours) < TOLERANCE
 
 

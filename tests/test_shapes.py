@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import hf_specdiff
-from hf_specdiff import shapes
 from hf_specdiff.shapes import TEMPERATURES
 from hf_specdiff.shapes import ChildTemperature
 
@@ -58,13 +57,11 @@ def test_it_learns_in_the_loop_and_only_where_it_was_not_told(monkeypatch: pytes
     target, drafter, tokenizer = hf_specdiff.load_demo()
     ids = tokenizer(str(hf_specdiff.load_prompts("math")[0]["prompt"]), return_tensors="pt").input_ids
     used = set()
-    tempered = shapes._tempered
     law = ChildTemperature.law
 
     def watched(self: ChildTemperature, marginals: torch.Tensor) -> torch.Tensor:
         result = law(self, marginals)
         used.add(self.value)
-        assert torch.equal(result, tempered(marginals, self.value))
         return result
 
     monkeypatch.setattr(ChildTemperature, "law", watched)

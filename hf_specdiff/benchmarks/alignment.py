@@ -22,6 +22,7 @@ import transformers
 import typer
 from rich.progress import track
 
+from hf_specdiff.benchmarks.journal import Journal
 from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.standard import conditions_of
 from hf_specdiff.benchmarks.standard import write_record
@@ -177,6 +178,8 @@ def main(
     target, _, tokenizer = load_demo()
     tokenizer.padding_side = "left"
     work.mkdir(parents=True, exist_ok=True)
+    settings = {"documents": NUM_DOCUMENTS, "problem_seed": PROBLEM_SEED, "batch_size": BATCH_SIZE, "num_anchors": NUM_ANCHORS}
+    Journal(work, {**settings, "eval_prompts": EVAL_PROMPTS, "eval_tokens": EVAL_TOKENS})  # runs of other settings do not mix
     bench = Bench(target, tokenizer, work, steps)
     kinds = CONDITIONINGS if conditioning is None else (conditioning,)
     every = itertools.product(range(num_seeds), RECIPES, kinds)

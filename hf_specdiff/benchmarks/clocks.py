@@ -5,6 +5,7 @@ Knows modules, devices and the kernel's counters; knows no method.
 
 import ctypes
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ RESET_PEAK = "5"
 
 
 def wait(device: torch.device) -> None:
-    """Let a GPU finish what it was given, so that a clock may be read."""
+    """Let all GPUs of a kind finish what they were given, so that a clock may be read."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(index)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 class PassClock:
@@ -135,20 +139,21 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated(self.device)
         elif CLEAR_REFS.exists():
             # What the last method left free would hide what this one takes.
-            if hasattr(trim := ctypes.CDLL(None), "malloc_trim"):
-                trim.malloc_trim(0)
-            CLEAR_REFS.write_text(RESET_PEAK, encoding="ascii")
-            self._before = _resident("VmRSS")
+            if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+                libc.malloc_trim(0)
+            with suppress(OSError):  # some containers forbid it
+                CLEAR_REFS.write_text(RESET_PEAK, encoding="ascii")
+                self._before = _resident("VmRSS")
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._before is None:
             return
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _resident("VmHWM")
-        self.num_bytes = max(0, peak - self._before)
+        self.num_bytes = None if peak is None else max(0, peak - self._before)
 
 
-def _resident(name: str) -> int:
-    """Return a figure of the kernel's, in bytes."""
-    (line,) = (line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(name))
-    return 1024 * int(line.split()[1])
+def _resident(name: str) -> int | None:
+    """Return a figure of the kernel's, in bytes, if it has it."""
+    lines = [line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(name)]
+    return 1024 * int(lines[0].split()[1]) if lines else None

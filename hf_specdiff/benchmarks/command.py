@@ -1,9 +1,12 @@
 """`hf-specdiff bench`: from words to an `Extent` or a `Plan`, and the pictures of what comes of it."""
 
 import itertools
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
+from typing import TypeVar
 
 import typer
 from rich.console import Console
@@ -31,6 +34,7 @@ from hf_specdiff.loading import load_model
 from hf_specdiff.loading import load_tokenizer
 
 DEFAULT_NEW_TOKENS = 128
+T = TypeVar("T")
 
 
 def bench_command(
@@ -56,28 +60,41 @@ def bench_command(
         raise ValueError(
             f"`--dtype` and `--device-map` must come with a target, got {dtype} and {device_map} for the bundled pair."
         )
+    if is_bundled and assistant is not None:
+        raise ValueError(f"`--assistant` must come with a target, got {assistant!r} for the bundled pair, which has one.")
     if budget is not None and not time_budget:
         raise ValueError(f"`--budget` must come with `--time-budget`, got {budget} alone.")
+    if time_budget and (prompts_file, temperature, batch_size, method, assistant) != (None,) * 5:
+        raise ValueError(
+            "`--time-budget` must stand without --prompts-file, --temperature, --batch-size, --method and --assistant, got one."
+        )
     models = bundled_models() if target is None else _models_of(target, drafters or [], assistant, dtype, device_map)
     names = {"target": target, "drafters": drafters, "assistant": assistant}
-    command = " ".join(["hf-specdiff", *sys.argv[1:]])
+    command = shlex.join(["hf-specdiff", *sys.argv[1:]])
     console = Console()
     if time_budget:
         methods = scaling_methods(("unaligned", "features") if is_bundled else list(models.drafters))
-        plan = Plan(methods, budget or HEADLINE, num_problems=num_prompts, max_new_tokens=max_new_tokens or 256, seed=seed)
+        headline = HEADLINE if budget is None else budget
+        plan = Plan(methods, headline, num_problems=num_prompts, max_new_tokens=max_new_tokens or 256, seed=seed)
         record = benchmark_time_budget(models, plan, output, names, command)
         save(plot_accuracy(record["rows"]), output / "time_budget.png")
         console.print(terminal_table(GAIN_TITLES, [gain_cells(gain) for gain in gains(record["rows"], plan.headline)]))
     else:
         texts = prompt_sets(prompts_file, num_prompts)
-        limits = {task: max_new_tokens or MAX_NEW_TOKENS.get(task, DEFAULT_NEW_TOKENS) for task in texts}
-        extent = Extent(texts, limits, tuple(temperature or (0.0, 1.0)), tuple(batch_size or (1,)), seed, tuple(method or ()))
+        usual = MAX_NEW_TOKENS if prompts_file is None else dict.fromkeys(texts, DEFAULT_NEW_TOKENS)
+        limits = {task: max_new_tokens or usual[task] for task in texts}
+        extent = Extent(texts, limits, once(temperature or [0.0, 1.0]), once(batch_size or [1]), seed, once(method or []))
         record = benchmark(models, extent, output, names, command, is_standard=is_bundled and prompts_file is None)
         plot_all(record, output)
         for (task, heat, size), rows in itertools.groupby(record["rows"], lambda row: [row[name] for name in SPEED_TITLES[:3]]):
             cells = [speed_cells(row)[3:] for row in rows]
             console.print(terminal_table(SPEED_TITLES[3:], cells, title=f"{task}, temperature {heat:g}, batch {size}"))
     console.print(f"Figures and pictures are in {output}.", highlight=False)
+
+
+def once(values: Sequence[T]) -> tuple[T, ...]:
+    """Return values in their order without repetitions."""
+    return tuple(dict.fromkeys(values))
 
 
 def _models_of(target: str, drafters: list[str], assistant: str | None, dtype: str, device_map: str) -> Models:
@@ -90,6 +107,12 @@ def _models_of(target: str, drafters: list[str], assistant: str | None, dtype: s
     settings = {"dtype": dtype, "device_map": device_map}
     model = load_model("target", target, **settings)
     loaded = {name: load_model("drafters", path, **settings) for name, path in zip(names, drafters, strict=True)}
+    for name, drafter in loaded.items():
+        if drafter.config.model_type != "specdiff":
+            raise ValueError(
+                f"`drafters` must be SpecDiffDrafters, got {type(drafter).__name__} in {name!r}. Pass other assistants as "
+                "--assistant."
+            )
     assistants = {}
     if assistant is not None:
         assistants["AR assistant"] = load_model("assistant", assistant, **settings)

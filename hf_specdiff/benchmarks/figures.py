@@ -22,17 +22,18 @@ from hf_specdiff.benchmarks.runner import Call
 from hf_specdiff.benchmarks.runner import Detail
 
 NUM_RESAMPLES = 2000
-# The interval holds the ratio in 95 of 100 benchmarks.
 TAILS = (0.025, 0.975)
+# Fewer batches, drawn anew, say nothing of how others would be.
+FEWEST_BATCHES = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A ratio of speeds with its 95 % interval."""
+    """A ratio of speeds with its 95 % interval over prompts; without one where there are too few."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def speed_ratio(calls: list[Call], others: list[Call]) -> Interval:
@@ -43,7 +44,7 @@ def speed_ratio(calls: list[Call], others: list[Call]) -> Interval:
         others (`list[Call]`): of the other, on the same batches in the same order.
 
     Returns:
-        `Interval`: tokens per second over tokens per second; the interval is the value itself if there is one batch only.
+        `Interval`: tokens per second over tokens per second.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13 (percentile interval).
     """
@@ -56,10 +57,24 @@ def speed_ratio(calls: list[Call], others: list[Call]) -> Interval:
         tokens, seconds, other_tokens, other_seconds = sums.unbind(-1)
         return (tokens / seconds) / (other_tokens / other_seconds)
 
+    value = float(ratio(table.sum(dim=0)))
+    if len(table) < FEWEST_BATCHES:
+        return Interval(value, None, None)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(table), (NUM_RESAMPLES, len(table)), generator=generator)
     low, high = torch.quantile(ratio(table[drawn].sum(dim=1)), torch.tensor(TAILS, dtype=torch.float64)).tolist()
-    return Interval(float(ratio(table.sum(dim=0))), low, high)
+    return Interval(value, low, high)
+
+
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share found in `count` cases.
+
+    Source: E. B. Wilson, Journal of the American Statistical Association 22 (1927).
+    """
+    z = 1.96
+    center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def rows_of(block: Block, models: Models, journal: Journal) -> list[dict[str, Any]]:
@@ -73,11 +88,10 @@ def rows_of(block: Block, models: Models, journal: Journal) -> list[dict[str, An
     Returns:
         `list[dict]`: a row for each method; of one that could not run the reason alone.
     """
-    calls = {method.name: _notes(journal, CALL, Call, block, method) for method in block.methods}
-    plain = calls[PLAIN]
-    fastest = max(
-        (method.name for method in block.methods if method.is_ours and calls[method.name]), default=None, key=_speed(calls)
-    )
+    refusals = {record["method"]: record["reason"] for record in journal.select(kind=REFUSAL, block=block.name)}
+    calls = {method.name: _notes(journal, CALL, Call, block, method) for method in block.methods if method.name not in refusals}
+    contenders = [method.name for method in block.methods if method.is_ours and method.name in calls]
+    fastest = max(contenders, default=None, key=lambda name: _speed(calls[name]))
     rows = []
     for method in block.methods:
         row: dict[str, Any] = {
@@ -88,23 +102,26 @@ def rows_of(block: Block, models: Models, journal: Journal) -> list[dict[str, An
             "batch_size": block.batch_size,
             "arguments": method.arguments,
         }
-        if own := calls[method.name]:
+        if method.name in calls:
+            own = calls[method.name]
             details = _notes(journal, DETAIL, Detail, block, method)
-            plain_details = _notes(journal, DETAIL, Detail, block, block.methods[0])
-            row |= _speeds(own, plain, None if fastest is None else calls[fastest])
-            row |= _rounds(own)
+            row |= _speeds(own, calls[PLAIN], None if fastest is None else calls[fastest])
+            row |= _rounds(own, is_plain=method.name == PLAIN)
             row["identical"] = None if block.temperature else row["num_identical"] == row["num_prompts"]
-            row |= _times(details, plain_details, window_of(method, models), row["ratio_to_plain"])
+            row |= _times(details, _notes(journal, DETAIL, Detail, block, block.methods[0]), window_of(method, models))
         else:
-            (refusal,) = journal.select(kind=REFUSAL, block=block.name, method=method.name)
-            row["refusal"] = refusal["reason"]
+            row["refusal"] = refusals[method.name]
         rows.append(row)
     return rows
 
 
 def window_of(method: Method, models: Models) -> int | None:
-    """Return how many tokens a round of our loop may add at most; `None` for other loops."""
-    return models.drafters[str(method.assistant)].config.block_size if method.is_ours else None
+    """Return how many tokens a round may add at most; `None` for other loops, and where that changes from round to round."""
+    if not method.is_ours or "auto" in method.arguments.values():
+        return None
+    drafter = models.drafters[str(method.assistant)]
+    gamma = method.arguments.get("gamma") or getattr(drafter.generation_config, "gamma", None) or drafter.config.block_size - 1
+    return None if gamma == "auto" else int(gamma) + 1
 
 
 def _notes(journal: Journal, kind: str, note: type, block: Block, method: Method) -> list[Any]:
@@ -113,16 +130,16 @@ def _notes(journal: Journal, kind: str, note: type, block: Block, method: Method
     return [note(**{name: value for name, value in record.items() if name != "kind"}) for record in records]
 
 
-def _speed(calls: dict[str, list[Call]]) -> Any:
-    """Return the key that finds the fastest method."""
-    return lambda name: sum(call.num_tokens for call in calls[name]) / sum(call.seconds for call in calls[name])
+def _speed(calls: list[Call]) -> float:
+    """Return tokens per second."""
+    return sum(call.num_tokens for call in calls) / sum(call.seconds for call in calls)
 
 
 def _speeds(calls: list[Call], plain: list[Call], fastest: list[Call] | None) -> dict[str, Any]:
-    """Return speed, its ratio to plain decoding, and how much faster the fastest of our methods is."""
+    """Return speed, its ratio to plain decoding, and how much faster the fastest of our methods is, known afterwards."""
     ratio = speed_ratio(calls, plain)
     figures = {
-        "tokens_per_second": sum(call.num_tokens for call in calls) / sum(call.seconds for call in calls),
+        "tokens_per_second": _speed(calls),
         "ratio_to_plain": ratio.value,
         "ratio_low": ratio.low,
         "ratio_high": ratio.high,
@@ -133,13 +150,13 @@ def _speeds(calls: list[Call], plain: list[Call], fastest: list[Call] | None) ->
     return figures
 
 
-def _rounds(calls: list[Call]) -> dict[str, Any]:
-    """Return what rounds brought."""
+def _rounds(calls: list[Call], *, is_plain: bool) -> dict[str, Any]:
+    """Return what rounds brought; `tokens_per_round` is `None` of loops that do not tell."""
     rounds = [size for call in calls for size in call.rounds]
     drafted = [size for call in calls for size in call.drafted]
     depths = [depth for call in calls for depth in call.depths]
     return {
-        "tokens_per_round": sum(rounds) / len(rounds) if rounds else 1.0,
+        "tokens_per_round": 1.0 if is_plain else sum(rounds) / len(rounds) if rounds else None,
         "drafted_per_round": sum(drafted) / len(drafted) if drafted else None,
         "histogram": [rounds.count(size) for size in range(max(rounds, default=0) + 1)],
         "acceptance_per_position": _acceptance(rounds, depths),
@@ -159,32 +176,35 @@ def _acceptance(rounds: list[int], depths: list[int]) -> list[float]:
     return shares
 
 
-def _times(details: list[Detail], plain: list[Detail], window: int | None, ratio: float) -> dict[str, Any]:
+def _times(details: list[Detail], plain: list[Detail], window: int | None) -> dict[str, Any]:
     """Return where the time goes, and how fast it could be on this machine.
 
-    The limit is what is reached if drafts cost nothing and all else but the target's passes neither; the perfect ratio is that
-    of drafts which are accepted whole, at the same cost of a pass.
+    The limit is what these accepted lengths would bring if nothing but the target's passes took time; the perfect ratio is that
+    of drafts which are accepted whole, at the same cost of a pass. Both are of the calls that were looked into.
     """
     if not details:
         return {}
     whole, num_rounds = sum(d.seconds for d in details), max(1, sum(d.num_rounds for d in details))
+    plain_seconds = sum(d.seconds for d in plain)
     in_target = sum(d.prefill_seconds + d.target_seconds for d in details)
     firsts = [d.first_token_seconds for d in details if d.first_token_seconds is not None]
     peaks = [d.peak_bytes for d in details if d.peak_bytes is not None]
+    loops = [d.loop_seconds for d in details if d.loop_seconds is not None]
+    between = sum(loops) - sum(d.seconds - d.rest_seconds for d in details) if loops else None
     figures: dict[str, Any] = {
         "target_seconds": sum(d.target_seconds for d in details) / num_rounds,
         "drafter_seconds": sum(d.drafter_seconds for d in details) / num_rounds,
         "rest_seconds": sum(d.rest_seconds for d in details) / num_rounds,
+        "between_share": None if between is None else between / (sum(loops) - sum(d.prefill_seconds for d in details)),
         "first_token_seconds": sum(firsts) / len(firsts) if firsts else None,
         "peak_bytes": max(peaks) if peaks else None,
         "share_of_limit": in_target / whole,
-        "limit_ratio": ratio * whole / in_target,
+        "limit_ratio": plain_seconds / in_target,
     }
-    if window is not None and all(d.num_rounds for d in details):
+    # Several rows of a batch are written at a time, so only one sequence tells how many rounds it needs.
+    if window is not None and len(firsts) == len(details) and all(d.num_rounds for d in details):
         perfect = sum(
             d.prefill_seconds + math.ceil((d.num_tokens - 1) / window) * d.target_seconds / d.num_rounds for d in details
         )
-        # Several rows of a batch are written at a time, so only one sequence tells how many rounds it needs.
-        is_single = all(d.first_token_seconds is not None for d in details)
-        figures["perfect_ratio"] = sum(d.seconds for d in plain) / perfect if is_single else None
+        figures["perfect_ratio"] = plain_seconds / perfect
     return figures

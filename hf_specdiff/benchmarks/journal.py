@@ -11,6 +11,7 @@ from typing import Any
 
 SETTINGS = "settings.json"
 LINES = "journal.jsonl"
+PARTIAL = ".partial"
 
 
 class Journal:
@@ -48,7 +49,7 @@ class Journal:
                     f"{', '.join(names)} differ{'s' if len(names) == 1 else ''}. Take another folder."
                 )
             return
-        if any(folder.iterdir()):
+        if any(not other.name.startswith(".") and other.suffix != PARTIAL for other in folder.iterdir()):
             raise ValueError(f"`output` must be empty or of an earlier run, got {str(folder)!r}, which holds other files.")
         write_text(path, json.dumps(settings, indent=1) + "\n")
 
@@ -80,6 +81,6 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place first, so that it is whole or absent; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.partial")
+    beside = path.with_name(f"{path.name}{PARTIAL}")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)

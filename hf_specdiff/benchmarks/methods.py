@@ -43,6 +43,11 @@ class Models:
         device: torch.device = self.target.device
         return device
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether the target lies on several devices, where no clock sees all of a pass."""
+        return len(set((getattr(self.target, "hf_device_map", None) or {}).values())) > 1
+
 
 @dataclass(frozen=True, slots=True)
 class Method:

@@ -29,7 +29,7 @@ def plot_all(record: dict[str, Any], folder: Path) -> list[Path]:
     """Draw everything that a record has figures for.
 
     Args:
-        record (`dict`): of `run_benchmark`.
+        record (`dict`): of `benchmark`.
         folder (`pathlib.Path`): for the PNG files.
 
     Returns:
@@ -82,7 +82,8 @@ def plot_bars(rows: list[dict[str, Any]], name: str, label: str, *, has_interval
     """Draw one figure of every method, task and temperature."""
     figure, charts = panels(rows)
     for axis, chosen in charts:
-        values = [row[name] for row in chosen]
+        values = [row[name] or 0.0 for row in chosen]
+        has_interval = has_interval and all(row["ratio_low"] is not None for row in chosen)
         spread = [[row[name] - row["ratio_low"], row["ratio_high"] - row[name]] for row in chosen] if has_interval else None
         colors = [OURS if row["loop"] == "hf_specdiff" else THEIRS for row in chosen]
         errors = None if spread is None else [list(side) for side in zip(*spread, strict=True)]

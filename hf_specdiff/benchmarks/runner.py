@@ -6,7 +6,6 @@ Knows how to time a call and what to note of it. Makes no figures of the notes.
 import time
 from collections.abc import Callable
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from hf_specdiff.benchmarks.journal import Journal
 from hf_specdiff.benchmarks.methods import PLAIN
 from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
+from hf_specdiff.draft import SpeculationStats
 
 # Kinds of a journal's records.
 CALL, DETAIL, REFUSAL = "call", "detail", "refusal"
@@ -53,7 +53,7 @@ class Block:
     @property
     def name(self) -> str:
         """What tells it from the others of a run."""
-        return f"{self.task}, temperature {self.temperature:g}, batch {self.batch_size}"
+        return f"{self.task}, temperature {self.temperature}, batch {self.batch_size}"
 
     @property
     def num_batches(self) -> int:
@@ -75,6 +75,8 @@ class Block:
         """Return ids and masks, padded on the left."""
         groups = [self.texts[i : i + self.batch_size] for i in range(0, len(self.texts), self.batch_size)]
         encode = models.tokenizer
+        if encode.pad_token is None:
+            encode.pad_token = encode.eos_token  # padding is masked, so any id serves
         return [
             dict(encode(group, return_tensors="pt", padding=self.batch_size > 1, return_token_type_ids=False).to(models.device))
             for group in groups
@@ -93,8 +95,8 @@ class Call:
         num_tokens (`int`): tokens written, padding left out.
         num_prompts (`int`): prompts of the batch.
         num_identical (`int`): greedy outputs equal to plain `generate`'s; 0 when sampling.
-        rounds (`list[int]`): tokens that each target pass after the prefill added to a row; in transformers' assisted loops the
-            pass over the prompt is a round too. Empty for plain decoding and for what does not tell.
+        rounds (`list[int]`): tokens that each target pass but the first added to a row. Empty for plain decoding and for what
+            does not tell.
         drafted (`list[int]`): for our loop, tokens or nodes that each of the rounds verified.
         depths (`list[int]`): for our loop, how far ahead each draft reached.
         shape_and_rule (`list[str]`): for our loop, what ran.
@@ -125,7 +127,8 @@ class Detail:
         prefill_seconds (`float`): the target's first pass.
         target_seconds (`float`): its other passes.
         drafter_seconds (`float`): the drafter's passes, with the embedding and the head that it borrows.
-        rest_seconds (`float`): everything between: of our loop what it does, of the host's loops all of the call.
+        rest_seconds (`float`): everything else, from the call to its return.
+        loop_seconds (`float`, *optional*): of our loop, without what prepares the call and its output.
         num_rounds (`int`): target passes after the first.
         num_tokens (`int`): tokens written, padding left out.
         first_token_seconds (`float`, *optional*): to the first token; not known of batches.
@@ -140,6 +143,7 @@ class Detail:
     target_seconds: float
     drafter_seconds: float
     rest_seconds: float
+    loop_seconds: float | None
     num_rounds: int
     num_tokens: int
     first_token_seconds: float | None
@@ -158,110 +162,132 @@ def run_block(models: Models, block: Block, journal: Journal, on_batch: Callable
         on_batch (`Callable`): called after each batch.
     """
     batches = block.batches(models)
-    methods: list[Method] | None = None
+    is_warm = False
     steps = [(CALL, number) for number in range(len(batches))]
     steps += [(DETAIL, number) for number in range(block.num_steps - len(batches))]
+    if models.is_spread:
+        steps = steps[: len(batches)]
     for kind, number in steps:
         if not journal.select(kind=kind, block=block.name, batch=number):
-            if methods is None:
-                methods = _warm_up(models, block, batches[0], journal)
+            if not is_warm:
+                _each(models, block, journal, lambda method: _run(models, block, method, -1, batches[-1]))
+                is_warm = True
             observe = _calls if kind == CALL else _details
-            journal.append({"kind": kind, **asdict(seen)} for seen in observe(models, block, methods, number, batches[number]))
+            journal.append({"kind": kind, **asdict(seen)} for seen in observe(models, block, journal, number, batches[number]))
         on_batch()
 
 
-def _warm_up(models: Models, block: Block, inputs: Mapping[str, Any], journal: Journal) -> list[Method]:
-    """Return the methods that run; the first call of each allocates, selects kernels and measures what "auto" needs."""
-    able = []
-    for method in block.methods:
+def _each(models: Models, block: Block, journal: Journal, observe: Callable[[Method], Any], number: int = 0) -> dict[str, Any]:
+    """Do something with each of the methods that run, in an order that changes with the batch, and return what came of it.
+
+    A method that raises is noted with the reason, and is out of this block from then on.
+    """
+    refused = {record["method"] for record in journal.select(kind=REFUSAL, block=block.name)}
+    able = [method for method in block.methods if method.name not in refused]
+    seen = {}
+    # Whoever comes after a heavy method finds the machine in another state, so the turns go round.
+    for method in able[number % len(able) :] + able[: number % len(able)]:
         try:
-            method.decode(models, inputs, **block.settings)
-            able.append(method)
-        except Exception as error:  # whatever a loop of the host's raises, the others can still be compared
+            seen[method.name] = observe(method)
+        except Exception as error:  # whatever a loop raises, the others can still be compared
             if method.name == PLAIN:
                 raise
-            if not journal.select(kind=REFUSAL, block=block.name, method=method.name):
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                journal.append([{"kind": REFUSAL, "block": block.name, "method": method.name, "reason": reason}])
-    return able
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            journal.append([{"kind": REFUSAL, "block": block.name, "method": method.name, "reason": reason}])
+    return seen
 
 
-def _calls(models: Models, block: Block, methods: list[Method], number: int, inputs: Mapping[str, Any]) -> list[Call]:
+@dataclass(slots=True)
+class _Run:
+    """One call's output and what it took."""
+
+    sequences: torch.Tensor
+    stats: SpeculationStats | None
+    recording: Recording | None
+    seconds: float
+
+
+def _run(
+    models: Models, block: Block, method: Method, number: int, inputs: Mapping[str, Any], recording: Recording | None = None
+) -> _Run:
+    """Decode a batch; each has a seed of its own, the same for all methods."""
+    torch.manual_seed(block.seed + number)
+    wait(models.device)
+    start = time.perf_counter()
+    output = method.decode(models, inputs, **block.settings, streamer=recording, return_dict_in_generate=True)
+    wait(models.device)
+    return _Run(output.sequences, getattr(output, "speculation", None), recording, time.perf_counter() - start)
+
+
+def _calls(models: Models, block: Block, journal: Journal, number: int, inputs: Mapping[str, Any]) -> list[Call]:
     """Time every method on one batch."""
-    calls = []
-    expected: torch.Tensor | None = None
-    for method in methods:
+    is_single = len(inputs["input_ids"]) == 1
+
+    def observe(method: Method) -> _Run:
         # The host's loops tell only a streamer how many tokens came at a time.
-        is_silent = method.is_ours or method.name == PLAIN or block.batch_size > 1
-        recording = None if is_silent else Recording()
-        torch.manual_seed(block.seed + number)
-        wait(models.device)
-        start = time.perf_counter()
-        output = method.decode(models, inputs, **block.settings, streamer=recording, return_dict_in_generate=True)
-        wait(models.device)
-        seconds = time.perf_counter() - start
-        expected = output.sequences if expected is None else expected
-        stats = getattr(output, "speculation", None)
-        rounds = [] if recording is None else recording.sizes
-        if stats is not None:
-            rounds = [accepted + 1 for row in stats.num_accepted for accepted in row]
-        calls.append(
-            Call(
-                block=block.name,
-                method=method.name,
-                batch=number,
-                seconds=seconds,
-                num_tokens=_num_new_tokens(output.sequences, inputs, models),
-                num_prompts=len(output.sequences),
-                num_identical=0 if block.temperature else count_identical(output.sequences, expected),
-                rounds=rounds,
-                drafted=[] if stats is None else [count for row in stats.num_drafted for count in row],
-                depths=[] if stats is None else [depth for row in stats.draft_depths or stats.num_drafted for depth in row],
-                shape_and_rule=[] if stats is None else [stats.draft_shape, stats.acceptance],
-            )
-        )
-    return calls
+        is_silent = method.is_ours or method.name == PLAIN or not is_single
+        return _run(models, block, method, number, inputs, None if is_silent else Recording())
+
+    runs = _each(models, block, journal, observe, number)
+    return [_call(models, block, name, number, inputs, run, runs[PLAIN].sequences) for name, run in runs.items()]
 
 
-def _details(models: Models, block: Block, methods: list[Method], number: int, inputs: Mapping[str, Any]) -> list[Detail]:
+def _call(
+    models: Models, block: Block, name: str, number: int, inputs: Mapping[str, Any], run: _Run, expected: torch.Tensor
+) -> Call:
+    """Return what is worth noting of a call."""
+    stats = run.stats
+    # The first piece is that of the pass over the prompt, with which some loops check a first draft already.
+    rounds = [] if run.recording is None else run.recording.sizes[1:]
+    if stats is not None:
+        rounds = [accepted + 1 for row in stats.num_accepted for accepted in row]
+    return Call(
+        block=block.name,
+        method=name,
+        batch=number,
+        seconds=run.seconds,
+        num_tokens=_num_new_tokens(run.sequences, inputs, models),
+        num_prompts=len(run.sequences),
+        num_identical=0 if block.temperature else count_identical(run.sequences, expected),
+        rounds=rounds,
+        drafted=[] if stats is None else [count for row in stats.num_drafted for count in row],
+        depths=[] if stats is None else [depth for row in stats.draft_depths or stats.num_drafted for depth in row],
+        shape_and_rule=[] if stats is None else [stats.draft_shape, stats.acceptance],
+    )
+
+
+def _details(models: Models, block: Block, journal: Journal, number: int, inputs: Mapping[str, Any]) -> list[Detail]:
     """Look into every method's call on one batch."""
-    details = []
+    details = _each(models, block, journal, lambda method: _detail(models, block, method, number, inputs), number)
+    return list(details.values())
+
+
+def _detail(models: Models, block: Block, method: Method, number: int, inputs: Mapping[str, Any]) -> Detail:
+    """Decode a batch with clocks in the models."""
     lent = [models.target.get_input_embeddings(), models.target.get_output_embeddings()]
-    for method in methods:
-        assistants = [] if method.assistant is None else [(models.drafters | models.assistants)[method.assistant]]
-        target_clock = PassClock([models.target], models.device)
-        clock = PassClock([models.target, *assistants, *(lent if assistants else [])], models.device)
-        memory = PeakMemory(models.device)
-        torch.manual_seed(block.seed + number)
-        with ExitStack() as stack:
-            for context in (memory, target_clock, clock):
-                stack.enter_context(context)
-            recording = Recording() if block.batch_size == 1 else None
-            wait(models.device)
-            start = time.perf_counter()
-            output = method.decode(models, inputs, **block.settings, streamer=recording, return_dict_in_generate=True)
-            wait(models.device)
-            seconds = time.perf_counter() - start
-        prefill, *target_passes = target_clock.passes
-        in_passes = sum(clock.passes)
-        stats = getattr(output, "speculation", None)
-        details.append(
-            Detail(
-                block=block.name,
-                method=method.name,
-                batch=number,
-                seconds=seconds,
-                prefill_seconds=prefill,
-                target_seconds=sum(target_passes),
-                drafter_seconds=in_passes - prefill - sum(target_passes),
-                rest_seconds=(seconds if stats is None else stats.total_seconds) - in_passes,
-                num_rounds=len(target_passes),
-                num_tokens=_num_new_tokens(output.sequences, inputs, models),
-                first_token_seconds=None if recording is None else recording.pieces[1][0],
-                peak_bytes=memory.num_bytes,
-            )
-        )
-    return details
+    assistants = [] if method.assistant is None else [(models.drafters | models.assistants)[method.assistant]]
+    target_clock = PassClock([models.target], models.device)
+    clock = PassClock([models.target, *assistants, *(lent if assistants else [])], models.device)
+    recording = Recording() if len(inputs["input_ids"]) == 1 else None
+    with PeakMemory(models.device) as memory, target_clock, clock:
+        run = _run(models, block, method, number, inputs, recording)
+    prefill, *target_passes = target_clock.passes
+    in_passes = sum(clock.passes)
+    return Detail(
+        block=block.name,
+        method=method.name,
+        batch=number,
+        seconds=run.seconds,
+        prefill_seconds=prefill,
+        target_seconds=sum(target_passes),
+        drafter_seconds=in_passes - prefill - sum(target_passes),
+        rest_seconds=run.seconds - in_passes,
+        loop_seconds=None if run.stats is None else run.stats.total_seconds,
+        num_rounds=len(target_passes),
+        num_tokens=_num_new_tokens(run.sequences, inputs, models),
+        first_token_seconds=None if recording is None else recording.pieces[1][0],
+        peak_bytes=memory.num_bytes,
+    )
 
 
 def _num_new_tokens(sequences: torch.Tensor, inputs: Mapping[str, Any], models: Models) -> int:

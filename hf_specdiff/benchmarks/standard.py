@@ -7,7 +7,9 @@ import itertools
 import json
 import platform
 import subprocess
+from dataclasses import asdict
 from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from rich.progress import TimeElapsedColumn
 from rich.progress import TimeRemainingColumn
 
 from hf_specdiff import __version__
+from hf_specdiff.benchmarks.figures import FEWEST_BATCHES
 from hf_specdiff.benchmarks.figures import rows_of
 from hf_specdiff.benchmarks.journal import Journal
 from hf_specdiff.benchmarks.journal import write_text
@@ -34,17 +37,19 @@ from hf_specdiff.benchmarks.methods import ours
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import run_block
 from hf_specdiff.benchmarks.tables import speed_table
-from hf_specdiff.benchmarks.tables import time_table
+from hf_specdiff.benchmarks.tables import time_tables
 from hf_specdiff.demo.bundle import PROMPT_SETS
 from hf_specdiff.demo.bundle import load_demo
 from hf_specdiff.demo.bundle import load_prompts
+from hf_specdiff.generate import check_pair
+from hf_specdiff.profiling import isolated_profiles
 from hf_specdiff.profiling import machine_of
 from hf_specdiff.profiling import measure_profile
 from hf_specdiff.speculation import resolve_speculation
 from hf_specdiff.training.prompts import read_prompts
 from hf_specdiff.training.trainer import new_drafter
 
-RESULTS, TABLE = "results.json", "table.md"
+RESULTS, TABLE, PROFILES = "results.json", "table.md", "profiles"
 PACKAGE = Path(__file__).parents[1]
 BATCH_SIZE = 8
 # Of the token-conditioned drafter's methods, the standard set has these.
@@ -142,30 +147,22 @@ def blocks_of(models: Models, extent: Extent, *, is_standard: bool = False) -> l
     Returns:
         `list[Block]`: one for every task, temperature and batch size.
     """
-    blocks = []
+    blocks: list[Block] = []
     for task, temperature in itertools.product(extent.texts, extent.temperatures):
         is_first = is_standard and task == next(iter(extent.texts))
         if is_standard:
             methods = bundled_methods(models, temperature, NUM_DRAFTS if is_first else (8,))
         else:
             methods = methods_for(models, temperature)
-        blocks += [_block(extent, task, methods, temperature, size) for size in extent.batch_sizes]
-        if is_first and not temperature:
-            batched = [*methods[:1], *our_methods("features", temperature, ())]
-            blocks.append(_block(extent, task, batched, temperature, BATCH_SIZE))
+        settings: dict[str, Any] = {"temperature": temperature, "seed": extent.seed}
+        limit = extent.max_new_tokens[task]
+        chosen = _chosen(methods, extent.words)
+        blocks += [Block(task, extent.texts[task], chosen, limit, batch_size=size, **settings) for size in extent.batch_sizes]
+        if is_first and not temperature and BATCH_SIZE not in extent.batch_sizes:
+            batched = _chosen([*methods[:1], *our_methods("features", temperature, ())], extent.words)
+            texts = [str(record["prompt"]) for record in load_prompts(task)[: FEWEST_BATCHES * BATCH_SIZE]]
+            blocks.append(Block(task, texts, batched, limit, batch_size=BATCH_SIZE, num_detailed=1, **settings))
     return blocks
-
-
-def _block(extent: Extent, task: str, methods: list[Method], temperature: float, batch_size: int) -> Block:
-    return Block(
-        task,
-        extent.texts[task],
-        _chosen(methods, extent.words),
-        extent.max_new_tokens[task],
-        temperature=temperature,
-        batch_size=batch_size,
-        seed=extent.seed,
-    )
 
 
 def _chosen(methods: list[Method], words: tuple[str, ...]) -> list[Method]:
@@ -221,13 +218,16 @@ def benchmark(
         ValueError: if `extent` cannot be measured, or the folder is of something else.
     """
     check_extent(models, extent)
+    blocks = blocks_of(models, replace(extent, words=()), is_standard=is_standard)
+    known = dict.fromkeys(method.name for block in blocks for method in block.methods)
+    for word in extent.words:
+        if not any(word in name for name in known):
+            raise ValueError(f"`method` must be part of a method's name, got {word!r}. There are: {', '.join(known)}.")
     blocks = blocks_of(models, extent, is_standard=is_standard)
-    if extent.words and all(len(block.methods) == 1 for block in blocks):
-        known = dict.fromkeys(m.name for t in extent.temperatures for m in methods_for(models, t))
-        raise ValueError(f"`method` must be part of a method's name, got {list(extent.words)}. There are: {', '.join(known)}.")
-    journal = Journal(output, settings_of(models, blocks, names))
+    methods = {block.name: {method.name: method.arguments for method in block.methods} for block in blocks}
+    journal = Journal(output, {**claim_of(models, names), **asdict(extent), "methods": methods})
     transformers.logging.disable_progress_bar()
-    with progress_bar() as progress:
+    with isolated_profiles(output / PROFILES), progress_bar() as progress:
         bar = progress.add_task("", total=sum(block.num_steps for block in blocks))
         for block in blocks:
             progress.update(bar, description=block.name)
@@ -235,7 +235,7 @@ def benchmark(
     rows = [row for block in blocks for row in rows_of(block, models, journal)]
     record = {"conditions": conditions_of(models, command), "profile": _profile(models), "rows": rows}
     write_record(output / RESULTS, record)
-    write_text(output / TABLE, f"{speed_table(rows)}\n\n{time_table(rows)}\n")
+    write_text(output / TABLE, f"{speed_table(rows)}\n\n{time_tables(rows)}\n")
     return record
 
 
@@ -265,6 +265,8 @@ def commit() -> str | None:
     """Return the package's commit, with a plus sign if files differ from it; `None` outside a repository."""
     try:
         git = ["git", "-C", str(PACKAGE)]
+        # Installed into a folder of somebody else's repository, the package is none of its files.
+        subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, check=True)
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         changes = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -278,39 +280,27 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def _profile(models: Models) -> dict[str, list[float]] | None:
-    """Return what target passes of different sizes cost, as a chain's round sees them; it takes a drafter to run one."""
-    if not models.drafters:
-        return None
-    drafter = next(iter(models.drafters.values()))
-    chain = resolve_speculation({"draft_shape": "chain"}, drafter, do_sample=False)
-    profile = measure_profile(models.target, drafter, chain, models.device)
-    return {"sizes": [float(size) for size in profile.sizes], "target_seconds": profile.target_seconds}
+    """Return what target passes of different sizes cost, as a chain's round sees them; `None` without a drafter that fits."""
+    for drafter in models.drafters.values():
+        try:
+            check_pair(models.target, drafter)
+        except (TypeError, ValueError):
+            continue
+        chain = resolve_speculation({"draft_shape": "chain"}, drafter, do_sample=False)
+        profile = measure_profile(models.target, drafter, chain, models.device)
+        return {"sizes": [float(size) for size in profile.sizes], "target_seconds": profile.target_seconds}
+    return None
 
 
-def settings_of(models: Models, blocks: list[Block], names: dict[str, Any]) -> dict[str, Any]:
-    """Return everything that decides what a run measures; a folder of a run with other settings is refused.
+def claim_of(models: Models, names: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides, beside the settings, what a run measures; a folder of a run with another claim is refused.
 
     Args:
         models (`Models`): who decodes.
-        blocks (`list[Block]`): what is compared.
         names (`dict`): where the models came from.
 
     Returns:
         `dict`: of values that JSON knows.
     """
-    return {
-        **names,
-        "dtype": str(models.target.dtype),
-        "machine": machine_of(models.device),
-        "transformers": transformers.__version__,
-        "hf_specdiff": __version__,
-        **{
-            block.name: {
-                "texts": block.texts,
-                "methods": {method.name: method.arguments for method in block.methods},
-                "max_new_tokens": block.max_new_tokens,
-                "seed": block.seed,
-            }
-            for block in blocks
-        },
-    }
+    conditions = conditions_of(models, command="")
+    return {**names, **{name: value for name, value in conditions.items() if name != "command"}}

@@ -5,6 +5,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from hf_specdiff.benchmarks.figures import share_interval
+
 SPEED_TITLES = [
     "task",
     "temperature",
@@ -21,7 +23,8 @@ TIME_TITLES = [
     "a round",
     "target",
     "drafter",
-    "rest",
+    "rest of the call",
+    "between passes, of a round",
     "first token",
     "memory",
     "share of the limit",
@@ -29,7 +32,7 @@ TIME_TITLES = [
     "perfect drafts",
 ]
 
-GAIN_TITLES = ["strategy", "method", "right answers", "gain over plain generate"]
+GAIN_TITLES = ["strategy", "method", "right answers (95 %)", "gain over plain generate"]
 
 
 def speed_cells(row: dict[str, Any]) -> list[str]:
@@ -38,20 +41,28 @@ def speed_cells(row: dict[str, Any]) -> list[str]:
     if "refusal" in row:
         return [*cells, "", f"cannot run: {row['refusal']}", "", "", ""]
     identical = "by law" if row["temperature"] else f"{row['num_identical']}/{row['num_prompts']}"
-    lead = f"{row['best_to_this']:.2f}x ({row['best_low']:.2f} to {row['best_high']:.2f})" if "best_to_this" in row else ""
-    ratio = f"{row['ratio_to_plain']:.2f}x ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
-    return [*cells, f"{row['tokens_per_second']:.0f}", ratio, f"{row['tokens_per_round']:.2f}", lead, identical]
+    lead = times(row["best_to_this"], row["best_low"], row["best_high"]) if "best_to_this" in row else ""
+    ratio = times(row["ratio_to_plain"], row["ratio_low"], row["ratio_high"])
+    rounds = "" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.2f}"
+    return [*cells, f"{row['tokens_per_second']:.0f}", ratio, rounds, lead, identical]
+
+
+def times(value: float, low: float | None, high: float | None) -> str:
+    """Return a ratio with its interval, if it has one."""
+    return f"{value:.2f}x" if low is None else f"{value:.2f}x ({low:.2f} to {high:.2f})"
 
 
 def time_cells(row: dict[str, Any]) -> list[str]:
     """Return where the time of a method's rounds goes, under `TIME_TITLES`; what is not known is left empty."""
     parts = [row[name] for name in ("target_seconds", "drafter_seconds", "rest_seconds")]
     first, peak, perfect = row["first_token_seconds"], row["peak_bytes"], row.get("perfect_ratio")
+    between = row["between_share"]
     return [
         row["method"],
         f"{1e3 * sum(parts):.1f} ms",
         *(f"{1e3 * part:.1f} ms" for part in parts[:2]),
-        f"{100 * parts[2] / sum(parts):.1f} %",
+        f"{1e3 * parts[2]:.1f} ms",
+        "" if between is None else f"{100 * between:.1f} %",
         "" if first is None else f"{1e3 * first:.1f} ms",
         "" if peak is None else f"{peak / 1e6:.0f} MB",
         f"{100 * row['share_of_limit']:.0f} %",
@@ -63,7 +74,9 @@ def time_cells(row: dict[str, Any]) -> list[str]:
 def gain_cells(gain: dict[str, Any]) -> list[str]:
     """Return a gain under `GAIN_TITLES`."""
     percent = "" if gain["gain_percent"] is None else f"{gain['gain_percent']:+.0f} %"
-    return [gain["strategy"], gain["method"], f"{100 * gain['accuracy']:.0f} %", percent]
+    low, high = share_interval(gain["accuracy"], gain["problems"])
+    share = f"{100 * gain['accuracy']:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+    return [gain["strategy"], gain["method"], share, percent]
 
 
 def markdown(titles: list[str], rows: list[list[str]]) -> str:
@@ -90,3 +103,14 @@ def terminal_table(titles: list[str], rows: list[list[str]], title: str | None =
     for row in rows:
         table.add_row(*map(escape, row))
     return table
+
+
+def time_tables(rows: list[dict[str, Any]]) -> str:
+    """Return `time_table` of each group of methods that were compared, under a heading."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in SPEED_TITLES[:3]), []).append(row)
+    return "\n\n".join(
+        f"### {task}, temperature {temperature:g}, batch {batch_size}\n\n{time_table(group)}"
+        for (task, temperature, batch_size), group in groups.items()
+    )

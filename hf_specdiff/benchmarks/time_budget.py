@@ -1,8 +1,9 @@
 """Acceleration-compute scaling: what faster decoding is worth in right answers within a fixed wall-clock time.
 
-Word problems with checkable answers, and two ways to spend the time on each: one greedy step-by-step answer, read where the
-time is up, or sampled attempts one after the other, the majority of those that are finished deciding. Every piece of text is
-kept with the second it came at, so that one run tells the accuracy at every budget, and all methods take turns on each problem.
+Word problems with checkable answers, for a target that states them as the bundled one does, and two ways to spend the time on
+each: one greedy step-by-step answer, read where the time is up, or sampled attempts one after the other, the majority of those
+that are finished deciding. Every piece of text is kept with the second it came at, so that one run tells the accuracy at every
+budget, and all methods take turns on each problem.
 
 Source: SpecDiff-2, arXiv:2511.00606 (one budget of 15 s and the first way only).
 """
@@ -28,13 +29,15 @@ from hf_specdiff.benchmarks.methods import PLAIN
 from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.methods import ours
+from hf_specdiff.benchmarks.standard import PROFILES
 from hf_specdiff.benchmarks.standard import RESULTS
+from hf_specdiff.benchmarks.standard import claim_of
 from hf_specdiff.benchmarks.standard import conditions_of
 from hf_specdiff.benchmarks.standard import progress_bar
 from hf_specdiff.benchmarks.standard import write_record
 from hf_specdiff.demo.word_problems import WordProblem
 from hf_specdiff.demo.word_problems import iter_problems
-from hf_specdiff.profiling import machine_of
+from hf_specdiff.profiling import isolated_profiles
 
 ANSWER, VOTE = STRATEGIES = "one answer", "majority vote"
 STATED = re.compile(r"The answer is (\d+)\.")
@@ -71,7 +74,12 @@ class Plan:
     @property
     def budgets(self) -> list[float]:
         """Seconds for a problem, rising."""
-        return [round(self.headline * fraction, 4) for fraction in FRACTIONS]
+        return [self.headline * fraction for fraction in FRACTIONS]
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How attempts are sampled."""
+        return {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
 
     def problems(self) -> Iterator[tuple[int, WordProblem]]:
         """Yield held-out problems with their number, the difficulties in turn."""
@@ -119,9 +127,9 @@ def answer_in(text: str, *, is_whole: bool) -> str | None:
     Returns:
         `str`: digits; `None` if there is none.
     """
-    stated = STATED.findall(text)
+    stated = STATED.search(text)  # the first: whoever goes on writes of something else
     if stated or is_whole:
-        return stated[-1] if stated else None
+        return stated[1] if stated else None
     # A number at the very end may have more digits to come.
     numbers = NUMBER.findall(re.sub(r"\d+$", "", text))
     return numbers[-1] if numbers else None
@@ -150,8 +158,8 @@ def benchmark_time_budget(models: Models, plan: Plan, output: Path, names: dict[
         ValueError: for a budget in which nothing can be written, or a folder of something else.
     """
     check_budget(models, plan)
-    journal = Journal(output, {**names, **asdict(plan), "machine": machine_of(models.device), "torch": torch.__version__})
-    with progress_bar() as progress:
+    journal = Journal(output, {**claim_of(models, names), **asdict(plan)})
+    with isolated_profiles(output / PROFILES), progress_bar() as progress:
         bar = progress.add_task("problems", total=plan.num_problems * len(plan.difficulties))
         run_time_budget(models, plan, journal, partial(progress.advance, bar))
     settings = {name: value for name, value in asdict(plan).items() if name != "methods"}
@@ -195,8 +203,8 @@ def run_time_budget(models: Models, plan: Plan, journal: Journal, on_problem: Ca
     for number, problem in plan.problems():
         if not journal.select(problem=number):
             if not is_warm:
-                for method in plan.methods:
-                    _write(models, method, problem, plan.max_new_tokens, {"do_sample": False})
+                for method, settings in itertools.product(plan.methods, ({"do_sample": False}, plan.sampling)):
+                    _write(models, method, problem, plan.max_new_tokens, settings)
                 is_warm = True
             attempts = [_one_answer(models, plan, method, number, problem) for method in plan.methods]
             for method in plan.methods:
@@ -253,7 +261,8 @@ def gains(rows: list[dict[str, Any]], headline: float) -> list[dict[str, Any]]:
         headline (`float`): the budget, in seconds.
 
     Returns:
-        `list[dict]`: `strategy`, `method`, `accuracy`, `gain_percent` over plain `generate` (`None` where that solves none).
+        `list[dict]`: `strategy`, `method`, `accuracy`, `problems`, and `gain_percent` over plain `generate` (`None` where that
+            solves none).
     """
     found = []
     for strategy in STRATEGIES:
@@ -264,9 +273,11 @@ def gains(rows: list[dict[str, Any]], headline: float) -> list[dict[str, Any]]:
             for method in dict.fromkeys(row["method"] for row in chosen)
         }
         plain = next(iter(accuracies.values()))
+        problems = sum(row["problems"] for row in chosen) // len(accuracies)
         for method, accuracy in accuracies.items():
             gain = 100 * (accuracy / plain - 1) if plain else None
-            found.append({"strategy": strategy, "method": method, "accuracy": accuracy, "gain_percent": gain})
+            row = {"strategy": strategy, "method": method, "accuracy": accuracy, "problems": problems, "gain_percent": gain}
+            found.append(row)
     return found
 
 
@@ -292,12 +303,11 @@ def _one_answer(models: Models, plan: Plan, method: Method, number: int, problem
 
 def _votes(models: Models, plan: Plan, method: Method, number: int, problem: WordProblem) -> list[Attempt]:
     """Sample answers until the longest budget is over."""
-    settings = {"do_sample": True, "temperature": plan.temperature, "top_k": 0, "top_p": 1.0}
     attempts: list[Attempt] = []
     elapsed = 0.0
     while elapsed < plan.budgets[-1]:
         torch.manual_seed(1_000 * (plan.seed * 10_000 + number) + len(attempts))
-        recording = _write(models, method, problem, plan.max_new_tokens, settings)
+        recording = _write(models, method, problem, plan.max_new_tokens, plan.sampling)
         elapsed += recording.duration
         text = models.tokenizer.decode(recording.tokens_at(recording.duration), skip_special_tokens=True)
         answer = answer_in(text, is_whole=True)

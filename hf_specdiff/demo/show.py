@@ -124,7 +124,7 @@ def run_demo(num_prompts: int) -> bool:
             bar = progress.add_task(f"{task} prompts", total=block.num_steps)
             journal = Journal()
             run_block(models, block, journal, partial(progress.advance, bar))
-            rows.append(rows_of(block, models, journal))
+            rows.append([row for row in rows_of(block, models, journal) if "refusal" not in row])
     for task, compared in zip(sets, rows, strict=True):
         console.print(table_of(task, compared))
     # Plain generate is what the others are compared with.

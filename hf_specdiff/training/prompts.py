@@ -25,13 +25,18 @@ def read_prompts(path: Path, *, as_is: bool = False) -> list[Prompt]:
     """
     if not path.is_file():
         raise ValueError(f"`prompts` must be a text or JSON-lines file, got {str(path)!r}, which does not exist.")
+    if path.suffix in (".json", ".csv", ".tsv"):
+        raise ValueError(
+            f"`prompts` must be a text or JSON-lines file, got {str(path)!r}. Write one JSON object a line, as .jsonl."
+        )
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not every separator that `splitlines` knows ends a line of JSON.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"`prompts` must be a text file in UTF-8, got {str(path)!r}: {error}.") from error
     if path.suffix != ".jsonl":
         return without_blank(lines, str(path))
-    records = [(_record_of(line, number, path), number) for number, line in enumerate(lines, 1)]
+    records = [(_record_of(line, number, path), number) for number, line in enumerate(lines, 1) if line.strip()]
     prompts = [prompt_of(record, f"line {number} of {str(path)!r}", as_is=as_is) for record, number in records]
     return without_blank(prompts, str(path))
 
