@@ -90,6 +90,8 @@ def test_every_method_of_the_standard_set_runs_and_keeps_the_tokens(models: Mode
             assert row["tokens_per_round"] > 1, row["method"]
             # The first token, or more of them, come with the pass over the prompt.
             assert 24 <= sum(size * count for size, count in enumerate(row["histogram"])) <= 46, row["method"]
+        if row["loop"] == "hf_specdiff" and not row["method"].startswith("un"):
+            assert row["best_to_this"] >= 1
         if row["loop"] == "hf_specdiff":
             assert 0 < row["between_share"] < 0.9
             assert ("perfect_ratio" in row) == ("auto" not in row["method"])

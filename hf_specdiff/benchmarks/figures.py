@@ -90,7 +90,7 @@ def rows_of(block: Block, models: Models, journal: Journal) -> list[dict[str, An
     """
     refusals = {record["method"]: record["reason"] for record in journal.select(kind=REFUSAL, block=block.name)}
     calls = {method.name: _notes(journal, CALL, Call, block, method) for method in block.methods if method.name not in refusals}
-    contenders = [method.name for method in block.methods if method.is_ours and method.name in calls]
+    contenders = [method.name for method in block.methods if method.is_ours and method.is_contender and method.name in calls]
     fastest = max(contenders, default=None, key=lambda name: _speed(calls[name]))
     rows = []
     for method in block.methods:

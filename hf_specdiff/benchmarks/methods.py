@@ -58,12 +58,14 @@ class Method:
         arguments (`dict`): of `generate`.
         assistant (`str`, *optional*): the name of the drafter or assistant.
         is_ours (`bool`): whether `hf_specdiff.generate` runs the loop, or the target's own `generate`.
+        is_contender (`bool`): whether it is there to win, and not to show what a worse drafter does.
     """
 
     name: str
     arguments: dict[str, Any]
     assistant: str | None = None
     is_ours: bool = False
+    is_contender: bool = True
 
     def decode(self, models: Models, inputs: Mapping[str, Any], **settings: Any) -> Any:
         """Decode a batch.
@@ -118,8 +120,8 @@ def our_methods(drafter: str, temperature: float, num_drafts: tuple[int, ...] = 
             ours(drafter, f"chain by {rule}", draft_shape="chain", acceptance=rule) for rule in ("match", "ratio", "block")
         ]
         methods += [
-            ours(drafter, f"tree of 32 by {rule}", draft_shape="tree", tree_budget=32, acceptance=rule)
-            for rule in ("match", "ratio")
+            ours(drafter, f"tree of {size} by {rule}", draft_shape="tree", tree_budget=size, acceptance=rule)
+            for size, rule in ((8, "ratio"), (32, "match"), (32, "ratio"))
         ]
     else:
         methods = [ours(drafter, "chain", draft_shape="chain")]

@@ -48,7 +48,7 @@ class Block:
     temperature: float = 0.0
     batch_size: int = 1
     seed: int = 0
-    num_detailed: int = 3
+    num_detailed: int = 2
 
     @property
     def name(self) -> str:

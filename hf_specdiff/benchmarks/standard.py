@@ -53,7 +53,7 @@ RESULTS, TABLE, PROFILES = "results.json", "table.md", "profiles"
 PACKAGE = Path(__file__).parents[1]
 BATCH_SIZE = 8
 # Of the token-conditioned drafter's methods, the standard set has these.
-TOKENS = ("chain", "chain by block", "tree of 16", "tree of 32 by ratio", "auto")
+TOKENS = ("chain", "chain by block", "tree of 16", "tree of 8 by ratio", "tree of 32 by ratio", "auto")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,8 @@ def bundled_methods(models: Models, temperature: float, num_drafts: tuple[int, .
     methods += [method for method in our_methods("tokens", temperature, ()) if method.name.endswith(TOKENS)]
     if temperature:
         return methods
-    return [*methods, ours("unaligned", "chain", draft_shape="chain"), ours("untrained", "auto", tree_budget="auto")]
+    shown = [ours("unaligned", "chain", draft_shape="chain"), ours("untrained", "auto", tree_budget="auto")]
+    return [*methods, *(replace(method, is_contender=False) for method in shown)]
 
 
 def methods_for(models: Models, temperature: float) -> list[Method]:
