@@ -18,10 +18,9 @@ RESET_PEAK = "5"
 
 
 def wait(device: torch.device) -> None:
-    """Let all GPUs of a kind finish what they were given, so that a clock may be read."""
+    """Let a GPU finish what it was given, so that a clock may be read."""
     if device.type == "cuda":
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(index)
+        torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 
