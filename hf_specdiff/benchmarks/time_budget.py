@@ -65,7 +65,7 @@ class Plan:
 
     methods: list[Method]
     headline: float = HEADLINE
-    difficulties: tuple[int, ...] = (2, 4, 5)
+    difficulties: tuple[int, ...] = (2, 3, 4)
     num_problems: int = 20
     max_new_tokens: int = 256
     temperature: float = 0.7
