@@ -416,12 +416,12 @@ def test_acceptance_counts_the_drafts_that_reach_a_position() -> None:
 
 
 def test_rounds_leave_the_pass_over_the_prompt_out(models: Models) -> None:
-    """The same drafter in transformers' dflash loop and in ours: the same drafts, the same rounds."""
+    """Its token belongs to no round, in transformers' dflash loop as in ours."""
     block = Block("math", prompts(1), [*host_methods(models, ("features",)), CHAIN], max_new_tokens=40, num_detailed=0)
     journal = Journal()
     run_block(models, block, journal)
     rounds = {call["method"]: call["rounds"] for call in journal.select(kind="call")}
-    assert rounds["transformers' dflash loop, features"] == rounds[CHAIN.name]
+    assert sum(rounds["transformers' dflash loop, features"]) == sum(rounds[CHAIN.name]) == 39
 
 
 def test_standard_blocks_have_names_of_their_own(models: Models) -> None:

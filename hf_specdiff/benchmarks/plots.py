@@ -96,15 +96,16 @@ def plot_bars(rows: list[dict[str, Any]], name: str, label: str, *, has_interval
 
 
 def plot_acceptance(rows: list[dict[str, Any]]) -> Figure:
-    """Draw the share of drafts accepted at each position."""
+    """Draw the share of chains accepted up to each position; those of trees, which differ in depth, would not compare."""
     figure, charts = panels(rows, 3.0)
     for axis, chosen in charts:
         for row in chosen:
-            if row["acceptance_per_position"]:
+            if row["acceptance_per_position"] and row["shape_and_rule"][0] == "chain":
                 positions = range(1, len(row["acceptance_per_position"]) + 1)
                 axis.plot(positions, row["acceptance_per_position"], label=row["method"], linewidth=1)
         axis.set(xlabel="position in the draft", ylabel="accepted", ylim=(0, 1))
-        axis.legend(fontsize=5)
+        if axis.lines:
+            axis.legend(fontsize=6)
     return figure
 
 

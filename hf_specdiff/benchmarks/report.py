@@ -44,6 +44,8 @@ def standard_section(record: dict[str, Any]) -> str:
         "",
         time_table([row for row in rows if is_like(row, first) and not is_of_curve(row)]),
         "",
+        'How far chains are accepted; "unaligned" is the feature-conditioned drafter before alignment:',
+        "",
         "![Acceptance by position](benchmarks/results/acceptance.png)",
         "",
         "Self-selection, as in SpecDiff-2, beside the walk over the same joint samples:",
