@@ -31,7 +31,7 @@ def standard_section(record: dict[str, Any]) -> str:
     conditions, rows = record["conditions"], record["rows"]
     first = rows[0]
     lines = [
-        f"{first['num_prompts']} held-out prompts a task, {conditions['dtype']}, torch {conditions['torch']}, transformers "
+        f"{first['num_prompts']} held-out prompts a task, {conditions['dtype']}, transformers "
         f"{conditions['transformers']}, {conditions['machine']};",
         "all methods in one process, in turn on each prompt. Written by "
         f"`{conditions['command']}` ([`standard.json`](benchmarks/results/standard.json)).",
