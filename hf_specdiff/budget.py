@@ -8,11 +8,12 @@ drafts. Imported by the drafters.
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cache
 
 # Memory of the running means, per round.
-DECAY = 0.9
+DECAY = 0.97
 # How quickly the exponent follows what was accepted, how slowly it forgets, and how far it may go.
-STEP = 0.2
+STEP = 0.1
 FORGETTING = 0.98
 LARGEST_EXPONENT = 4.0
 FIRST_PAUSE = 4
@@ -83,6 +84,7 @@ class Budget:
         self.profile = profile
         self.num_rows = num_rows
         self.exponent = profile.exponent
+        self._cost = cache(profile.target_cost)
         self.tokens = self.seconds = 0.0
         self._pause = FIRST_PAUSE
         self._rounds_left = 0
@@ -130,17 +132,19 @@ class Budget:
         Returns:
             `int`: 0 to the nodes of the largest row.
         """
-        num_rows, rate = len(values), self.rate
-        promised, best, best_gain, best_promised = 0.0, 0, -rate * self.profile.target_cost(num_rows), 0.0
-        for count in range(1, max(map(len, values), default=0) + 1):
-            promised += sum(row[count - 1] ** self.exponent for row in values if len(row) >= count)
-            gain = promised - rate * self.profile.target_cost(num_rows * (count + 1))
-            if gain > best_gain:
-                best, best_gain, best_promised = count, gain, promised
-        seconds = self.profile.drafter_seconds + self.profile.target_cost(num_rows * (best + 1))
-        self._last = (list(lengths), best_promised, seconds)
-        expected_rate = (num_rows + best_promised) / seconds
-        if expected_rate < self.plain_rate:
+        num_rows, drafting = len(values), self.profile.drafter_seconds
+        sums = [0.0]  # accepted tokens to expect of the first 0, 1, 2, ... nodes
+        for count in range(max(map(len, values), default=0)):
+            sums.append(sums[-1] + sum(row[count] ** self.exponent for row in values if len(row) > count))
+        costs = [self._cost(num_rows * (count + 1)) for count in range(len(sums))]
+        rate = self.rate
+        if not self.seconds:
+            # Nothing has been drafted yet: the rate that this round would have at its best.
+            rate = max(rate, *((num_rows + gain) / (drafting + cost) for gain, cost in zip(sums, costs, strict=True)))
+        best = max(range(len(sums)), key=lambda count: sums[count] - rate * costs[count])
+        seconds = drafting + costs[best]
+        self._last = (list(lengths), sums[best], seconds)
+        if (num_rows + sums[best]) / seconds < self.plain_rate:
             self._rounds_left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
         else:
             self._pause = FIRST_PAUSE

@@ -81,13 +81,28 @@ class RaggedCache:
             kept (`list[list[int]]`): for each row, slots counted from the first one that the pass wrote.
         """
         start, total = self.length, self.cache.get_seq_length()
-        is_moved = any(end != start or row != list(range(len(row))) for end, row in zip(self.ends, kept, strict=True))
-        if is_moved and any(kept):
-            self._move(start, kept)
+        if len(kept) == 1:
+            self._move_row(start, kept[0])
+        elif any(kept) and any(end != start or row != list(range(len(row))) for end, row in zip(self.ends, kept, strict=True)):
+            self._move_rows(start, kept)
         self.ends = [end + len(row) for end, row in zip(self.ends, kept, strict=True)]
         roll_back(self.cache, total - self.length)
 
-    def _move(self, start: int, kept: list[list[int]]) -> None:
+    def _move_row(self, start: int, kept: list[int]) -> None:
+        """Copy the kept slots of a single row to its end, from the first one on that does not lie there."""
+        first = next((place for place, slot in enumerate(kept) if slot != place), None)
+        if first is None:
+            return
+        count, goal, source = len(kept) - first, start + first, start + kept[first]
+        is_block = kept[first:] == list(range(kept[first], kept[first] + count)) and source >= goal + count
+        index = torch.tensor(kept[first:]) + start
+        for layer in self.cache.layers:
+            for states in (layer.keys, layer.values):
+                # One branch of a tree lies in one piece.
+                moved = states.narrow(2, source, count) if is_block else states.index_select(2, index.to(states.device))
+                states.narrow(2, goal, count).copy_(moved)
+
+    def _move_rows(self, start: int, kept: list[list[int]]) -> None:
         """Copy each row's kept slots to its own end, within the tail."""
         most = max(map(len, kept))
         # Rows that keep fewer move filler behind their end, where nobody looks.
@@ -96,10 +111,6 @@ class RaggedCache:
         rows = torch.arange(len(kept))[:, None]
         for layer in self.cache.layers:
             for states in (layer.keys, layer.values):
-                if len(kept) == 1:
-                    moved = states.index_select(2, sources[0].to(states.device))
-                    states[:, :, self.ends[0] : self.ends[0] + most] = moved
-                    continue
                 by_slot = states.transpose(1, 2)  # a view (B, slots, heads, dim)
                 by_slot[rows, goals] = by_slot[rows, sources]
 

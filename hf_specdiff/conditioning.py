@@ -73,10 +73,11 @@ class FeatureDrafter(DenoisingDrafter):
         super().__init__(network, speculation, logits_processor, max_length)
         self.embed = embed
         self.head = head
+        self.dtype = network.dtype
 
     def _window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
         """Run the network over the new features and the window; see `DenoisingDrafter._window_logits`."""
-        device, dtype = self.network.device, self.network.dtype
+        device, dtype = self.device, self.dtype
         counts = [0] * text.num_rows if features is None else features.counts
         position_ids, key_mask = self._layout(text, counts, window.shape[1])
         outputs = self.network(

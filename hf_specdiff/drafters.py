@@ -96,6 +96,7 @@ class DenoisingDrafter:
         self.child_temperature = ChildTemperature() if speculation.is_tempered else None
         self.budget: Budget | None = None  # set where the draft's size is to follow the machine
         self._unseen: list[Features] = []
+        self.device = network.device  # read once: the host goes through the weights for it
         self._home = network.device  # where the target's processors hold their tensors
         # A tree's positions have many prefixes, and out of order a prefix is not known yet: nothing for a processor to read.
         reads_prefixes = speculation.draft_shape == "chain" and speculation.reveals_in_order
@@ -109,7 +110,7 @@ class DenoisingDrafter:
         if self.budget is not None and not self.budget.wants_draft(text.lengths):
             return Draft.nothing(text.tokens)
         self._home = text.tokens.device
-        text = text.to(self.network.device)
+        text = text.to(self.device)
         if self.rows is None:
             self.rows = RaggedCache(self.cache, text.num_rows)
         gamma = self._window_gamma(min(text.lengths))

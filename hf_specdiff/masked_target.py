@@ -68,6 +68,7 @@ class MaskedTarget(Target):
         self.rows: RaggedCache | None = None
         self.prompt_positions: torch.Tensor | None = None  # (B, prompt slots), -1 on padding
         self.num_cached = 0  # tokens in the cache before the text begins
+        self._reads_plain: bool | None = None  # `reads_plain_inputs`, asked once
 
     def prefill(self, text: Text) -> torch.Tensor:
         """Run the prompt; see `Target.prefill`."""
@@ -90,12 +91,8 @@ class MaskedTarget(Target):
             `torch.Tensor` of shape `(B, N + 1, V)`: raw logits after the anchor (node 0) and after each node.
         """
         tokens = torch.cat([text.anchors(), draft.tokens], dim=1)  # (B, N + 1)
-        positions, keys = self._positions(draft, tokens.device)
         inputs = self._inputs(tokens)
-        inputs["position_ids"] = positions
-        # One row's chain without padding is what the host's own causal mask is for.
-        is_plain = text.num_rows == 1 and text.prompt_mask is None and isinstance(draft, Draft)
-        inputs["attention_mask"] = None if is_plain else self._masks(self._visible(draft, keys), positions, keys)
+        inputs["position_ids"], inputs["attention_mask"] = self._layout(text, draft)
         return self._run(inputs, tokens.shape[1], text.tokens.device)
 
     def _inputs(self, tokens: torch.Tensor) -> dict[str, Any]:
@@ -104,7 +101,9 @@ class MaskedTarget(Target):
         for name in TOKEN_TYPE_NAMES:
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name][:, -1:].expand(-1, tokens.shape[1])
-        if self.reads_plain_inputs(tokens.device):
+        if self._reads_plain is None:
+            self._reads_plain = self.reads_plain_inputs(tokens.device)
+        if self._reads_plain:
             return kwargs | {"input_ids": tokens}  # nothing here is longer than the new tokens
         return self.model.prepare_inputs_for_generation(tokens, is_first_iteration=False, **kwargs)
 
@@ -135,6 +134,22 @@ class MaskedTarget(Target):
         for name in TOKEN_TYPE_NAMES:
             if self.model_kwargs.get(name) is not None:
                 self.model_kwargs[name] = self.model_kwargs[name][rows]
+
+    def _layout(self, text: Text, draft: Draft | DraftTree) -> tuple[torch.Tensor, Any]:
+        """Return positions of the nodes `(B, N + 1)`, and the mask that the model reads, if it needs one."""
+        assert self.rows is not None
+        device = text.tokens.device
+        if text.num_rows == 1 and text.prompt_mask is None and (isinstance(draft, Draft) or self.kinds == [FULL]):
+            # All that is cached is seen; one row's chain is what the host's own causal mask is for.
+            positions = self.rows.length + draft.depths()
+            if isinstance(draft, Draft):
+                return positions, None
+            size = draft.num_tokens + 1
+            mask = torch.zeros(1, 1, size, self.rows.length + size, dtype=self.dtype, device=device)
+            mask[..., self.rows.length :].masked_fill_(~draft.ancestor_mask(), torch.finfo(self.dtype).min)
+            return positions, mask
+        positions, keys = self._positions(draft, device)
+        return positions, self._masks(self._visible(draft, keys), positions, keys)
 
     def _positions(self, draft: Draft | DraftTree, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return positions of the nodes `(B, N + 1)`, and of all keys `(B or 1, C + N + 1)`, -1 where nobody may look."""

@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -38,14 +39,17 @@ from .tree import DraftTree
 
 logger = logging.get_logger(__name__)
 
-SIZES = [1, 2, 4, 8, 12, 16, 24, 32, 48, 65]
+# Both sides of where matrix kernels begin a new tile of rows: there a pass becomes dearer at once, between hardly at all.
+SIZES = [1, 2, 4, 8, 9, 16, 17, 24, 25, 32, 33, 48, 49, 64, 65]
 CONTEXT_LENGTH = 192
 NUM_REPEATS = 9
 CACHE_VARIABLE = "HF_SPECDIFF_CACHE"
-# A calibration is written again when it has moved by such a factor, as a logarithm.
+# A calibration is written again when it comes from one such step, of its logarithm, into the next.
 NOTABLE_CHANGE = 0.15
 # What was measured or read in this process, by the pair's key.
 _KNOWN: dict[str, Profile] = {}
+# Keys by target, drafter and what else may change from call to call: writing out two configurations takes a millisecond.
+_KEYS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple[Any, ...], str]]] = WeakKeyDictionary()
 
 
 def profile_of(
@@ -91,13 +95,19 @@ def learn(model: Any, drafter: Any, speculation: SpeculationConfig, exponent: fl
     known = _KNOWN[key]
     # Half way: one text is not like the next.
     _KNOWN[key] = profile = replace(known, exponent=math.sqrt(known.exponent * exponent))
+    if _notch(profile.exponent) == _notch(known.exponent):
+        return
     path = cache_folder() / f"{key}.json"
     try:
-        if path.is_file() and abs(math.log(profile.exponent / _read(path).exponent)) > NOTABLE_CHANGE:
+        if path.is_file():
             write_profile(profile, path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         # The text has been generated; what was learnt of the drafter must not cost it.
         logger.warning(f"What was learnt of this drafter could not be kept in {path} ({error}).")
+
+
+def _notch(exponent: float) -> int:
+    return round(math.log(exponent) / NOTABLE_CHANGE)
 
 
 def measure_profile(model: Any, drafter: Any, speculation: SpeculationConfig, device: torch.device) -> Profile:
@@ -216,11 +226,16 @@ def _read(path: Path) -> Profile:
 
 def _pair_key(model: Any, drafter: Any, speculation: SpeculationConfig) -> str:
     """Return a name for everything about a pair that decides what its rounds cost, but for the machine."""
-    parts = [transformers.__version__, speculation.draft_shape, speculation.acceptance, str(speculation.gamma)]
+    parts = [transformers.__version__, str(SIZES), speculation.draft_shape, speculation.acceptance, str(speculation.gamma)]
     for network in (model, drafter):
         placement = getattr(network, "hf_device_map", None) or network.device.type
-        parts += [network.config.to_json_string(), str(network.dtype), str(network.config._attn_implementation), str(placement)]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+        parts += [str(network.dtype), str(network.config._attn_implementation), str(placement)]
+    keys = _KEYS.setdefault(model, WeakKeyDictionary()).setdefault(drafter, {})
+    state = tuple(parts)
+    if state not in keys:
+        parts += [model.config.to_json_string(), drafter.config.to_json_string()]
+        keys[state] = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    return keys[state]
 
 
 def _chain_of(token: torch.Tensor, count: int, *, is_tree: bool) -> Draft | DraftTree:

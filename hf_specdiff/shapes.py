@@ -21,6 +21,8 @@ from .tree import merge_drafts
 # Of drawn children, and how fast earlier rounds are forgotten.
 TEMPERATURES = (1.0, 0.7, 0.4, 0.2)
 DECAY = 0.9
+# Ranks of a position that are looked at first: sorting more of them takes longer, and a tree seldom has so many siblings.
+FEW_RANKS = 8
 
 
 class ChildTemperature:
@@ -122,21 +124,31 @@ def draft_tree(
     Source: arXiv:2604.12989; drawn children arXiv:2502.18779.
     """
     marginals = to_probs(scores / speculation.draft_temperature)
-    probs, ranked_tokens = marginals.topk(min(speculation.tree_budget, marginals.shape[-1]), dim=-1)
-    all_probs, all_tokens = probs.tolist(), ranked_tokens.tolist()
-    shapes = [best_first(ranked_probs, speculation.tree_budget, smallest) for ranked_probs in all_probs]
+    shapes, ranked_tokens = _most_probable(marginals, speculation.tree_budget, smallest)
     if choose is not None:
         count = choose([shape.values for shape in shapes])
         shapes = [shape.first(count) for shape in shapes]
     shapes = [shape.depth_first() for shape in shapes]
     tokens = [
         [row[depth - 1][rank] for depth, rank in zip(shape.depths, shape.ranks, strict=True)]
-        for shape, row in zip(shapes, all_tokens, strict=True)
+        for shape, row in zip(shapes, ranked_tokens.tolist(), strict=True)
     ]
     if not any(tokens):
         return Draft.nothing(ranked_tokens[:, :, 0])
     sampled = draw_last_children(shapes, tokens, marginals, temperature) if speculation.acceptance == "ratio" else None
     return DraftTree.of_rows(tokens, [shape.parents for shape in shapes], scores.device, sampled=sampled)
+
+
+def _most_probable(marginals: torch.Tensor, budget: int, smallest: float) -> tuple[list[TreeShape], torch.Tensor]:
+    """Return each row's most probable prefixes of `marginals` `(B, G, V)`, and the tokens by rank, `(B, G, ranks)`."""
+    most = min(budget, marginals.shape[-1])
+    for num_ranks in sorted({min(FEW_RANKS, most), most}):
+        probs, tokens = marginals.topk(num_ranks, dim=-1)
+        shapes = [best_first(ranked_probs, budget, smallest) for ranked_probs in probs.tolist()]
+        # Where the last rank was not taken, the one after it could not have been.
+        if all(max(shape.ranks, default=0) < num_ranks - 1 for shape in shapes):
+            break
+    return shapes, tokens
 
 
 def chain_values(scores: torch.Tensor) -> list[list[float]]:

@@ -186,16 +186,16 @@ class DraftTree:
     def ancestor_mask(self) -> torch.Tensor:
         """Return who sees whom, `(B, N + 1, N + 1)` bool: true at [i, j] if j is i or an ancestor of i; filler sees itself."""
         size = self.num_tokens + 1
-        seen: list[int] = []  # flat places in the mask
-        for row, parents in enumerate(self.parents):
-            paths = [[0]]
+        table = bytearray()
+        for parents in self.parents:
+            rows = [bytearray(size)]
+            rows[0][0] = True
             for node, parent in enumerate([*parents, *[None] * (size - 1 - len(parents))], 1):
-                paths.append([node] if parent is None else [*paths[parent], node])
-            for node, path in enumerate(paths):
-                first = (row * size + node) * size
-                seen += [first + ancestor for ancestor in path]
-        mask = torch.zeros(len(self.parents) * size * size, dtype=torch.bool)
-        mask[torch.tensor(seen)] = True
+                row = bytearray(size) if parent is None else rows[parent][:]  # what its parent sees, and itself
+                row[node] = True
+                rows.append(row)
+            table += b"".join(rows)
+        mask = torch.frombuffer(table, dtype=torch.bool)
         return mask.view(len(self.parents), size, size).to(self.tokens.device)
 
 

@@ -49,8 +49,19 @@ def test_more_is_drafted_where_tokens_are_cheap_and_likely() -> None:
 def test_the_choice_is_the_best_of_all() -> None:
     budget = Budget(STEEP, 1)
     values = [0.95, 0.9, 0.6, 0.55, 0.2, 0.1]
+    rates = [(1 + sum(values[:n])) / (STEEP.drafter_seconds + STEEP.target_cost(n + 1)) for n in range(7)]
+    first = budget.choose([10], [values])
+    assert first == max(range(7), key=rates.__getitem__)
+    # From then on, the most over what such a time has brought of late.
+    budget.wants_draft([13])
     gains = [sum(values[:n]) - budget.rate * STEEP.target_cost(n + 1) for n in range(7)]
-    assert budget.choose([10], [values]) == max(range(7), key=gains.__getitem__)
+    assert budget.choose([13], [values]) == max(range(7), key=gains.__getitem__) != first
+
+
+def test_a_pass_is_filled_to_where_the_next_tile_begins() -> None:
+    tiles = Profile([1, 8, 9, 16, 17, 32], [0.010, 0.0101, 0.020, 0.0201, 0.040, 0.0401], drafter_seconds=0.001)
+    values = [0.8**i for i in range(1, 31)]
+    assert Budget(tiles, 1).choose([10], [values]) == 7
 
 
 @pytest.mark.parametrize(("num_accepted", "is_sharpened"), [(3, True), (0, False)])
