@@ -1,21 +1,23 @@
 """How much to draft: as many nodes as pay on this machine, given what a pass costs and what the drafter is worth.
 
 Letters: B batch, N drafted nodes. Knows costs and probabilities; knows no model and reads no clock, so that a run with a given
-profile is reproducible. Nothing here can change what is generated: the choices read the committed text alone, never the drawn
-drafts. Imported by the drafters.
+profile is reproducible. Nothing here can change what is generated: a choice reads the committed text and what became of earlier
+drafts, and is made before this round's tokens are drawn. Imported by the drafters.
 """
 
-import math
 from bisect import bisect_left
 from dataclasses import dataclass
+from dataclasses import field
 from functools import cache
+from itertools import accumulate
+from itertools import zip_longest
+
+from .calibration import NUM_CLASSES
+from .calibration import Calibration
+from .tree import TreeShape
 
 # Memory of the running means, per round.
 DECAY = 0.97
-# How quickly the exponent follows what was accepted, how slowly it forgets, and how far it may go.
-STEP = 0.1
-FORGETTING = 0.98
-LARGEST_EXPONENT = 4.0
 FIRST_PAUSE = 4
 LONGEST_PAUSE = 64
 
@@ -29,19 +31,19 @@ class Profile:
         target_seconds (`list[float]`): time of a pass over so many tokens, all that the loop does with it included.
         drafter_seconds (`float`): time of a drafter pass, all that the loop does with it included.
         machine (`str`): what it was measured on; see `hf_specdiff.profiling`.
-        exponent (`float`): calibration of the drafter: to which power its path probabilities are raised at first (see
-            `Budget`); 1 as long as nothing has been generated, then near where the last call left it.
+        factors (`list[float]`): what is known of the drafter: how its path probabilities are to be read (see `Calibration`); 1
+            as long as nothing has been generated, then half way to where the last call left them.
     """
 
     sizes: list[int]
     target_seconds: list[float]
     drafter_seconds: float
     machine: str = ""
-    exponent: float = 1.0
+    factors: list[float] = field(default_factory=lambda: [1.0] * (2 * NUM_CLASSES))
 
     def __post_init__(self) -> None:
         """Check that there is something to interpolate."""
-        numbers = [*self.sizes, *self.target_seconds, self.drafter_seconds, self.exponent]
+        numbers = [*self.sizes, *self.target_seconds, self.drafter_seconds, *self.factors]
         if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
             raise ValueError(f"`profile` must hold numbers, got {numbers}.")
         is_rising = all(low < high for low, high in zip(self.sizes, self.sizes[1:], strict=False))
@@ -51,7 +53,9 @@ class Profile:
                 f"{self.target_seconds}."
             )
         if not all(number > 0 for number in numbers):
-            raise ValueError(f"`profile` must have positive times and exponent, got {numbers}.")
+            raise ValueError(f"`profile` must have positive times and factors, got {numbers}.")
+        if len(self.factors) != 2 * NUM_CLASSES:
+            raise ValueError(f"`profile` must have {2 * NUM_CLASSES} `factors`, got {len(self.factors)}.")
 
     def target_cost(self, num_tokens: int) -> float:
         """Return the seconds of a target pass over so many tokens, all rows together; linear between and beyond the sizes."""
@@ -64,36 +68,34 @@ class Profile:
 class Budget:
     """Choose round by round whether to draft and how many nodes to verify, for the most tokens per second.
 
-    A round that verifies n nodes costs D + T(n + 1) and is expected to bring 1 + the sum of the n largest path probabilities.
-    The best n is where the expected gain over what the same time usually brings is largest. Where drafting brings fewer tokens
-    per second than plain decoding, it pauses, and tries again after 4, 8, 16, ... rounds.
-
-    A path's probability is the product of its positions' marginals, which say nothing of each other: where a drafter is right
-    so far it is likelier to be right again, and a bad drafter may be sure of nonsense. So the products are raised to a power
-    that follows the rounds: lower while more is accepted than was promised, higher while less is. The next call goes on from
-    where this one ends, unless the caller gives it a profile.
+    A round that verifies n nodes costs D + T(n + 1) and is expected to bring 1 + the sum of the n nodes' rates of acceptance:
+    their path probabilities, as `calibration` reads them. The best n is where the expected gain over what the same time usually
+    brings is largest. Where drafting brings fewer tokens per second than plain decoding, it pauses, and tries again after 4, 8,
+    16, ... rounds.
 
     Args:
         profile (`Profile`): the costs.
         num_rows (`int`): B.
+        draws_children (`bool`): whether the last child of each inner node is drawn, as for the ratio rule on trees.
 
     Source: fractional programming over a round's yield and cost; budgets per round as in arXiv:2606.01813.
     """
 
-    def __init__(self, profile: Profile, num_rows: int) -> None:
+    def __init__(self, profile: Profile, num_rows: int, *, draws_children: bool = False) -> None:
         self.profile = profile
         self.num_rows = num_rows
-        self.exponent = profile.exponent
-        self._cost = cache(profile.target_cost)
+        self.draws_children = draws_children
+        self.calibration = Calibration(profile.factors)
         self.tokens = self.seconds = 0.0
+        self._cost = cache(profile.target_cost)
         self._pause = FIRST_PAUSE
         self._rounds_left = 0
-        self._last: tuple[list[int], float, float] | None = None  # lengths, promised nodes, seconds of the open round
+        self._last: tuple[list[int], float] | None = None  # lengths and seconds of the open round
 
     @property
     def plain_rate(self) -> float:
         """Tokens per second of plain decoding with as many rows as are left."""
-        return self.num_rows / self.profile.target_cost(self.num_rows)
+        return self.num_rows / self._cost(self.num_rows)
 
     @property
     def rate(self) -> float:
@@ -105,7 +107,7 @@ class Budget:
         """A path probability below which no node is worth its cost, taken as half the mean of a pass's tokens for safety."""
         span = self.profile.sizes[-1] - self.profile.sizes[0]
         slope = (self.profile.target_seconds[-1] - self.profile.target_seconds[0]) / span
-        return (0.5 * self.rate * slope) ** (1 / self.exponent)
+        return 0.5 * self.rate * slope / max(1.0, *self.calibration.factors)
 
     def wants_draft(self, lengths: list[int]) -> bool:
         """Return whether this round shall draft at all.
@@ -122,20 +124,19 @@ class Budget:
         self._rounds_left -= 1
         return False
 
-    def choose(self, lengths: list[int], values: list[list[float]]) -> int:
+    def choose(self, lengths: list[int], shapes: list[TreeShape]) -> int:
         """Return how many nodes to verify in each row.
 
         Args:
             lengths (`list[int]`): of the committed rows.
-            values (`list[list[float]]`): for each row, path probabilities under the drafter, falling.
+            shapes (`list[TreeShape]`): what there is to choose from in each row, likeliest nodes first.
 
         Returns:
             `int`: 0 to the nodes of the largest row.
         """
-        num_rows, drafting = len(values), self.profile.drafter_seconds
-        sums = [0.0]  # accepted tokens to expect of the first 0, 1, 2, ... nodes
-        for count in range(max(map(len, values), default=0)):
-            sums.append(sums[-1] + sum(row[count] ** self.exponent for row in values if len(row) > count))
+        num_rows, drafting = len(shapes), self.profile.drafter_seconds
+        gains = zip_longest(*map(self._gains, shapes), fillvalue=0.0)
+        sums = [0.0, *accumulate(map(sum, gains))]  # accepted tokens to expect of the first 0, 1, 2, ... nodes
         costs = [self._cost(num_rows * (count + 1)) for count in range(len(sums))]
         rate = self.rate
         if not self.seconds:
@@ -143,25 +144,35 @@ class Budget:
             rate = max(rate, *((num_rows + gain) / (drafting + cost) for gain, cost in zip(sums, costs, strict=True)))
         best = max(range(len(sums)), key=lambda count: sums[count] - rate * costs[count])
         seconds = drafting + costs[best]
-        self._last = (list(lengths), sums[best], seconds)
+        self._last = (list(lengths), seconds)
         if (num_rows + sums[best]) / seconds < self.plain_rate:
             self._rounds_left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
         else:
             self._pause = FIRST_PAUSE
         return best
 
+    def _gains(self, shape: TreeShape) -> list[float]:
+        """Return how much each node adds to the accepted tokens that are to be expected."""
+        rate, gains = self.calibration.rate, []
+        if not self.draws_children:
+            return [rate(value, is_drawn=False) for value in shape.values]
+        last_under: dict[int, float] = {}
+        for parent, value in zip(shape.parents, shape.values, strict=True):
+            gain = rate(value, is_drawn=True)
+            if parent in last_under:
+                # The child before it is not the drawn one any more.
+                earlier = last_under[parent]
+                gain += rate(earlier, is_drawn=False) - rate(earlier, is_drawn=True)
+            last_under[parent] = value
+            gains.append(gain)
+        return gains
+
     def _close_round(self, lengths: list[int]) -> None:
-        """Learn from the last drafted round; rows that have ended since are left out of it."""
+        """Count the last drafted round; rows that have ended since are left out of it."""
         if self._last is None:
             return
-        earlier, promised, seconds = self._last
+        earlier, seconds = self._last
         self._last = None
-        if len(earlier) != len(lengths):
-            return
-        written = sum(lengths) - sum(earlier)
-        surplus = (written - len(lengths) - promised) / (len(lengths) + promised)
-        start = self.profile.exponent
-        exponent = math.exp(-STEP * surplus) * start * (self.exponent / start) ** FORGETTING
-        self.exponent = min(max(exponent, 1 / LARGEST_EXPONENT), LARGEST_EXPONENT)
-        self.tokens = DECAY * self.tokens + written
-        self.seconds = DECAY * self.seconds + seconds
+        if len(earlier) == len(lengths):
+            self.tokens = DECAY * self.tokens + sum(lengths) - sum(earlier)
+            self.seconds = DECAY * self.seconds + seconds

@@ -5,6 +5,7 @@ Letters: B batch, G drafted tokens (gamma), V vocabulary. Knows no model and dra
 
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 
 import torch
 
@@ -20,11 +21,14 @@ class Draft:
         has_prefix_law (`bool`): whether, given the accepted prefix, token `i` has the law `probs[:, i]`. True for the
             marginals of one pass, for left-to-right reveals and for point masses; false for tokens drawn out of order. The
             ratio and the block rule need it, the match rule does not.
+        values (`list[list[float]]`, *optional*): for each row, how probable it is under the drafter's marginals that the draft
+            is right so far.
     """
 
     tokens: torch.Tensor
     probs: torch.Tensor | None
     has_prefix_law: bool
+    values: list[list[float]] | None = None
 
     @classmethod
     def nothing(cls, tokens: torch.Tensor) -> "Draft":
@@ -34,7 +38,8 @@ class Draft:
     def first(self, count: int) -> "Draft":
         """Return the first so many tokens."""
         probs = None if self.probs is None else self.probs[:, :count]
-        return Draft(self.tokens[:, :count], probs, self.has_prefix_law)
+        values = None if self.values is None else [row[:count] for row in self.values]
+        return Draft(self.tokens[:, :count], probs, self.has_prefix_law, values)
 
     @property
     def num_tokens(self) -> int:
@@ -48,6 +53,22 @@ class Draft:
     def deepest(self) -> list[int]:
         """Return how far ahead each row's draft reaches."""
         return self.num_drafted()
+
+    def outcome(self, additions: list[list[int]]) -> list[list[bool]]:
+        """Return, for each row, which drafted tokens stand in the text.
+
+        Args:
+            additions (`list[list[int]]`): what has been added to each row since.
+        """
+        rows = []
+        for drafted, added in zip(self.tokens.tolist(), additions, strict=True):
+            count = next((i for i, pair in enumerate(zip(drafted, added, strict=False)) if pair[0] != pair[1]), len(added))
+            rows.append([i < count for i in range(len(drafted))])
+        return rows
+
+    def drawn(self) -> list[list[bool]]:
+        """Return, for each row, which tokens were drawn beside others that were not: none in a chain."""
+        return [[False] * self.num_tokens] * self.tokens.shape[0]
 
     def depths(self) -> torch.Tensor:
         """Return how far behind the anchor each token stands, `(1, G + 1)` int64; the anchor is the first."""
@@ -63,7 +84,7 @@ class Draft:
         if self.tokens.device == device:
             return self
         probs = None if self.probs is None else self.probs.to(device)
-        return Draft(self.tokens.to(device), probs, self.has_prefix_law)
+        return replace(self, tokens=self.tokens.to(device), probs=probs)
 
     def dense_probs(self, vocab_size: int) -> torch.Tensor:
         """Return `probs`, with a point mass written out.

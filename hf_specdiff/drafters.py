@@ -25,7 +25,7 @@ from .sampling import processors_of_row
 from .sampling import to_float
 from .sampling import to_probs
 from .shapes import ChildTemperature
-from .shapes import chain_values
+from .shapes import chain_shapes
 from .shapes import draft_samples
 from .shapes import draft_tree
 from .speculation import SpeculationConfig
@@ -95,6 +95,7 @@ class DenoisingDrafter:
         self.rows: RaggedCache | None = None  # from the first draft on, which tells how many rows there are
         self.child_temperature = ChildTemperature() if speculation.is_tempered else None
         self.budget: Budget | None = None  # set where the draft's size is to follow the machine
+        self._open: tuple[Draft | DraftTree, list[int]] | None = None  # the last draft, and the lengths it was made for
         self._unseen: list[Features] = []
         self.device = network.device  # read once: the host goes through the weights for it
         self._home = network.device  # where the target's processors hold their tensors
@@ -107,8 +108,10 @@ class DenoisingDrafter:
         """Draft one window; see `Drafter.draft`."""
         if features is not None:
             self._unseen.append(features)
-        if self.budget is not None and not self.budget.wants_draft(text.lengths):
-            return Draft.nothing(text.tokens)
+        if self.budget is not None:
+            self._learn(self.budget, text)
+            if not self.budget.wants_draft(text.lengths):
+                return Draft.nothing(text.tokens)
         self._home = text.tokens.device
         text = text.to(self.device)
         if self.rows is None:
@@ -118,12 +121,25 @@ class DenoisingDrafter:
         window[:, :1] = text.anchors()
         unseen, self._unseen = self._unseen, []
         logits = self._window_logits(window, text, Features.join(unseen) if unseen else None)
-        return self._shaped(text, window, logits)
+        draft = self._shaped(text, window, logits)
+        self._open = (draft, text.lengths)
+        return draft
+
+    def _learn(self, budget: Budget, text: Text) -> None:
+        """Tell the budget what became of the last draft."""
+        if self._open is None:
+            return
+        draft, lengths = self._open
+        self._open = None
+        if draft.values is not None:
+            written = [text.row(row)[0, length:].tolist() for row, length in enumerate(lengths)]
+            for columns in zip(draft.values, draft.drawn(), draft.outcome(written), strict=True):
+                budget.calibration.learn(*columns)
 
     def _shaped(self, text: Text, window: torch.Tensor, logits: torch.Tensor) -> Draft | DraftTree:
         """Turn the first pass into a draft of the shape that was asked for."""
         budget, speculation = self.budget, self.speculation
-        choose = None if budget is None else lambda values: budget.choose(text.lengths, values)
+        choose = None if budget is None else lambda shapes: budget.choose(text.lengths, shapes)
         if speculation.draft_shape == "samples":
             return draft_samples(self._free_scores(logits), speculation)
         if speculation.draft_shape == "tree":
@@ -132,13 +148,15 @@ class DenoisingDrafter:
         steps = reveal_counts(window.shape[1] - 1, speculation.num_denoising_steps)
         if len(steps) > 1:
             return self._denoise(text, window, logits, steps)
-        count = logits.shape[1] if choose is None else choose(chain_values(self._without_mask(logits)))
+        shapes = [] if choose is None else chain_shapes(self._without_mask(logits))
+        count = logits.shape[1] if choose is None else choose(shapes)
         tokens, probs = self._draw_in_order(text, window[:, 1:1], logits)
-        return Draft(tokens, probs, speculation.has_prefix_law).first(count)
+        return Draft(tokens, probs, speculation.has_prefix_law, [shape.values for shape in shapes] or None).first(count)
 
     def select_rows(self, rows: list[int]) -> None:
         """Keep some rows; see `Drafter.select_rows`."""
         self._unseen = [features.select(rows) for features in self._unseen]
+        self._open = None  # rows that have ended are gone from the text, and what they kept of it with them
         if self.rows is not None:
             self.rows.select(rows)
 

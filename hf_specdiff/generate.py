@@ -135,11 +135,12 @@ def generate(
         with inference([model, assistant_model], callbacks, own_cache):
             if speculation.is_adaptive:
                 measured = profile_of(model, assistant_model, speculation, input_ids.device, profile)
-                drafter.budget = Budget(measured, text.num_rows)
+                draws_children = drafting.draft_shape == "tree" and drafting.acceptance == "ratio"
+                drafter.budget = Budget(measured, text.num_rows, draws_children=draws_children)
             target = target_class(model, generation_config, model_kwargs, drafter.target_layer_ids)
             output = run(target, drafter, speculation, stop, logits_processor, text, streamer)
         if drafter.budget is not None and profile is None:
-            learn(model, assistant_model, speculation, drafter.budget.exponent)
+            learn(model, assistant_model, speculation, drafter.budget.calibration.factors)
         output = ordinary(output)
         return output if generation_config.return_dict_in_generate else output.sequences
 

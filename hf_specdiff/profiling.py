@@ -44,8 +44,8 @@ SIZES = [1, 2, 4, 8, 9, 16, 17, 24, 25, 32, 33, 48, 49, 64, 65]
 CONTEXT_LENGTH = 192
 NUM_REPEATS = 9
 CACHE_VARIABLE = "HF_SPECDIFF_CACHE"
-# A calibration is written again when it comes from one such step, of its logarithm, into the next.
-NOTABLE_CHANGE = 0.15
+# A calibration is written again when a factor comes from one such step, of its logarithm, into the next.
+NOTABLE_CHANGE = 0.5
 # What was measured or read in this process, by the pair's key.
 _KNOWN: dict[str, Profile] = {}
 # Keys by target, drafter and what else may change from call to call: writing out two configurations takes a millisecond.
@@ -82,20 +82,20 @@ def profile_of(
     return _KNOWN[key]
 
 
-def learn(model: Any, drafter: Any, speculation: SpeculationConfig, exponent: float) -> None:
+def learn(model: Any, drafter: Any, speculation: SpeculationConfig, factors: list[float]) -> None:
     """Let the next call with this pair start from what this one has learnt of the drafter.
 
     Args:
         model (`transformers.PreTrainedModel`): the target.
         drafter (`SpecDiffDrafter`): the drafter.
         speculation (`SpeculationConfig`): of the call.
-        exponent (`float`): where the call's `Budget` ended.
+        factors (`list[float]`): where the call's `Calibration` ended.
     """
     key = _pair_key(model, drafter, speculation)
     known = _KNOWN[key]
-    # Half way: one text is not like the next.
-    _KNOWN[key] = profile = replace(known, exponent=math.sqrt(known.exponent * exponent))
-    if _notch(profile.exponent) == _notch(known.exponent):
+    # Half way from knowing nothing: one text is not like the next.
+    _KNOWN[key] = profile = replace(known, factors=[math.sqrt(factor) for factor in factors])
+    if _notches(profile) == _notches(known):
         return
     path = cache_folder() / f"{key}.json"
     try:
@@ -106,8 +106,8 @@ def learn(model: Any, drafter: Any, speculation: SpeculationConfig, exponent: fl
         logger.warning(f"What was learnt of this drafter could not be kept in {path} ({error}).")
 
 
-def _notch(exponent: float) -> int:
-    return round(math.log(exponent) / NOTABLE_CHANGE)
+def _notches(profile: Profile) -> list[int]:
+    return [round(math.log(factor) / NOTABLE_CHANGE) for factor in profile.factors]
 
 
 def measure_profile(model: Any, drafter: Any, speculation: SpeculationConfig, device: torch.device) -> Profile:

@@ -104,7 +104,7 @@ def draft_samples(scores: torch.Tensor, speculation: SpeculationConfig) -> Draft
 def draft_tree(
     scores: torch.Tensor,
     speculation: SpeculationConfig,
-    choose: Callable[[list[list[float]]], int] | None = None,
+    choose: Callable[[list[TreeShape]], int] | None = None,
     smallest: float = 0.0,
     temperature: ChildTemperature | None = None,
 ) -> Draft | DraftTree:
@@ -113,8 +113,8 @@ def draft_tree(
     Args:
         scores (`torch.Tensor` of shape `(B, G, V)`, float32): processed logits of one pass.
         speculation (`SpeculationConfig`): the budget, the temperature of the marginals, and the rule.
-        choose (`Callable`, *optional*): from each row's path probabilities, falling, to how many nodes are worth verifying. It
-            is asked before anything is drawn.
+        choose (`Callable`, *optional*): from each row's nodes, likeliest first, to how many of them are worth verifying. It is
+            asked before anything is drawn.
         smallest (`float`): paths of at most this probability are left out.
         temperature (`ChildTemperature`, *optional*): of the drawn children; by default that of the marginals.
 
@@ -126,7 +126,7 @@ def draft_tree(
     marginals = to_probs(scores / speculation.draft_temperature)
     shapes, ranked_tokens = _most_probable(marginals, speculation.tree_budget, smallest)
     if choose is not None:
-        count = choose([shape.values for shape in shapes])
+        count = choose(shapes)
         shapes = [shape.first(count) for shape in shapes]
     shapes = [shape.depth_first() for shape in shapes]
     tokens = [
@@ -136,7 +136,8 @@ def draft_tree(
     if not any(tokens):
         return Draft.nothing(ranked_tokens[:, :, 0])
     sampled = draw_last_children(shapes, tokens, marginals, temperature) if speculation.acceptance == "ratio" else None
-    return DraftTree.of_rows(tokens, [shape.parents for shape in shapes], scores.device, sampled=sampled)
+    parents, values = [shape.parents for shape in shapes], [shape.values for shape in shapes]
+    return DraftTree.of_rows(tokens, parents, scores.device, sampled=sampled, values=values)
 
 
 def _most_probable(marginals: torch.Tensor, budget: int, smallest: float) -> tuple[list[TreeShape], torch.Tensor]:
@@ -151,8 +152,8 @@ def _most_probable(marginals: torch.Tensor, budget: int, smallest: float) -> tup
     return shapes, tokens
 
 
-def chain_values(scores: torch.Tensor) -> list[list[float]]:
-    """Return how probable it is that a chain is right so far, position by position.
+def chain_shapes(scores: torch.Tensor) -> list[TreeShape]:
+    """Return each row's chain as a tree, with the probability that it is right so far, position by position.
 
     It reads the marginals alone, not the tokens that were drawn: a draft that is cut because of a token it holds does not have
     the law that the ratio and the block rule count on.
@@ -161,9 +162,12 @@ def chain_values(scores: torch.Tensor) -> list[list[float]]:
         scores (`torch.Tensor` of shape `(B, G, V)`, float32): processed logits of one pass.
 
     Returns:
-        `list[list[float]]`: for each row, G falling probabilities.
+        `list[TreeShape]`: G nodes for each row, each the child of the one before it.
     """
-    return to_probs(scores).amax(dim=-1).cumprod(dim=-1).tolist()
+    gamma = scores.shape[1]
+    depths = list(range(1, gamma + 1))
+    values = to_probs(scores).amax(dim=-1).cumprod(dim=-1).tolist()
+    return [TreeShape(list(range(gamma)), depths, [0] * gamma, row) for row in values]
 
 
 def draw_last_children(

@@ -7,6 +7,7 @@ Draws nothing. Imported by the drafters.
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
@@ -121,12 +122,14 @@ class DraftTree:
         drafts (`list[list[list[int]]]`, *optional*): for each row, the nodes of each joint draft, root to leaf.
         sampled (`SampledChildren`, *optional*): `None`: every node is a function of the committed text, or the rule does not
             ask what it was drawn from.
+        values (`list[list[float]]`, *optional*): for each row, the path probabilities of its nodes by their ranks.
     """
 
     tokens: torch.Tensor
     parents: list[list[int]]
     drafts: list[list[list[int]]] | None = None
     sampled: SampledChildren | None = None
+    values: list[list[float]] | None = None
 
     @classmethod
     def of_rows(
@@ -136,11 +139,12 @@ class DraftTree:
         device: torch.device,
         drafts: list[list[list[int]]] | None = None,
         sampled: SampledChildren | None = None,
+        values: list[list[float]] | None = None,
     ) -> "DraftTree":
         """Join rows of different sizes."""
         most = max(map(len, tokens))
         padded = [row + [0] * (most - len(row)) for row in tokens]
-        return cls(torch.tensor(padded, device=device).view(len(tokens), most), parents, drafts, sampled)
+        return cls(torch.tensor(padded, device=device).view(len(tokens), most), parents, drafts, sampled, values)
 
     @property
     def num_tokens(self) -> int:
@@ -151,7 +155,7 @@ class DraftTree:
         """Return the tree with its tokens on another device."""
         if self.tokens.device == device:
             return self
-        return DraftTree(self.tokens.to(device), self.parents, self.drafts, self.sampled)
+        return replace(self, tokens=self.tokens.to(device))
 
     def num_drafted(self) -> list[int]:
         """Return the nodes of each row."""
@@ -160,6 +164,32 @@ class DraftTree:
     def deepest(self) -> list[int]:
         """Return the longest path of each row."""
         return [max(row) for row in self._depth_rows()]
+
+    def outcome(self, additions: list[list[int]]) -> list[list[bool]]:
+        """Return, for each row, which nodes stand in the text.
+
+        Args:
+            additions (`list[list[int]]`): what has been added to each row since.
+        """
+        rows = []
+        for children, parents, added in zip(self.children(), self.parents, additions, strict=True):
+            node, stands = 0, [False] * len(parents)
+            for token in added:
+                if (node := children.get((node, token), 0)) == 0:
+                    break
+                stands[node - 1] = True
+            rows.append(stands)
+        return rows
+
+    def drawn(self) -> list[list[bool]]:
+        """Return, for each row, which nodes' tokens were drawn: the last child of each inner node, where any is."""
+        if self.sampled is None:
+            return [[False] * len(parents) for parents in self.parents]
+        rows = []
+        for parents in self.parents:
+            last_under = {parent: node for node, parent in enumerate(parents)}
+            rows.append([last_under[parent] == node for node, parent in enumerate(parents)])
+        return rows
 
     def children(self) -> list[dict[tuple[int, int], int]]:
         """Return, for each row, from (node, token) to the child of that node with that token."""

@@ -1,6 +1,7 @@
 """Draft sizes that follow the machine: what is chosen, when drafting pauses, and that the profile is kept and checked."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ from hf_specdiff import profiling
 from hf_specdiff.budget import FIRST_PAUSE
 from hf_specdiff.budget import Budget
 from hf_specdiff.budget import Profile
+from hf_specdiff.calibration import NUM_CLASSES
+from hf_specdiff.calibration import Calibration
 from hf_specdiff.speculation import SpeculationConfig
+from hf_specdiff.tree import TreeShape
 
 from .conftest import SPECIAL_IDS
 from .conftest import make_drafter
@@ -27,7 +31,14 @@ CPU = torch.device("cpu")
 FREE = Profile([1, 65], [0.010, 0.0101], drafter_seconds=0.001)  # tokens of a pass cost next to nothing
 STEEP = Profile([1, 65], [0.010, 0.330], drafter_seconds=0.001)  # each costs half of a whole pass
 DEAR = Profile([1, 65], [0.010, 0.0101], drafter_seconds=1.0)  # the drafter costs a hundred passes
+NEUTRAL = [1.0] * (2 * NUM_CLASSES)
 AUTO = {"tree": {"tree_budget": "auto"}, "chain": {"draft_shape": "chain", "gamma": "auto"}}
+
+
+def chain(values: list[float]) -> TreeShape:
+    """Return a chain with these path probabilities."""
+    size = len(values)
+    return TreeShape(list(range(size)), list(range(1, size + 1)), [0] * size, values)
 
 
 def test_costs_are_interpolated_and_extrapolated() -> None:
@@ -38,7 +49,7 @@ def test_costs_are_interpolated_and_extrapolated() -> None:
 def test_more_is_drafted_where_tokens_are_cheap_and_likely() -> None:
     likely, unlikely = [0.9**i for i in range(1, 31)], [0.3**i for i in range(1, 31)]
     counts = {
-        (name, kind): Budget(profile, 1).choose([10], [values])
+        (name, kind): Budget(profile, 1).choose([10], [chain(values)])
         for name, profile in (("free", FREE), ("steep", STEEP))
         for kind, values in (("likely", likely), ("unlikely", unlikely))
     }
@@ -48,40 +59,76 @@ def test_more_is_drafted_where_tokens_are_cheap_and_likely() -> None:
 
 def test_the_choice_is_the_best_of_all() -> None:
     budget = Budget(STEEP, 1)
-    values = [0.95, 0.9, 0.6, 0.55, 0.2, 0.1]
+    values = [0.95, 0.9, 0.85, 0.8, 0.75, 0.1]
     rates = [(1 + sum(values[:n])) / (STEEP.drafter_seconds + STEEP.target_cost(n + 1)) for n in range(7)]
-    first = budget.choose([10], [values])
+    first = budget.choose([10], [chain(values)])
     assert first == max(range(7), key=rates.__getitem__)
     # From then on, the most over what such a time has brought of late.
-    budget.wants_draft([13])
+    budget.wants_draft([11])
     gains = [sum(values[:n]) - budget.rate * STEEP.target_cost(n + 1) for n in range(7)]
-    assert budget.choose([13], [values]) == max(range(7), key=gains.__getitem__) != first
+    assert budget.choose([11], [chain(values)]) == max(range(7), key=gains.__getitem__)
 
 
 def test_a_pass_is_filled_to_where_the_next_tile_begins() -> None:
     tiles = Profile([1, 8, 9, 16, 17, 32], [0.010, 0.0101, 0.020, 0.0201, 0.040, 0.0401], drafter_seconds=0.001)
     values = [0.8**i for i in range(1, 31)]
-    assert Budget(tiles, 1).choose([10], [values]) == 7
+    assert Budget(tiles, 1).choose([10], [chain(values)]) == 7
 
 
-@pytest.mark.parametrize(("num_accepted", "is_sharpened"), [(3, True), (0, False)])
-def test_the_exponent_follows_what_was_accepted(num_accepted: int, is_sharpened: bool) -> None:
-    budget, length = Budget(FREE, 1), 10
-    exponents = [budget.exponent]
-    for _ in range(20):
-        if budget.wants_draft([length]):
-            budget.choose([length], [[0.9, 0.7, 0.5]])
-        length += num_accepted + 1
-        exponents.append(budget.exponent)
-    assert (exponents[-1] < 0.9) if is_sharpened else (exponents[-1] > 1.2)
-    # Without news it goes back to where the profile had it.
-    budget._last = None
-    settled = exponents[-1]
-    for _ in range(5):
-        budget._last = ([length], 2.0, 0.01)
-        length += 3  # just as promised
-        budget.wants_draft([length])
-    assert abs(budget.exponent - 1) < abs(settled - 1)
+def test_factors_follow_what_was_accepted_class_by_class() -> None:
+    """Sure nodes that fail half of the time, and drawn children that are accepted more often than their rank says."""
+    calibration = Calibration(NEUTRAL)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        sure, drawn = (float(x) < rate for x, rate in zip(torch.rand(2, generator=generator), (0.5, 0.16), strict=True))
+        calibration.learn([0.98, 0.02], [False, True], [sure, drawn])
+    assert 0.5 < calibration.rate(0.98, is_drawn=False) < 0.6
+    assert 0.08 < calibration.rate(0.02, is_drawn=True) < 0.16
+    # What was never seen is read as it stands.
+    assert calibration.rate(0.02, is_drawn=False) == pytest.approx(0.02)
+    assert calibration.rate(0.98, is_drawn=True) == pytest.approx(0.98)
+
+
+def test_a_round_is_one_observation_however_many_nodes_it_has() -> None:
+    few, many = Calibration(NEUTRAL), Calibration(NEUTRAL)
+    few.learn([0.9], [False], [False])
+    many.learn([0.9] * 15, [False] * 15, [False] * 15)
+    assert few.rate(0.9, is_drawn=False) == pytest.approx(many.rate(0.9, is_drawn=False), rel=0.02)
+
+
+def test_a_drawn_child_is_worth_what_it_has_been_and_its_sibling_by_rank_again() -> None:
+    factors = list(NEUTRAL)
+    factors[NUM_CLASSES + 1] = 2.0  # drawn, probability between 1/4 and 1/2
+    budget = Budget(replace(FREE, factors=factors), 1, draws_children=True)
+    # The second node takes the drawing over from the first, which then counts by its rank.
+    assert budget._gains(TreeShape([0, 0], [1, 1], [0, 1], [0.4, 0.3])) == pytest.approx([0.8, 0.6 + 0.4 - 0.8])
+    assert Budget(budget.profile, 1)._gains(TreeShape([0, 0], [1, 1], [0, 1], [0.4, 0.3])) == pytest.approx([0.4, 0.3])
+
+
+@pytest.mark.parametrize("shape", AUTO)
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_the_outcome_that_is_learnt_from_is_what_was_accepted(
+    shape: str, do_sample: bool, monkeypatch: pytest.MonkeyPatch, drafter: SpecDiffDrafter
+) -> None:
+    target, (ids, mask) = make_target(2), batch_of([6])
+    learnt: list[int] = []
+    learn = Calibration.learn
+
+    def recording(self: Calibration, values: list[float], drawn: list[bool], outcome: list[bool]) -> None:
+        assert len(values) == len(drawn) == len(outcome)
+        assert any(drawn) == bool(do_sample and shape == "tree" and values)
+        learnt.append(sum(outcome))
+        learn(self, values, drawn, outcome)
+
+    monkeypatch.setattr(Calibration, "learn", recording)
+    torch.manual_seed(0)
+    settings = {"do_sample": do_sample, "max_new_tokens": 40, "attention_mask": mask, "return_dict_in_generate": True}
+    rule = {"acceptance": "ratio", "draft_shape": shape} if do_sample else {"draft_shape": shape}
+    output = hf_specdiff.generate(target, ids, assistant_model=drafter, **(settings | AUTO[shape] | rule), profile=FREE)
+    accepted = [row[0] for row in output.speculation.num_accepted]
+    # The last rounds are never asked about: no draft follows them, or only a bonus token still fits.
+    assert learnt == accepted[: len(learnt)]
+    assert len(learnt) >= len(accepted) - 2
 
 
 def test_drafting_pauses_where_it_does_not_pay_and_tries_again() -> None:
@@ -89,7 +136,7 @@ def test_drafting_pauses_where_it_does_not_pay_and_tries_again() -> None:
     for step in range(40):
         if budget.wants_draft([length]):
             drafted.append(step)
-            budget.choose([length], [[0.9, 0.8]])
+            budget.choose([length], [chain([0.9, 0.8])])
         length += 1
     assert drafted == [0, FIRST_PAUSE + 1, 3 * FIRST_PAUSE + 2, 7 * FIRST_PAUSE + 3]
 
@@ -184,7 +231,7 @@ def test_bad_profiles_and_bad_autos_are_refused(
         Profile([1, 1], [1.0, 2.0], 1.0)
     with pytest.raises(ValueError, match="must hold numbers"):
         Profile([1, "2"], [1.0, 2.0], 1.0)
-    with pytest.raises(ValueError, match="positive times and exponent"):
+    with pytest.raises(ValueError, match="positive times and factors"):
         Profile([1, 2], [0.0, 2.0], 1.0)
     cases = [
         ({"tree_budget": "auto", "profile": tmp_path / "none.json"}, "`profile` must be a Profile or a file"),
@@ -212,7 +259,7 @@ def test_either_auto_makes_any_shape_adaptive(
 
 def test_the_rate_to_beat_is_that_of_the_rows_that_are_left() -> None:
     steep = Profile([1, 65], [0.0057, 0.0133], drafter_seconds=0.002)
-    values = [0.8**i for i in range(1, 16)]
+    values = chain([0.8**i for i in range(1, 16)])
     shrunk = Budget(steep, 16)
     shrunk.wants_draft([10] * 16)
     shrunk.choose([10] * 16, [values] * 16)
@@ -246,8 +293,15 @@ def test_a_cache_that_cannot_be_written_costs_no_text(
     for _ in range(2):
         result = hf_specdiff.generate(target, prompt, assistant_model=drafter, tree_budget="auto", **settings)
         assert torch.equal(result, expected)
-        next(tmp_path.rglob("*.json")).write_text("{")
+        assert next(tmp_path.rglob("*.json")).is_file()
+
+        def full_disk(*arguments: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(profiling, "write_profile", full_disk)
+        monkeypatch.setattr(profiling, "NOTABLE_CHANGE", 1e-9)  # anything learnt is to be written
     assert len(lines) == 1
+    assert "could not be kept" in lines[0]
 
 
 def test_the_next_call_goes_on_from_what_was_learnt(
@@ -262,9 +316,9 @@ def test_the_next_call_goes_on_from_what_was_learnt(
     for _ in range(12):
         hf_specdiff.generate(target, prompt, assistant_model=drafter, **settings)
     (known,) = profiling._KNOWN.values()
-    assert known.exponent > 1.05
+    assert min(known.factors) < 0.9
     stored = profiling._read(next(tmp_path.rglob("*.json")))
-    assert stored.exponent == pytest.approx(known.exponent, rel=0.2)
+    assert stored.factors == pytest.approx(known.factors, rel=profiling.NOTABLE_CHANGE)
     # A given profile is neither changed nor learnt from.
     hf_specdiff.generate(target, prompt, assistant_model=drafter, **settings, profile=FREE)
     assert next(iter(profiling._KNOWN.values())) == known

@@ -10,8 +10,8 @@ from transformers.dynamic_module_utils import get_relative_imports
 PACKAGE = Path(__file__).parents[1] / "hf_specdiff"
 # A file may import files of lower levels only.
 LEVELS = [
-    {"draft", "text", "tree", "budget", "cache", "configuration_specdiff", "denoising", "inference", "model_card", "stopwatch"},
-    {"sampling", "speculation"},
+    {"draft", "text", "tree", "calibration", "cache", "denoising", "inference", "stopwatch"},
+    {"budget", "configuration_specdiff", "model_card", "sampling", "speculation"},
     {"acceptance", "record", "shapes", "stopping"},
     {"drafters", "rules"},
     {"conditioning"},
