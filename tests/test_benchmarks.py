@@ -253,7 +253,7 @@ def test_the_command_writes_figures_table_and_pictures(tmp_path: Path) -> None:
     names = {row["method"] for row in record["rows"]}
     assert {PLAIN, "transformers, tokens", "tokens, chain", "tokens, auto"} <= names
     assert "transformers, AR assistant" not in names  # no part of its name was asked for
-    assert "tokens, tree of 16" in (output / "table.md").read_text()
+    assert "tokens, tree of 15" in (output / "table.md").read_text()
     assert {path.name for path in output.glob("*.png")} == {"ratio.png", "rounds.png", "acceptance.png", "time.png", "cost.png"}
     for path in output.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")

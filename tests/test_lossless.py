@@ -21,6 +21,7 @@ from hf_specdiff import SpecDiffCandidateGenerator
 from hf_specdiff import SpecDiffDrafter
 from hf_specdiff import drafters
 from hf_specdiff import shapes
+from hf_specdiff.calibration import Calibration
 from hf_specdiff.decoding import run
 from hf_specdiff.draft import Draft
 from hf_specdiff.rules import make_rule
@@ -298,6 +299,28 @@ def test_children_at_a_temperature_learnt_on_the_way_preserve_the_law(
         lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **scheme), monkeypatch
     )
     assert used == {1.0, *temperatures}
+    assert distance(plain, ours) < TOLERANCE
+
+
+@pytest.mark.parametrize("scheme", ["adaptive-tree-ratio", "adaptive-tree-match", "adaptive-chain-ratio", "adaptive-chain-block"])
+def test_sizes_that_hang_on_what_was_accepted_preserve_the_law(
+    scheme: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget that drafts much after one outcome and next to nothing after another."""
+    sizes = set()
+
+    def learn(self: Calibration, values: list[float], drawn: list[bool], outcome: list[bool]) -> None:
+        self.factors = [0.3 if any(outcome) else 3.0] * len(self.factors)
+        sizes.add((len(values), any(outcome)))
+
+    monkeypatch.setattr(Calibration, "learn", learn)
+    settings = {"max_new_tokens": 5, "do_sample": True, "top_k": 2, **PROCESSED}
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    ours = law_of(
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **MANY[scheme]), monkeypatch
+    )
+    assert len({size for size, _ in sizes}) > 1
+    assert {accepted for _, accepted in sizes} == {True, False}
     assert distance(plain, ours) < TOLERANCE
 
 

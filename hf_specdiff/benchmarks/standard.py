@@ -53,7 +53,7 @@ RESULTS, TABLE, PROFILES = "results.json", "table.md", "profiles"
 PACKAGE = Path(__file__).parents[1]
 BATCH_SIZE = 8
 # Of the token-conditioned drafter's methods, the standard set has these.
-TOKENS = ("chain", "chain by block", "tree of 16", "tree of 8 by ratio", "tree of 32 by ratio", "auto")
+TOKENS = ("chain", "chain by block", "tree of 15", "tree of 7 by ratio", "tree of 32 by ratio", "auto")
 
 
 @dataclass(frozen=True, slots=True)
