@@ -240,13 +240,15 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, ConnectionError) as error:
-        Console(stderr=True).print(f"hf-specdiff: {error}", style="red", highlight=False, markup=False)
+        Console(stderr=True).print(f"hf-specdiff: {error}", soft_wrap=True, style="red", highlight=False, markup=False)
         sys.exit(2)
     except OSError as error:
         if not is_full(error):
             raise
         place = "" if error.filename is None else f"{error.filename}: "
-        Console(stderr=True).print(f"hf-specdiff: {place}{error.strerror}.", style="red", highlight=False, markup=False)
+        Console(stderr=True).print(
+            f"hf-specdiff: {place}{error.strerror}.", soft_wrap=True, style="red", highlight=False, markup=False
+        )
         sys.exit(2)
 
 

@@ -13,6 +13,7 @@ from transformers import Cache
 from transformers import DynamicCache
 from transformers import GenerationConfig
 
+from .attention import grouped_heads
 from .cache import RaggedCache
 from .conditioning import target_features
 from .draft import Draft
@@ -281,9 +282,10 @@ def _why_not_by_trying(model: Any, device: torch.device) -> str | None:
     try:
         plain_ids = torch.cat([ids[:, :CONTEXT], ids[:, CONTEXT:][:, path]], dim=1)
         plain = model(plain_ids, use_cache=False).logits[:, CONTEXT:]
-        masked = _after_context(model, ids, lambda target: target.verify(text, tree))[:, path]
         chain = Draft(plain_ids[:, CONTEXT + 1 :], None, has_prefix_law=True)
-        cached = _after_context(model, ids, lambda target: target.verify(text, chain))
+        with grouped_heads(device):
+            masked = _after_context(model, ids, lambda target: target.verify(text, tree))[:, path]
+            cached = _after_context(model, ids, lambda target: target.verify(text, chain))
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:

@@ -141,9 +141,9 @@ main()
 """
     done = python(code.format(arguments=["train", "target", "--prompts", "p.txt", "--output", "x"]))
     assert done.returncode == 2, done.stderr
-    assert "pip install 'hf_specdiff[train]'" in done.stderr.replace("\n", "")
+    assert "pip install 'hf_specdiff[train]'" in done.stderr
     assert "Traceback" not in done.stderr
     done = python(code.format(arguments=["bench", "--output", "x"]))
-    assert "pip install 'hf_specdiff[bench]'" in done.stderr.replace("\n", "")
+    assert "pip install 'hf_specdiff[bench]'" in done.stderr
     done = python(code.format(arguments=["generate", "nowhere/here", "drafter"]))
     assert "`--prompt` or `--prompts-file` must be given" in done.stderr

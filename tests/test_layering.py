@@ -10,7 +10,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 PACKAGE = Path(__file__).parents[1] / "hf_specdiff"
 # A file may import files of lower levels only.
 LEVELS = [
-    {"draft", "text", "tree", "calibration", "cache", "denoising", "inference", "stopwatch"},
+    {"attention", "draft", "text", "tree", "calibration", "cache", "denoising", "inference", "stopwatch"},
     {"budget", "configuration_specdiff", "model_card", "sampling", "speculation"},
     {"acceptance", "record", "shapes", "stopping"},
     {"drafters", "rules"},

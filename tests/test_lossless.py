@@ -302,7 +302,9 @@ def test_children_at_a_temperature_learnt_on_the_way_preserve_the_law(
     assert distance(plain, ours) < TOLERANCE
 
 
-@pytest.mark.parametrize("scheme", ["adaptive-tree-ratio", "adaptive-tree-match", "adaptive-chain-ratio", "adaptive-chain-block"])
+@pytest.mark.parametrize(
+    "scheme", ["adaptive-tree-ratio", "adaptive-tree-match", "adaptive-chain-ratio", "adaptive-chain-block"]
+)
 def test_sizes_that_hang_on_what_was_accepted_preserve_the_law(
     scheme: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,36 @@
+"""What the host's attention is told for passes of several tokens.
+
+Knows one setting of the host. Imported by the entry.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# Read by transformers' "sdpa" attention at every call; 5.17 does not know it yet.
+FORCE_GQA = "TRANSFORMERS_SDPA_FORCE_GQA"
+
+
+@contextmanager
+def grouped_heads(device: torch.device) -> Iterator[None]:
+    """Let the query heads of a group share their keys and values inside `with`, also under a mask, instead of copying them.
+
+    Plain decoding never copies: its passes of one token go another way. A pass over a draft does, the whole cache in every
+    layer, since GPU kernels take no mask over grouped heads. Those of the CPU do.
+
+    Args:
+        device (`torch.device`): where the passes run; on others than the CPU nothing is changed.
+
+    Yields:
+        Nothing.
+    """
+    if device.type != "cpu" or FORCE_GQA in os.environ:
+        yield  # the user's own setting stays
+        return
+    os.environ[FORCE_GQA] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(FORCE_GQA, None)
