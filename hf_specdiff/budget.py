@@ -16,8 +16,9 @@ from .calibration import NUM_CLASSES
 from .calibration import Calibration
 from .tree import TreeShape
 
-# Memory of the running means, per round.
+# Memory of the running means, per round: of what a time usually brings, and of whether drafting pays at present.
 DECAY = 0.97
+RECENT_DECAY = 0.9
 FIRST_PAUSE = 4
 LONGEST_PAUSE = 64
 
@@ -70,8 +71,8 @@ class Budget:
 
     A round that verifies n nodes costs D + T(n + 1) and is expected to bring 1 + the sum of the n nodes' rates of acceptance:
     their path probabilities, as `calibration` reads them. The best n is where the expected gain over what the same time usually
-    brings is largest. Where drafting brings fewer tokens per second than plain decoding, it pauses, and tries again after 4, 8,
-    16, ... rounds.
+    brings is largest. Where the rounds of late and this one bring fewer tokens per second than plain decoding, drafting pauses,
+    and tries again after 4, 8, 16, ... rounds; one place that is hard to foresee is no reason.
 
     Args:
         profile (`Profile`): the costs.
@@ -87,6 +88,7 @@ class Budget:
         self.draws_children = draws_children
         self.calibration = Calibration(profile.factors)
         self.tokens = self.seconds = 0.0
+        self._recent_tokens = self._recent_seconds = 0.0
         self._cost = cache(profile.target_cost)
         self._pause = FIRST_PAUSE
         self._rounds_left = 0
@@ -118,7 +120,8 @@ class Budget:
         self._close_round(lengths)
         if len(lengths) != self.num_rows:
             # What so many rows brought together says nothing about fewer.
-            self.num_rows, self.tokens, self.seconds = len(lengths), 0.0, 0.0
+            self.num_rows = len(lengths)
+            self.tokens = self.seconds = self._recent_tokens = self._recent_seconds = 0.0
         if self._rounds_left == 0:
             return True
         self._rounds_left -= 1
@@ -145,7 +148,8 @@ class Budget:
         best = max(range(len(sums)), key=lambda count: sums[count] - rate * costs[count])
         seconds = drafting + costs[best]
         self._last = (list(lengths), seconds)
-        if (num_rows + sums[best]) / seconds < self.plain_rate:
+        tokens = num_rows + sums[best]
+        if (self._recent_tokens + tokens) / (self._recent_seconds + seconds) < self.plain_rate:
             self._rounds_left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
         else:
             self._pause = FIRST_PAUSE
@@ -174,5 +178,7 @@ class Budget:
         earlier, seconds = self._last
         self._last = None
         if len(earlier) == len(lengths):
-            self.tokens = DECAY * self.tokens + sum(lengths) - sum(earlier)
-            self.seconds = DECAY * self.seconds + seconds
+            written = sum(lengths) - sum(earlier)
+            self.tokens, self.seconds = DECAY * self.tokens + written, DECAY * self.seconds + seconds
+            self._recent_tokens = RECENT_DECAY * self._recent_tokens + written
+            self._recent_seconds = RECENT_DECAY * self._recent_seconds + seconds

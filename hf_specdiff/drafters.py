@@ -131,7 +131,7 @@ class DenoisingDrafter:
             return
         draft, lengths = self._open
         self._open = None
-        if draft.values is not None:
+        if draft.values is not None and draft.num_tokens > 0:
             written = [text.row(row)[0, length:].tolist() for row, length in enumerate(lengths)]
             for columns in zip(draft.values, draft.drawn(), draft.outcome(written), strict=True):
                 budget.calibration.learn(*columns)
