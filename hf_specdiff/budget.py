@@ -59,11 +59,14 @@ class Profile:
             raise ValueError(f"`profile` must have {2 * NUM_CLASSES} `factors`, got {len(self.factors)}.")
 
     def target_cost(self, num_tokens: int) -> float:
-        """Return the seconds of a target pass over so many tokens, all rows together; linear between and beyond the sizes."""
-        index = min(max(bisect_left(self.sizes, num_tokens), 1), len(self.sizes) - 1)
-        low, high = self.sizes[index - 1], self.sizes[index]
-        slope = (self.target_seconds[index] - self.target_seconds[index - 1]) / (high - low)
-        return max(self.target_seconds[index - 1] + slope * (num_tokens - low), self.target_seconds[0])
+        """Return the seconds of a target pass over so many tokens, all rows together; linear between the sizes, and beyond them
+        as from half of the largest one to it: the last step alone may be that from a full tile to the next.
+        """
+        high = min(max(bisect_left(self.sizes, num_tokens), 1), len(self.sizes) - 1)
+        is_beyond = num_tokens > self.sizes[-1]
+        low = min(bisect_left(self.sizes, self.sizes[-1] // 2), high - 1) if is_beyond else high - 1
+        slope = (self.target_seconds[high] - self.target_seconds[low]) / (self.sizes[high] - self.sizes[low])
+        return self.target_seconds[high] + slope * (num_tokens - self.sizes[high])
 
 
 class Budget:

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 from transformers import LogitsProcessorList
 
+from .attention import grouped_heads
 from .budget import Budget
 from .cache import RaggedCache
 from .denoising import reveal_by_confidence
@@ -120,7 +121,8 @@ class DenoisingDrafter:
         window = text.tokens.new_full((text.num_rows, gamma + 1), self.mask_token_id)
         window[:, :1] = text.anchors()
         unseen, self._unseen = self._unseen, []
-        logits = self._window_logits(window, text, Features.join(unseen) if unseen else None)
+        with grouped_heads(self.device, gamma + 1):
+            logits = self._window_logits(window, text, Features.join(unseen) if unseen else None)
         draft = self._shaped(text, window, logits)
         self._open = (draft, text.lengths)
         return draft

@@ -23,7 +23,6 @@ from transformers.generation import PrefixConstrainedLogitsProcessor
 from transformers.generation import SynthIDTextWatermarkLogitsProcessor
 from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
-from .attention import grouped_heads
 from .budget import Budget
 from .cache import check_can_roll_back
 from .conditioning import make_drafter
@@ -133,7 +132,7 @@ def generate(
         needs_masks = text.num_rows > 1 or speculation.draft_shape != "chain"
         target_class = MaskedTarget if needs_masks else Target
         callbacks = [*logits_processor, *stopping_criteria, streamer]
-        with inference([model, assistant_model], callbacks, own_cache), grouped_heads(input_ids.device):
+        with inference([model, assistant_model], callbacks, own_cache):
             if speculation.is_adaptive:
                 measured = profile_of(model, assistant_model, speculation, input_ids.device, profile)
                 draws_children = drafting.draft_shape == "tree" and drafting.acceptance == "ratio"

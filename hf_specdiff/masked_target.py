@@ -13,7 +13,6 @@ from transformers import Cache
 from transformers import DynamicCache
 from transformers import GenerationConfig
 
-from .attention import grouped_heads
 from .cache import RaggedCache
 from .conditioning import target_features
 from .draft import Draft
@@ -283,9 +282,8 @@ def _why_not_by_trying(model: Any, device: torch.device) -> str | None:
         plain_ids = torch.cat([ids[:, :CONTEXT], ids[:, CONTEXT:][:, path]], dim=1)
         plain = model(plain_ids, use_cache=False).logits[:, CONTEXT:]
         chain = Draft(plain_ids[:, CONTEXT + 1 :], None, has_prefix_law=True)
-        with grouped_heads(device):
-            masked = _after_context(model, ids, lambda target: target.verify(text, tree))[:, path]
-            cached = _after_context(model, ids, lambda target: target.verify(text, chain))
+        masked = _after_context(model, ids, lambda target: target.verify(text, tree))[:, path]
+        cached = _after_context(model, ids, lambda target: target.verify(text, chain))
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:

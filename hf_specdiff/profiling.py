@@ -93,6 +93,8 @@ def learn(model: Any, drafter: Any, speculation: SpeculationConfig, factors: lis
     """
     key = _pair_key(model, drafter, speculation)
     known = _KNOWN[key]
+    if factors == known.factors:
+        return  # nothing was drafted
     # Half way from knowing nothing: one text is not like the next.
     _KNOWN[key] = profile = replace(known, factors=[math.sqrt(factor) for factor in factors])
     if _notches(profile) == _notches(known):

@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 from transformers import GenerationMixin
 
+from .attention import grouped_heads
 from .cache import roll_back
 from .cache import start_recording
 from .conditioning import FIRST_LAYER_INDEX
@@ -171,7 +172,8 @@ class Target:
         """Run the model over the last `num_tokens` tokens; returns their logits on the text's device."""
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = num_tokens
-        self._outputs = self.model(**inputs, return_dict=True)
+        with grouped_heads(device, num_tokens):
+            self._outputs = self.model(**inputs, return_dict=True)
         self._is_prompt = False
         return self._outputs.logits[:, -num_tokens:].to(device)
 

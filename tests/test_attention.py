@@ -30,17 +30,19 @@ def test_the_setting_is_taken_back_also_after_an_error() -> None:
         seen.append(os.environ[FORCE_GQA])
         raise KeyError
 
-    with pytest.raises(KeyError), grouped_heads(CPU):
+    with pytest.raises(KeyError), grouped_heads(CPU, 2):
         failing()
     assert seen == ["1"]
     assert FORCE_GQA not in os.environ
-    with grouped_heads(torch.device("cuda")):
+    with grouped_heads(torch.device("cuda"), 2):
+        assert FORCE_GQA not in os.environ
+    with grouped_heads(CPU, 1):  # goes another way, without a copy
         assert FORCE_GQA not in os.environ
 
 
 def test_loops_within_loops_leave_it_to_the_first() -> None:
-    with grouped_heads(CPU):
-        with grouped_heads(CPU):
+    with grouped_heads(CPU, 2):
+        with grouped_heads(CPU, 2):
             pass
         assert os.environ[FORCE_GQA] == "1"
     assert FORCE_GQA not in os.environ
@@ -48,7 +50,7 @@ def test_loops_within_loops_leave_it_to_the_first() -> None:
 
 def test_the_users_own_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FORCE_GQA, "0")
-    with grouped_heads(CPU):
+    with grouped_heads(CPU, 2):
         assert os.environ[FORCE_GQA] == "0"
     assert os.environ[FORCE_GQA] == "0"
 

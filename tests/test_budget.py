@@ -44,6 +44,9 @@ def chain(values: list[float]) -> TreeShape:
 def test_costs_are_interpolated_and_extrapolated() -> None:
     profile = Profile([1, 3, 5], [1.0, 2.0, 6.0], 0.5)
     assert [profile.target_cost(n) for n in (1, 2, 3, 4, 5, 6)] == pytest.approx([1.0, 1.5, 2.0, 4.0, 6.0, 8.0])
+    # One token that begins a new tile does not make each of a large batch's tokens so dear.
+    tiles = Profile([1, 33, 64, 65], [1.0, 2.0, 3.0, 4.0], 0.5)
+    assert tiles.target_cost(97) == pytest.approx(6.0)
 
 
 def test_more_is_drafted_where_tokens_are_cheap_and_likely() -> None:
@@ -67,6 +70,12 @@ def test_the_choice_is_the_best_of_all() -> None:
     budget.wants_draft([11])
     gains = [sum(values[:n]) - budget.rate * STEEP.target_cost(n + 1) for n in range(7)]
     assert budget.choose([11], [chain(values)]) == max(range(7), key=gains.__getitem__)
+
+
+def test_nodes_that_are_worth_more_than_they_say_are_not_left_out() -> None:
+    plain = Budget(STEEP, 1).smallest_value
+    assert Budget(replace(STEEP, factors=[1.0] * 15 + [4.0]), 1).smallest_value == pytest.approx(plain / 4)
+    assert Budget(replace(STEEP, factors=[0.1] * 16), 1).smallest_value == pytest.approx(plain)
 
 
 def test_a_pass_is_filled_to_where_the_next_tile_begins() -> None:
@@ -121,6 +130,13 @@ def test_the_outcome_that_is_learnt_from_is_what_was_accepted(
         learn(self, values, drawn, outcome)
 
     monkeypatch.setattr(Calibration, "learn", recording)
+    gains, kinds = Budget._gains, set()
+
+    def noting(self: Budget, shape: TreeShape) -> list[float]:
+        kinds.add(self.draws_children)
+        return gains(self, shape)
+
+    monkeypatch.setattr(Budget, "_gains", noting)
     torch.manual_seed(0)
     settings = {"do_sample": do_sample, "max_new_tokens": 40, "attention_mask": mask, "return_dict_in_generate": True}
     rule = {"acceptance": "ratio", "draft_shape": shape} if do_sample else {"draft_shape": shape}
@@ -130,6 +146,7 @@ def test_the_outcome_that_is_learnt_from_is_what_was_accepted(
     # The last rounds are never asked about: no draft follows them, or only a bonus token still fits.
     assert learnt == accepted[: len(learnt)]
     assert len(learnt) >= max(len(accepted) - 2, 1)
+    assert kinds == {do_sample and shape == "tree"}
 
 
 def test_one_place_that_is_hard_to_foresee_is_no_reason_to_pause() -> None:

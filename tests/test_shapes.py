@@ -1,11 +1,15 @@
-"""Drawn children follow the target's temperature: what is drawn is what is told, and the best overlap is chosen."""
+"""Trees from marginals and what is kept of them; drawn children follow the target's temperature."""
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import hf_specdiff
+from hf_specdiff.cache import RaggedCache
 from hf_specdiff.shapes import TEMPERATURES
 from hf_specdiff.shapes import ChildTemperature
+from hf_specdiff.shapes import _most_probable
+from hf_specdiff.tree import best_first
 
 MARGINALS = torch.tensor([[0.6, 0.3, 0.1, 0.0], [0.1, 0.2, 0.7, 0.0]])
 
@@ -73,3 +77,33 @@ def test_it_learns_in_the_loop_and_only_where_it_was_not_told(monkeypatch: pytes
         hf_specdiff.generate(target, ids, assistant_model=drafter, **settings, draft_temperature=given)
         assert len(used) > 1  # at 1 first, then at what fits
         used.clear()
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0])
+@pytest.mark.parametrize("budget", [1, 7, 8, 9, 20, 64])
+def test_looking_at_few_ranks_first_misses_no_node(budget: int, temperature: float) -> None:
+    scores = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(budget))
+    marginals = (scores / temperature).softmax(-1)
+    shapes, tokens = _most_probable(marginals, budget, 0.0)
+    all_probs, all_tokens = marginals.sort(dim=-1, descending=True)
+    assert shapes == [best_first(row, budget) for row in all_probs.tolist()]
+    assert torch.equal(tokens, all_tokens[..., : tokens.shape[-1]])
+    assert all(max(shape.ranks) < tokens.shape[-1] for shape in shapes)
+
+
+@pytest.mark.parametrize("kept", [[], [0], [0, 1, 2], [0, 3, 4], [0, 2, 3, 4], [0, 1, 3, 5], [1], [2, 0]])
+def test_kept_slots_of_a_single_row_move_to_its_end(kept: list[int]) -> None:
+    """Also where what is kept and where it goes overlap, and where it does not lie in one piece."""
+    states = torch.arange(10.0).view(1, 1, 10, 1)
+    cache = DynamicCache()
+    for layer in range(2):
+        cache.update(states[:, :, :4] + layer, -states[:, :, :4], layer)
+    rows = RaggedCache(cache, 1)
+    for layer in range(2):
+        cache.update(states[:, :, 4:] + layer, -states[:, :, 4:], layer)
+    rows.keep([kept])
+    expected = [0, 1, 2, 3, *(4 + slot for slot in kept)]
+    for layer in range(2):
+        assert cache.layers[layer].keys.flatten().tolist() == [value + layer for value in expected]
+        assert cache.layers[layer].values.flatten().tolist() == [-value for value in expected]
+    assert rows.ends == [len(expected)]
