@@ -66,7 +66,7 @@ class Profile:
         is_beyond = num_tokens > self.sizes[-1]
         low = min(bisect_left(self.sizes, self.sizes[-1] // 2), high - 1) if is_beyond else high - 1
         slope = (self.target_seconds[high] - self.target_seconds[low]) / (self.sizes[high] - self.sizes[low])
-        return self.target_seconds[high] + slope * (num_tokens - self.sizes[high])
+        return max(self.target_seconds[high] + slope * (num_tokens - self.sizes[high]), self.target_seconds[0])
 
 
 class Budget:
@@ -109,7 +109,7 @@ class Budget:
 
     @property
     def smallest_value(self) -> float:
-        """A path probability below which no node is worth its cost, taken as half the mean of a pass's tokens for safety."""
+        """A path probability below which nodes are not looked at: not worth half of what a pass's token costs in the mean."""
         span = self.profile.sizes[-1] - self.profile.sizes[0]
         slope = (self.profile.target_seconds[-1] - self.profile.target_seconds[0]) / span
         return 0.5 * self.rate * slope / max(1.0, *self.calibration.factors)
@@ -121,6 +121,7 @@ class Budget:
             lengths (`list[int]`): of the committed rows.
         """
         self._close_round(lengths)
+        self.calibration.forget()
         if len(lengths) != self.num_rows:
             # What so many rows brought together says nothing about fewer.
             self.num_rows = len(lengths)
@@ -148,12 +149,15 @@ class Budget:
         if not self.seconds:
             # Nothing has been drafted yet: the rate that this round would have at its best.
             rate = max(rate, *((num_rows + gain) / (drafting + cost) for gain, cost in zip(sums, costs, strict=True)))
-        best = max(range(len(sums)), key=lambda count: sums[count] - rate * costs[count])
+        # After a pause something is tried, since nothing is learnt from nothing.
+        fewest = 1 if self._pause > FIRST_PAUSE and len(sums) > 1 else 0
+        best = max(range(fewest, len(sums)), key=lambda count: sums[count] - rate * costs[count])
         seconds = drafting + costs[best]
         self._last = (list(lengths), seconds)
         tokens = num_rows + sums[best]
         if (self._recent_tokens + tokens) / (self._recent_seconds + seconds) < self.plain_rate:
             self._rounds_left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+            self._recent_tokens = self._recent_seconds = 0.0  # the next try is judged by itself
         else:
             self._pause = FIRST_PAUSE
         return best

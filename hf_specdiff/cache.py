@@ -95,12 +95,12 @@ class RaggedCache:
             return
         count, goal, source = len(kept) - first, start + first, start + kept[first]
         is_block = kept[first:] == list(range(kept[first], kept[first] + count)) and source >= goal + count
-        index = torch.tensor(kept[first:]) + start
+        index = None if is_block else torch.tensor(kept[first:]) + start
         for layer in self.cache.layers:
             for states in (layer.keys, layer.values):
                 # One branch of a tree lies in one piece.
-                moved = states.narrow(2, source, count) if is_block else states.index_select(2, index.to(states.device))
-                states.narrow(2, goal, count).copy_(moved)
+                block = states.narrow(2, source, count) if index is None else states.index_select(2, index.to(states.device))
+                states.narrow(2, goal, count).copy_(block)
 
     def _move_rows(self, start: int, kept: list[list[int]]) -> None:
         """Copy each row's kept slots to its own end, within the tail."""

@@ -37,6 +37,12 @@ class Calibration:
         """Return how often a node of such a path probability is accepted, as far as is known."""
         return min(1.0, probability * self.factors[_place(probability, is_drawn)])
 
+    def forget(self) -> None:
+        """Let what was learnt count for less; to be called once a round, also where nothing is drafted."""
+        self._accepted = [DECAY * count for count in self._accepted]
+        self._promised = [DECAY * count for count in self._promised]
+        self._update()
+
     def learn(self, probabilities: list[float], is_drawn: list[bool], is_accepted: list[bool]) -> None:
         """Take in what became of one row's nodes.
 
@@ -50,15 +56,20 @@ class Calibration:
             place = _place(probability, drawn)
             promised[place] += probability
             accepted[place] += stands
-        for place, known in enumerate(self._known):
+        for place, count in enumerate(promised):
             # Nodes of one path stand or fall together: a round is one observation, however many they are.
-            weight = 1 / max(1.0, promised[place])
-            self._accepted[place] = DECAY * self._accepted[place] + weight * accepted[place]
-            self._promised[place] = DECAY * self._promised[place] + weight * promised[place]
+            weight = 1 / max(1.0, count)
+            self._accepted[place] += weight * accepted[place]
+            self._promised[place] += weight * count
+        self._update()
+
+    def _update(self) -> None:
+        for place, known in enumerate(self._known):
             prior = PRIORS[place // NUM_CLASSES]
             factor = (prior * known + self._accepted[place]) / (prior + self._promised[place])
             self.factors[place] = min(factor, LARGEST_FACTOR)
 
 
 def _place(probability: float, is_drawn: bool) -> int:
-    return min(max(-frexp(probability)[1], 0), NUM_CLASSES - 1) + NUM_CLASSES * is_drawn
+    halvings = -frexp(probability)[1] if probability > 0 else NUM_CLASSES
+    return min(max(halvings, 0), NUM_CLASSES - 1) + NUM_CLASSES * is_drawn

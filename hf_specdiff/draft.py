@@ -21,8 +21,8 @@ class Draft:
         has_prefix_law (`bool`): whether, given the accepted prefix, token `i` has the law `probs[:, i]`. True for the
             marginals of one pass, for left-to-right reveals and for point masses; false for tokens drawn out of order. The
             ratio and the block rule need it, the match rule does not.
-        values (`list[list[float]]`, *optional*): for each row, how probable it is under the drafter's marginals that the draft
-            is right so far.
+        values (`list[list[float]]`, *optional*): for each row and position, the probability of the likeliest tokens so far
+            under the drafter's marginals; what a budget goes by.
     """
 
     tokens: torch.Tensor

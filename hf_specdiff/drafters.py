@@ -121,10 +121,11 @@ class DenoisingDrafter:
         window = text.tokens.new_full((text.num_rows, gamma + 1), self.mask_token_id)
         window[:, :1] = text.anchors()
         unseen, self._unseen = self._unseen, []
-        with grouped_heads(self.device, gamma + 1):
+        with grouped_heads(self.device.type == "cpu", gamma + 1):
             logits = self._window_logits(window, text, Features.join(unseen) if unseen else None)
         draft = self._shaped(text, window, logits)
-        self._open = (draft, text.lengths)
+        if self.budget is not None:
+            self._open = (draft, text.lengths)
         return draft
 
     def _learn(self, budget: Budget, text: Text) -> None:
@@ -134,7 +135,10 @@ class DenoisingDrafter:
         draft, lengths = self._open
         self._open = None
         if draft.values is not None and draft.num_tokens > 0:
-            written = [text.row(row)[0, length:].tolist() for row, length in enumerate(lengths)]
+            start = min(lengths)
+            tails = text.tokens[:, start:].tolist()  # one device sync for all rows
+            ends = zip(tails, lengths, text.lengths, strict=True)
+            written = [tail[length - start : end - start] for tail, length, end in ends]
             for columns in zip(draft.values, draft.drawn(), draft.outcome(written), strict=True):
                 budget.calibration.learn(*columns)
 

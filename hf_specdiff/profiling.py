@@ -44,10 +44,12 @@ SIZES = [1, 2, 4, 8, 9, 16, 17, 24, 25, 32, 33, 48, 49, 64, 65]
 CONTEXT_LENGTH = 192
 NUM_REPEATS = 9
 CACHE_VARIABLE = "HF_SPECDIFF_CACHE"
-# A calibration is written again when a factor comes from one such step, of its logarithm, into the next.
+# A calibration is written again when the logarithm of a factor has moved by so much since it was written.
 NOTABLE_CHANGE = 0.5
 # What was measured or read in this process, by the pair's key.
 _KNOWN: dict[str, Profile] = {}
+# The factors that stand in the pair's file, as far as this process knows.
+_WRITTEN: dict[str, list[float]] = {}
 # Keys by target, drafter and what else may change from call to call: writing out two configurations takes a millisecond.
 _KEYS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple[Any, ...], str]]] = WeakKeyDictionary()
 
@@ -93,23 +95,20 @@ def learn(model: Any, drafter: Any, speculation: SpeculationConfig, factors: lis
     """
     key = _pair_key(model, drafter, speculation)
     known = _KNOWN[key]
-    if factors == known.factors:
-        return  # nothing was drafted
-    # Half way from knowing nothing: one text is not like the next.
-    _KNOWN[key] = profile = replace(known, factors=[math.sqrt(factor) for factor in factors])
-    if _notches(profile) == _notches(known):
+    # Half way from knowing nothing: one text is not like the next. Of what did not come up nothing new is known.
+    halved = [math.sqrt(new) if new != old else old for new, old in zip(factors, known.factors, strict=True)]
+    _KNOWN[key] = profile = replace(known, factors=halved)
+    written = _WRITTEN.setdefault(key, known.factors)
+    if max(abs(math.log(new / old)) for new, old in zip(halved, written, strict=True)) < NOTABLE_CHANGE:
         return
     path = cache_folder() / f"{key}.json"
     try:
         if path.is_file():
             write_profile(profile, path)
+            _WRITTEN[key] = halved
     except OSError as error:
         # The text has been generated; what was learnt of the drafter must not cost it.
         logger.warning(f"What was learnt of this drafter could not be kept in {path} ({error}).")
-
-
-def _notches(profile: Profile) -> list[int]:
-    return [round(math.log(factor) / NOTABLE_CHANGE) for factor in profile.factors]
 
 
 def measure_profile(model: Any, drafter: Any, speculation: SpeculationConfig, device: torch.device) -> Profile:
@@ -231,7 +230,9 @@ def _pair_key(model: Any, drafter: Any, speculation: SpeculationConfig) -> str:
     parts = [transformers.__version__, str(SIZES), speculation.draft_shape, speculation.acceptance, str(speculation.gamma)]
     for network in (model, drafter):
         placement = getattr(network, "hf_device_map", None) or network.device.type
+        config = network.config.get_text_config()
         parts += [str(network.dtype), str(network.config._attn_implementation), str(placement)]
+        parts += [str(config.num_hidden_layers), str(config.hidden_size), str(config.vocab_size)]
     keys = _KEYS.setdefault(model, WeakKeyDictionary()).setdefault(drafter, {})
     state = tuple(parts)
     if state not in keys:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from transformers import GenerationMixin
 
 from .attention import grouped_heads
+from .attention import is_on_cpu
 from .cache import roll_back
 from .cache import start_recording
 from .conditioning import FIRST_LAYER_INDEX
@@ -70,6 +71,7 @@ class Target:
             self.model_kwargs["output_hidden_states"] = True
         elif layer_ids is not None:
             self.model_kwargs["output_hidden_states"] = layer_output_indices(layer_ids)
+        self._is_on_cpu = is_on_cpu(model)
         self._outputs: Any = None
         self._is_prompt = True  # whether the last pass was the prefill
         self._place: PlainPlace | None = None  # else the host's own bookkeeping is kept up
@@ -172,7 +174,7 @@ class Target:
         """Run the model over the last `num_tokens` tokens; returns their logits on the text's device."""
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = num_tokens
-        with grouped_heads(device, num_tokens):
+        with grouped_heads(self._is_on_cpu, num_tokens):
             self._outputs = self.model(**inputs, return_dict=True)
         self._is_prompt = False
         return self._outputs.logits[:, -num_tokens:].to(device)

@@ -15,7 +15,6 @@ from .conftest import make_drafter
 from .conftest import make_target
 
 KNOWS_SETTING = FORCE_GQA in inspect.getsource(sdpa_attention)
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -30,19 +29,19 @@ def test_the_setting_is_taken_back_also_after_an_error() -> None:
         seen.append(os.environ[FORCE_GQA])
         raise KeyError
 
-    with pytest.raises(KeyError), grouped_heads(CPU, 2):
+    with pytest.raises(KeyError), grouped_heads(True, 2):
         failing()
     assert seen == ["1"]
     assert FORCE_GQA not in os.environ
-    with grouped_heads(torch.device("cuda"), 2):
+    with grouped_heads(False, 2):
         assert FORCE_GQA not in os.environ
-    with grouped_heads(CPU, 1):  # goes another way, without a copy
+    with grouped_heads(True, 1):  # goes another way, without a copy
         assert FORCE_GQA not in os.environ
 
 
 def test_loops_within_loops_leave_it_to_the_first() -> None:
-    with grouped_heads(CPU, 2):
-        with grouped_heads(CPU, 2):
+    with grouped_heads(True, 2):
+        with grouped_heads(True, 2):
             pass
         assert os.environ[FORCE_GQA] == "1"
     assert FORCE_GQA not in os.environ
@@ -50,7 +49,7 @@ def test_loops_within_loops_leave_it_to_the_first() -> None:
 
 def test_the_users_own_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FORCE_GQA, "0")
-    with grouped_heads(CPU, 2):
+    with grouped_heads(True, 2):
         assert os.environ[FORCE_GQA] == "0"
     assert os.environ[FORCE_GQA] == "0"
 

@@ -17,9 +17,13 @@ from hf_specdiff import profiling
 from hf_specdiff.budget import FIRST_PAUSE
 from hf_specdiff.budget import Budget
 from hf_specdiff.budget import Profile
+from hf_specdiff.calibration import LARGEST_FACTOR
 from hf_specdiff.calibration import NUM_CLASSES
 from hf_specdiff.calibration import Calibration
+from hf_specdiff.draft import Draft
 from hf_specdiff.speculation import SpeculationConfig
+from hf_specdiff.tree import DraftTree
+from hf_specdiff.tree import SampledChildren
 from hf_specdiff.tree import TreeShape
 
 from .conftest import SPECIAL_IDS
@@ -90,6 +94,7 @@ def test_factors_follow_what_was_accepted_class_by_class() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(300):
         sure, drawn = (float(x) < rate for x, rate in zip(torch.rand(2, generator=generator), (0.5, 0.16), strict=True))
+        calibration.forget()
         calibration.learn([0.98, 0.02], [False, True], [sure, drawn])
     assert 0.5 < calibration.rate(0.98, is_drawn=False) < 0.6
     assert 0.08 < calibration.rate(0.02, is_drawn=True) < 0.16
@@ -103,6 +108,60 @@ def test_a_round_is_one_observation_however_many_nodes_it_has() -> None:
     few.learn([0.9], [False], [False])
     many.learn([0.9] * 15, [False] * 15, [False] * 15)
     assert few.rate(0.9, is_drawn=False) == pytest.approx(many.rate(0.9, is_drawn=False), rel=0.02)
+
+
+def test_what_was_learnt_is_forgotten_and_no_rate_exceeds_one() -> None:
+    calibration = Calibration(NEUTRAL)
+    for _ in range(30):
+        calibration.learn([0.6, 0.001], [False, True], [True, True])
+    assert calibration.rate(0.9, is_drawn=False) == 1
+    assert calibration.rate(0.001, is_drawn=True) == pytest.approx(0.001 * LARGEST_FACTOR)
+    assert calibration.rate(0.0, is_drawn=False) == 0
+    for _ in range(2000):
+        calibration.forget()
+    assert calibration.factors == pytest.approx(NEUTRAL)
+
+
+def test_a_drafter_that_failed_is_tried_again_and_can_recover() -> None:
+    """Also where an earlier call has left so little trust that no node seems worth its cost."""
+    profile = Profile([1, 65], [0.010, 0.090], 0.003, factors=[0.31] * len(NEUTRAL))
+    budget, length, drafted = Budget(profile, 1), 10, []
+    shape = chain([0.9**i for i in range(1, 16)])
+    for _ in range(1500):
+        count = budget.choose([length], [shape]) if budget.wants_draft([length]) else 0
+        if count:
+            budget.calibration.learn(shape.values[:count], [False] * count, [True] * count)
+        length += 1 + count
+        drafted.append(count)
+    assert sum(count > 0 for count in drafted[-300:]) > 200
+
+
+def test_outcomes_and_drawn_nodes_of_unequal_rows() -> None:
+    sampled = SampledChildren(torch.ones(1, 4), [{}, {}], [{}, {}])
+    tree = DraftTree(torch.tensor([[5, 6, 7, 8], [5, 9, 0, 0]]), [[0, 0, 2, 3], [0, 1]], sampled=sampled)
+    assert tree.outcome([[6, 7, 3], [4]]) == [[False, True, True, False], [False, False]]
+    assert tree.outcome([[1], [5, 9, 2]]) == [[False] * 4, [True, True]]
+    assert tree.drawn() == [[False, True, True, True], [True, True]]
+    assert DraftTree(tree.tokens, tree.parents).drawn() == [[False] * 4, [False] * 2]
+    chains = Draft(torch.tensor([[1, 2, 3], [4, 5, 6]]), None, has_prefix_law=True)
+    assert chains.outcome([[1, 2, 9], [4, 5, 6, 7]]) == [[True, True, False], [True] * 3]
+    assert chains.outcome([[1], [7]]) == [[True, False, False], [False] * 3]
+
+
+def test_what_a_call_learns_goes_half_way_and_no_further(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_SPECDIFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(profiling, "_KNOWN", {})
+    monkeypatch.setattr(profiling, "_WRITTEN", {})
+    monkeypatch.setattr(profiling, "measure_profile", lambda *pair: replace(FREE, factors=[4.0] * len(NEUTRAL)))
+    pair = (make_target(), make_drafter(), SpeculationConfig(5, draft_shape="tree"))
+    profiling.profile_of(*pair, CPU)
+    path = next(tmp_path.rglob("*.json"))
+    before = path.read_bytes()
+    profiling.learn(*pair, [4.0] * (len(NEUTRAL) - 1) + [9.0])
+    assert profiling.profile_of(*pair, CPU).factors == [4.0] * (len(NEUTRAL) - 1) + [3.0]
+    assert path.read_bytes() == before  # not by enough
+    profiling.learn(*pair, [0.25, *[4.0] * (len(NEUTRAL) - 2), 3.0])
+    assert profiling._read(path).factors == [0.5, *[4.0] * (len(NEUTRAL) - 2), 3.0]
 
 
 def test_a_drawn_child_is_worth_what_it_has_been_and_its_sibling_by_rank_again() -> None:
@@ -297,8 +356,9 @@ def test_the_rate_to_beat_is_that_of_the_rows_that_are_left() -> None:
     steep = Profile([1, 65], [0.0057, 0.0133], drafter_seconds=0.002)
     values = chain([0.8**i for i in range(1, 16)])
     shrunk = Budget(steep, 16)
-    shrunk.wants_draft([10] * 16)
-    shrunk.choose([10] * 16, [values] * 16)
+    for length in (10, 15, 20):
+        shrunk.wants_draft([length] * 16)
+        shrunk.choose([length] * 16, [values] * 16)
     shrunk.wants_draft([15])
     assert shrunk.choose([15], [values]) == Budget(steep, 1).choose([15], [values])
 
