@@ -22,20 +22,20 @@ _passes = 0
 
 
 @contextmanager
-def grouped_heads(is_on_cpu: bool, num_tokens: int) -> Iterator[None]:
+def grouped_heads(on_cpu: bool, num_tokens: int) -> Iterator[None]:
     """Let the query heads of a group share their keys and values inside `with`, also under a mask, instead of copying them.
 
     The host copies the whole cache in every layer of such a pass, since GPU kernels take no mask over grouped heads; those of
     the CPU do, and are then up to five times quicker. Plain decoding never copies: its passes of one token go another way.
 
     Args:
-        is_on_cpu (`bool`): whether all of the pass runs there; elsewhere nothing is changed.
+        on_cpu (`bool`): whether all of the pass runs there; elsewhere nothing is changed.
         num_tokens (`int`): of the pass; for a single one nothing is changed.
 
     Yields:
         Nothing.
     """
-    if not (is_on_cpu and num_tokens > 1 and has_grouped_kernel() and _enter()):
+    if not (on_cpu and num_tokens > 1 and has_grouped_kernel() and _enter()):
         yield
         return
     try:

@@ -59,11 +59,10 @@ class Profile:
             raise ValueError(f"`profile` must have {2 * NUM_CLASSES} `factors`, got {len(self.factors)}.")
 
     def target_cost(self, num_tokens: int) -> float:
-        """Return the seconds of a target pass over so many tokens, all rows together; linear between the sizes, and beyond them
-        as from half of the largest one to it: the last step alone may be that from a full tile to the next.
-        """
+        """Return the seconds of a target pass over so many tokens, all rows together; linear between and beyond the sizes."""
         high = min(max(bisect_left(self.sizes, num_tokens), 1), len(self.sizes) - 1)
         is_beyond = num_tokens > self.sizes[-1]
+        # Beyond them as from half of the largest on: the last step alone may be that from a full tile to the next.
         low = min(bisect_left(self.sizes, self.sizes[-1] // 2), high - 1) if is_beyond else high - 1
         slope = (self.target_seconds[high] - self.target_seconds[low]) / (self.sizes[high] - self.sizes[low])
         return max(self.target_seconds[high] + slope * (num_tokens - self.sizes[high]), self.target_seconds[0])
