@@ -23,8 +23,8 @@ quality: $(STAMP)  ## format, lint and types, nothing changed
 bench: $(STAMP)  ## the figures of README.md's results table and of the model cards; goes on where it was interrupted
 	$(BIN)/hf-specdiff bench --output build/bench
 	cp build/bench/results.json benchmarks/results/standard.json
-	$(BIN)/python -m hf_specdiff.benchmarks.report README.md
-	$(BIN)/python -m hf_specdiff.demo.cards model_cards
+	$(BIN)/python -m benchmarks.report README.md
+	$(BIN)/python -m benchmarks.cards model_cards
 	rm -r build/bench
 
 clean:

@@ -8,13 +8,13 @@ from transformers import GenerationMixin
 
 from hf_specdiff import load_demo
 from hf_specdiff import load_prompts
-from hf_specdiff.decoding import run
-from hf_specdiff.draft import Draft
-from hf_specdiff.speculation import SpeculationConfig
-from hf_specdiff.stopping import StopCheck
-from hf_specdiff.target import Target
-from hf_specdiff.text import Features
-from hf_specdiff.text import Text
+from hf_specdiff.core.decoding import run
+from hf_specdiff.core.draft import Draft
+from hf_specdiff.core.speculation import SpeculationConfig
+from hf_specdiff.core.stopping import StopCheck
+from hf_specdiff.core.target import Target
+from hf_specdiff.core.text import Features
+from hf_specdiff.core.text import Text
 
 
 class CopyingDrafter:

@@ -9,14 +9,14 @@ from transformers import AutoModelForCausalLM
 
 from hf_specdiff.attach import attach
 from hf_specdiff.attach import detach
-from hf_specdiff.budget import Profile
-from hf_specdiff.candidate_generator import SpecDiffCandidateGenerator
-from hf_specdiff.configuration_specdiff import SpecDiffConfig
+from hf_specdiff.core.budget import Profile
+from hf_specdiff.core.candidate_generator import SpecDiffCandidateGenerator
+from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
+from hf_specdiff.core.draft import SpeculationStats
+from hf_specdiff.core.generate import generate
+from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.demo.bundle import load_demo
 from hf_specdiff.demo.bundle import load_prompts
-from hf_specdiff.draft import SpeculationStats
-from hf_specdiff.generate import generate
-from hf_specdiff.modeling_specdiff import SpecDiffDrafter
 
 __version__ = "0.1.0"
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationMixin
 
-from .generate import generate
+from hf_specdiff.core.generate import generate
 
 # On the wrapper, under this name: the `generate` that the object itself carried before, or None where its class's own showed.
 REPLACED = "_hf_specdiff_replaced"

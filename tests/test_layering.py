@@ -7,7 +7,20 @@ from pathlib import Path
 import pytest
 from transformers.dynamic_module_utils import get_relative_imports
 
-PACKAGE = Path(__file__).parents[1] / "hf_specdiff"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "hf_specdiff"
+CORE = PACKAGE / "core"
+# Which folders a folder may import from; "" is the package's front, "core" is looked at file by file below.
+ARROWS = {
+    "core": set(),
+    "formats": {"core"},
+    "hub": {"core", "formats", "demo"},
+    "training": {"core", "formats"},
+    "demo": {"core", "formats", "training"},
+    "benchmarks": {"", "core", "formats", "training", "demo"},
+    "commands": {"", "core", "formats", "hub", "training", "demo", "benchmarks"},
+    "": {"core", "formats", "demo"},
+}
 # A file may import files of lower levels only.
 LEVELS = [
     {"attention", "draft", "text", "tree", "calibration", "cache", "denoising", "inference", "stopwatch"},
@@ -19,13 +32,11 @@ LEVELS = [
     {"masked_target", "decoding"},
     {"profiling"},
     {"generate"},
-    {"attach", "repository"},
+    {"repository"},
     {"modeling_specdiff"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-HUB_FILES = [PACKAGE / f"{name}.py" for name in sorted(LEVEL_OF)]
-# What only the installed package needs.
-PACKAGE_FILES = {"__init__", "cli", "doctor", "hub", "loading"}
+HUB_FILES = [CORE / f"{name}.py" for name in sorted(LEVEL_OF)]
 # safetensors and huggingface_hub are always there where transformers is.
 ALLOWED = {"torch", "transformers", "safetensors", "huggingface_hub"} | set(sys.stdlib_module_names)
 
@@ -35,8 +46,25 @@ def imports_of(path: Path) -> list[ast.Import | ast.ImportFrom]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
-def test_every_flat_file_has_its_level() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} - PACKAGE_FILES == set(LEVEL_OF)
+def folder_of(parts: tuple[str, ...] | list[str]) -> str:
+    """Return the package's folder that a path or a dotted name inside the package belongs to."""
+    return parts[0] if parts and parts[0] in ARROWS else ""
+
+
+def test_every_file_of_the_core_has_its_level() -> None:
+    assert {path.stem for path in CORE.glob("*.py")} - {"__init__"} == set(LEVEL_OF)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_folders_import_one_way_only(path: Path) -> None:
+    folder = folder_of(path.relative_to(PACKAGE).parts)
+    for node in imports_of(path):
+        names = [str(node.module)] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        assert not {name.split(".")[0] for name in names} & {"recipes", "benchmarks", "tests"}
+        for name in names:
+            if name.split(".")[0] == "hf_specdiff":
+                reached = folder_of(name.split(".")[1:])
+                assert reached == folder or reached in ARROWS[folder], f"{folder or 'the front'} imports {name}"
 
 
 @pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.stem)
@@ -71,5 +99,5 @@ def test_the_entry_never_reaches_the_modelling_file() -> None:
         name = queue.pop()
         if name not in reached:
             reached.add(name)
-            queue += [str(node.module) for node in imports_of(PACKAGE / f"{name}.py") if getattr(node, "level", 0)]
+            queue += [str(node.module) for node in imports_of(CORE / f"{name}.py") if getattr(node, "level", 0)]
     assert "modeling_specdiff" not in reached

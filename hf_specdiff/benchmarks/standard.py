@@ -38,14 +38,14 @@ from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import run_block
 from hf_specdiff.benchmarks.tables import speed_table
 from hf_specdiff.benchmarks.tables import time_tables
+from hf_specdiff.core.generate import check_pair
+from hf_specdiff.core.profiling import isolated_profiles
+from hf_specdiff.core.profiling import machine_of
+from hf_specdiff.core.profiling import measure_profile
+from hf_specdiff.core.speculation import resolve_speculation
 from hf_specdiff.demo.bundle import PROMPT_SETS
 from hf_specdiff.demo.bundle import load_demo
 from hf_specdiff.demo.bundle import load_prompts
-from hf_specdiff.generate import check_pair
-from hf_specdiff.profiling import isolated_profiles
-from hf_specdiff.profiling import machine_of
-from hf_specdiff.profiling import measure_profile
-from hf_specdiff.speculation import resolve_speculation
 from hf_specdiff.training.prompts import read_prompts
 from hf_specdiff.training.trainer import new_drafter
 

@@ -35,9 +35,9 @@ from hf_specdiff.benchmarks.standard import claim_of
 from hf_specdiff.benchmarks.standard import conditions_of
 from hf_specdiff.benchmarks.standard import progress_bar
 from hf_specdiff.benchmarks.standard import write_record
+from hf_specdiff.core.profiling import isolated_profiles
 from hf_specdiff.demo.word_problems import WordProblem
 from hf_specdiff.demo.word_problems import iter_problems
-from hf_specdiff.profiling import isolated_profiles
 
 ANSWER, VOTE = STRATEGIES = "one answer", "majority vote"
 STATED = re.compile(r"The answer is (\d+)\.")

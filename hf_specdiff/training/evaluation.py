@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_specdiff.generate import generate
+from hf_specdiff.core.generate import generate
 
 
 @dataclass(frozen=True, slots=True)

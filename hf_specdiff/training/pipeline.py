@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_specdiff.configuration_specdiff import SpecDiffConfig
-from hf_specdiff.modeling_specdiff import SpecDiffDrafter
-from hf_specdiff.repository import cached_revision
+from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
+from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
+from hf_specdiff.core.repository import cached_revision
 from hf_specdiff.training.curves import plot_run
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences

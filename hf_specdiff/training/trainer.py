@@ -19,11 +19,11 @@ from transformers import TrainerState
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_specdiff.conditioning import layer_output_indices
-from hf_specdiff.conditioning import target_features
-from hf_specdiff.configuration_specdiff import SpecDiffConfig
-from hf_specdiff.modeling_specdiff import SpecDiffDrafter
-from hf_specdiff.repository import cached_revision
+from hf_specdiff.core.conditioning import layer_output_indices
+from hf_specdiff.core.conditioning import target_features
+from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
+from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
+from hf_specdiff.core.repository import cached_revision
 from hf_specdiff.training.data import Windows
 from hf_specdiff.training.data import collate
 from hf_specdiff.training.data import sample_windows

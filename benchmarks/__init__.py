@@ -1,0 +1,1 @@
+"""What writes this repository's figures."""

@@ -1,0 +1,263 @@
+"""Is this drafter loaded right, does it fit this target, and what will it bring here: `hf-specdiff doctor`.
+
+Nearly every report of "nothing is accepted" is a fault of loading, not of training: layers counted from one, another block
+length, another target, special ids that differ. So what decides is laid side by side, and a pair that accepts next to nothing
+is pointed out.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_specdiff.benchmarks.figures import rows_of
+from hf_specdiff.benchmarks.journal import Journal
+from hf_specdiff.benchmarks.methods import PLAIN
+from hf_specdiff.benchmarks.methods import Method
+from hf_specdiff.benchmarks.methods import Models
+from hf_specdiff.benchmarks.runner import Block
+from hf_specdiff.benchmarks.runner import run_block
+from hf_specdiff.core.budget import Profile
+from hf_specdiff.core.generate import check_pair
+from hf_specdiff.core.masked_target import why_not_masked
+from hf_specdiff.core.profiling import measure_profile
+from hf_specdiff.core.speculation import resolve_speculation
+from hf_specdiff.training.evaluation import decode_held_out
+
+# Below it a drafter is as good as untrained: the target's own token is one of them.
+SUSPICIOUS_TOKENS_PER_ROUND = 1.3
+# By how much other layers must win to be pointed out, and on how many tokens that is found out.
+CLEARLY = 1.15
+SHIFT_TOKENS = 96
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        name (`str`): what was looked at.
+        target (`str`): the target's side.
+        drafter (`str`): the drafter's.
+        warning (`str`): what is wrong with it; empty if nothing is.
+    """
+
+    name: str
+    target: str
+    drafter: str
+    warning: str = ""
+
+
+def compare(target: Any, drafter: Any, tokenizer: Any) -> list[Finding]:
+    """Lay side by side what must agree between a target and its drafter.
+
+    Args:
+        target (`transformers.PreTrainedModel`): the target.
+        drafter (`SpecDiffDrafter`): the drafter.
+        tokenizer (`PreTrainedTokenizerBase`): the target's.
+
+    Returns:
+        `list[Finding]`: one per property, each with a warning if the two do not fit.
+
+    Raises:
+        TypeError: if `drafter` is none.
+    """
+    theirs, own = target.config.get_text_config(), drafter.config
+    if own.model_type != "specdiff":
+        raise TypeError(
+            f"`drafter` must be a SpecDiffDrafter, got {type(drafter).__name__}. The doctor knows no other drafters."
+        )
+    findings = [
+        _same("vocabulary", theirs.vocab_size, own.vocab_size, "the drafter was made for another target"),
+        *(
+            _same(name, getattr(theirs, name, None), getattr(own, name, None), "correct the drafter's config")
+            for name in SPECIAL_IDS
+        ),
+        _mask(own, tokenizer),
+        _layers(theirs, own),
+    ]
+    if own.target_layer_ids is not None:
+        findings.append(_same("hidden size", theirs.hidden_size, own.hidden_size, "the drafter was made for another target"))
+    if own.target_model is not None:
+        findings.append(Finding("made for", target.name_or_path, own.target_model))
+    own_device, their_device = (
+        " + ".join(sorted({str(tensor.device) for tensor in model.parameters()})) for model in (drafter, target)
+    )
+    is_elsewhere = target.device.type != drafter.device.type
+    moves = f"every round moves tensors between them: drafter.to({str(target.device)!r})" if is_elsewhere else ""
+    findings.append(Finding("device", their_device, own_device, moves))
+    findings.append(Finding("dtype", str(target.dtype), str(drafter.dtype)))
+    findings.append(Finding("parameters", f"{target.num_parameters():,}", f"{drafter.num_parameters():,}"))
+    obstacle = why_not_masked(target, target.device)
+    shape = "trees and batches" if obstacle is None else f"chains, one sequence at a time: {obstacle}"
+    findings.append(Finding("verifies", shape, f"drafts up to {own.block_size - 1} tokens"))
+    return findings
+
+
+def costs(target: Any, drafter: Any) -> Profile:
+    """Measure what rounds cost here.
+
+    Args:
+        target (`transformers.PreTrainedModel`): the target.
+        drafter (`SpecDiffDrafter`): a drafter that fits it.
+
+    Returns:
+        `Profile`: passes of both, with all that the loop does around them.
+
+    Raises:
+        TypeError: if `drafter` is none.
+        ValueError: if the two do not fit.
+    """
+    check_pair(target, drafter)
+    chain = resolve_speculation({"draft_shape": "chain"}, drafter, do_sample=False)
+    return measure_profile(target, drafter, chain, target.device)
+
+
+def cost_lines(profile: Profile, gamma: int) -> list[str]:
+    """Return the cost of a round in words.
+
+    Args:
+        profile (`Profile`): of `costs`.
+        gamma (`int`): drafted tokens.
+
+    Returns:
+        `list[str]`: lines of text.
+    """
+    plain, whole = profile.target_cost(1), profile.target_cost(gamma + 1) + profile.drafter_seconds
+    target_pass, drafter_pass = (
+        f"{1e3 * seconds:.1f} ms" for seconds in (whole - profile.drafter_seconds, profile.drafter_seconds)
+    )
+    return [
+        f"a plain step takes {1e3 * plain:.1f} ms",
+        f"a round of {gamma} drafted tokens takes {1e3 * whole:.1f} ms: target pass {target_pass}, drafter {drafter_pass}",
+        f"so a drafter pays from {whole / plain:.2f} tokens per round on",
+    ]
+
+
+def try_prompts(models: Models, prompts: dict[str, list[str]], max_new_tokens: int) -> list[dict[str, Any]]:
+    """Decode prompts greedily, plain and in several shapes, in turn.
+
+    Args:
+        models (`Models`): the target and one drafter, named "drafter".
+        prompts (`dict[str, list[str]]`): texts by task.
+        max_new_tokens (`int`): the length limit.
+
+    Returns:
+        `list[dict]`: rows as `hf-specdiff bench` writes them; for each task plain `generate` first.
+    """
+    methods = [Method(PLAIN, {}), Method("chain", {"draft_shape": "chain"}, "drafter", is_ours=True)]
+    if why_not_masked(models.target, models.target.device) is None:
+        methods += [
+            Method(f"tree of {nodes}", {"draft_shape": "tree", "tree_budget": nodes}, "drafter", is_ours=True)
+            for nodes in (16, 32)
+        ]
+    rows = []
+    for task, texts in prompts.items():
+        block, journal = Block(task, texts, methods, max_new_tokens, num_detailed=0), Journal()
+        run_block(models, block, journal)
+        rows += rows_of(block, models, journal)
+    for row in rows:
+        if "refusal" in row:
+            raise ValueError(
+                f"`drafter` must be one that the target can verify, got an error for {row['method']}: {row['refusal']}"
+            )
+    return rows
+
+
+def layers_that_fit_better(models: Models, prompts: dict[str, list[str]]) -> list[str]:
+    """Look whether a drafter reads the target's layers one off, the commonest fault: some formats count from 0, some from 1.
+
+    Args:
+        models (`Models`): the target and one drafter, named "drafter".
+        prompts (`dict[str, list[str]]`): texts by task; the first of each is decoded.
+
+    Returns:
+        `list[str]`: a warning if the neighbours of the layers bring clearly more; also nothing for drafters that read none.
+    """
+    config = models.drafters["drafter"].config
+    own = config.target_layer_ids
+    if own is None:
+        return []
+    num_layers = models.target.config.get_text_config().num_hidden_layers
+    ids = [models.tokenizer(texts[0])["input_ids"] for texts in prompts.values()]
+    rates = {}
+    try:
+        for shift in (0, -1, 1):
+            config.target_layer_ids = [layer + shift for layer in own]
+            if min(config.target_layer_ids) >= 0 and max(config.target_layer_ids) < num_layers:
+                streaks = decode_held_out(models.target, models.drafters["drafter"], ids, SHIFT_TOKENS)
+                rates[shift] = streaks.tokens_per_round
+    finally:
+        config.target_layer_ids = own
+    best = max(rates, key=rates.__getitem__)
+    if rates[best] < CLEARLY * rates[0]:
+        return []
+    return [
+        f"layers read: {[layer + best for layer in own]} bring {rates[best]:.2f} tokens per round where {own} bring "
+        f"{rates[0]:.2f}: the ids are probably one off (here they are counted from 0, and id i reads hidden_states[i + 1])."
+    ]
+
+
+def verdict(rows: list[dict[str, Any]], profile: Profile, models: Models) -> list[str]:
+    """Return what is wrong with what was measured; nothing if all is well.
+
+    Args:
+        rows (`list[dict]`): of `try_prompts`.
+        profile (`Profile`): of `costs`.
+        models (`Models`): who decoded.
+
+    Returns:
+        `list[str]`: warnings.
+    """
+    warnings = []
+    drafter = models.drafters["drafter"]
+    chains = [row for row in rows if row["method"] == "chain"]
+    num_different = sum(row["num_prompts"] - row["num_identical"] for row in rows)
+    if num_different and models.target.dtype == torch.float32:
+        warnings.append(f"{num_different} outputs differ from plain generate's, in float32: please report this target.")
+    best = max((row["tokens_per_round"] for row in chains), default=1.0)
+    if best < SUSPICIOUS_TOKENS_PER_ROUND:
+        config = drafter.config
+        layers = "" if config.target_layer_ids is None else f" and the layers {config.target_layer_ids} (counted from 0)"
+        warnings.append(
+            f"at best {best:.2f} tokens per round: the pair is probably mis-loaded, or the drafter untrained. Look at its "
+            f"target and the target's revision, the mask id {config.mask_token_id}, the block size {config.block_size}{layers}."
+        )
+        return warnings
+    gamma = drafter.config.block_size - 1
+    needed = (profile.target_cost(gamma + 1) + profile.drafter_seconds) / profile.target_cost(1)
+    if best < needed:
+        warnings.append(
+            f"{best:.2f} tokens per round, but a round costs as much as {needed:.2f} plain steps here: pass "
+            "tree_budget='auto', which drafts only as much as pays."
+        )
+    return warnings
+
+
+def _same(name: str, theirs: Any, own: Any, hint: str) -> Finding:
+    return Finding(name, str(theirs), str(own), "" if theirs == own else f"must be the same: {hint}")
+
+
+def _mask(own: Any, tokenizer: Any) -> Finding:
+    """Return whether the mask is an id that no text holds."""
+    if own.mask_token_id is None:
+        return Finding("mask id", "", "None", "the drafter's config must name the id it was trained with")
+    token = tokenizer.convert_ids_to_tokens(own.mask_token_id) if own.mask_token_id < len(tokenizer) else None
+    warning = ""
+    if token is not None and own.mask_token_id not in tokenizer.all_special_ids:
+        warning = f"it is the ordinary token {token!r}: texts that hold it are refused"
+    return Finding("mask id", str(token), str(own.mask_token_id), warning)
+
+
+def _layers(theirs: Any, own: Any) -> Finding:
+    """Return whether the target has the layers that the drafter reads."""
+    layers = f"{theirs.num_hidden_layers} layers"
+    if own.target_layer_ids is None:
+        return Finding("layers read", layers, "none (conditioned on tokens)")
+    warning = ""
+    if max(own.target_layer_ids) >= theirs.num_hidden_layers:
+        warning = "the target has no such layers: the drafter was made for another one"
+    elif own.num_target_layers not in (None, theirs.num_hidden_layers):
+        warning = f"the drafter was made for a target of {own.num_target_layers} layers"
+    return Finding("layers read", layers, str(own.target_layer_ids), warning)

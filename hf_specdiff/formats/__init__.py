@@ -1,0 +1,1 @@
+"""Other people's drafters: one module a format, read and write."""

@@ -1,0 +1,1 @@
+"""Putting drafters on the Hub."""

@@ -1,0 +1,1 @@
+"""How the bundled pair and the published drafters were made."""

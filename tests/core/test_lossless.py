@@ -1,0 +1,440 @@
+"""The whole promise, through the whole loop: sampled text has the law of plain `generate`, under every kind of processor.
+
+Every random choice of a call goes through `torch.multinomial`. Replacing it by an oracle that replays a script of choices and
+multiplies their probabilities lets a test walk through all runs of a call, so its output law is exact, not sampled.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import GenerationConfig
+from transformers import LlamaConfig
+from transformers import LlamaForCausalLM
+from transformers import LogitsProcessorList
+
+import hf_specdiff
+from hf_specdiff import Profile
+from hf_specdiff import SpecDiffCandidateGenerator
+from hf_specdiff import SpecDiffDrafter
+from hf_specdiff.core import drafters
+from hf_specdiff.core import shapes
+from hf_specdiff.core.calibration import Calibration
+from hf_specdiff.core.decoding import run
+from hf_specdiff.core.draft import Draft
+from hf_specdiff.core.rules import make_rule
+from hf_specdiff.core.sampling import Scores
+from hf_specdiff.core.sampling import draw
+from hf_specdiff.core.sampling import draw_from_scores
+from hf_specdiff.core.speculation import SpeculationConfig
+from hf_specdiff.core.stopping import StopCheck
+from hf_specdiff.core.target import Target
+from hf_specdiff.core.text import Features
+from hf_specdiff.core.text import Text
+from tests.conftest import make_drafter
+
+Ids = tuple[int, ...]
+# Plain decoding works in float32, so that is how closely the two laws can agree.
+TOLERANCE = 2e-6
+PROMPT = torch.tensor([[1, 2]])
+
+
+class Oracle:
+    """A stand-in for `torch.multinomial` that replays choices, and takes the first possible one where the script ends."""
+
+    def __init__(self, script: list[int]) -> None:
+        self.script = script
+        self.choices: list[tuple[int, list[int]]] = []
+        self.probability = 1.0
+
+    def __call__(self, probs: torch.Tensor, num_samples: int = 1) -> torch.Tensor:
+        assert num_samples == 1
+        rows = probs if probs.dim() == 2 else probs[None]
+        picked = []
+        for row in rows.double():
+            law = row / row.sum()
+            possible = law.nonzero().flatten().tolist()
+            step = len(self.choices)
+            choice = self.script[step] if step < len(self.script) else possible[0]
+            self.choices.append((choice, possible))
+            self.probability *= float(law[choice])
+            picked.append([choice])
+        return torch.tensor(picked)
+
+
+def all_runs(call: Callable[[], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Ids, float]]:
+    """Yield output and probability of every possible run of a call."""
+    script: list[int] | None = []
+    while script is not None:
+        oracle = Oracle(script)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "multinomial", oracle)
+            text = tuple(call()[0].tolist())
+        yield text, oracle.probability
+        script = None
+        for step in reversed(range(len(oracle.choices))):
+            choice, possible = oracle.choices[step]
+            later = [other for other in possible if other > choice]
+            if later:
+                script = [taken for taken, _ in oracle.choices[:step]] + later[:1]
+                break
+
+
+def law_of(call: Callable[[], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Counter:
+    law: Counter = Counter()
+    for text, probability in all_runs(call, monkeypatch):
+        law[text] += probability
+    assert sum(law.values()) == pytest.approx(1.0, abs=1e-5)
+    return law
+
+
+def distance(one: Counter, other: Counter) -> float:
+    return 0.5 * sum(abs(one[text] - other[text]) for text in one.keys() | other.keys())
+
+
+@pytest.fixture(scope="module")
+def target() -> LlamaForCausalLM:
+    """Vocabulary 4, of which the mask (3) is never drafted; an end token (0) that does come."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=4,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.5,
+        bos_token_id=1,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def drafter_for(layers: list[int] | None) -> SpecDiffDrafter:
+    return make_drafter(
+        layers,
+        seed=5,
+        vocab_size=4,
+        mask_token_id=3,
+        block_size=4,
+        intermediate_size=16,
+        initializer_range=0.6,
+        bos_token_id=1,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+
+
+PROCESSORS = {
+    "none": {"top_k": 0},
+    "temperature": {"top_k": 0, "temperature": 0.6},
+    "top_k": {"top_k": 2},
+    "top_p": {"top_k": 0, "top_p": 0.7},
+    "repetition_penalty": {"top_k": 0, "repetition_penalty": 1.7},
+    "all": {"top_k": 3, "temperature": 1.4, "top_p": 0.9, "repetition_penalty": 1.2},
+}
+SCHEMES = {
+    "ratio": {"acceptance": "ratio"},
+    "block": {"acceptance": "block"},
+    "match": {"acceptance": "match", "draft_shape": "chain"},
+    "auto-chain": {"draft_shape": "chain"},
+    "hot-drafts": {"acceptance": "block", "draft_temperature": 2.0},
+    "argmax-drafts": {"acceptance": "ratio", "draft_temperature": 0},
+}
+BY_MATCH = "two-steps-by-confidence-match"
+STEPPED = {
+    "two-steps-in-order-ratio": {"num_denoising_steps": 2, "reveal_order": "left_to_right", "acceptance": "ratio"},
+    "two-steps-in-order-block": {"num_denoising_steps": 2, "reveal_order": "left_to_right", "acceptance": "block"},
+    BY_MATCH: {"num_denoising_steps": 2, "reveal_order": "confidence", "acceptance": "match"},
+    "two-steps-by-confidence-argmax": {
+        "num_denoising_steps": 2,
+        "reveal_order": "confidence",
+        "acceptance": "ratio",
+        "draft_temperature": 0,
+    },
+}
+
+PROFILE = Profile([1, 65], [0.010, 0.100], drafter_seconds=0.0005)
+MANY = {
+    "samples-match": {"draft_shape": "samples", "acceptance": "match", "num_drafts": 2, "gamma": 2},
+    "samples-self-selection": {"draft_shape": "samples", "acceptance": "self_selection", "num_drafts": 2, "gamma": 2},
+    "tree-match": {"draft_shape": "tree", "acceptance": "match", "tree_budget": 4},
+    "tree-ratio": {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": 4, "gamma": 2},
+    "hot-tree-ratio": {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": 5, "gamma": 2, "draft_temperature": 3.0},
+    "auto": {"gamma": 2, "tree_budget": 3},
+    # Sizes that follow a profile and what was accepted so far; never what was just drawn.
+    "adaptive-tree-ratio": {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": "auto", "profile": PROFILE},
+    "adaptive-tree-match": {"draft_shape": "tree", "acceptance": "match", "tree_budget": "auto", "profile": PROFILE},
+    "adaptive-chain-ratio": {"draft_shape": "chain", "acceptance": "ratio", "gamma": "auto", "profile": PROFILE},
+    "adaptive-chain-block": {"draft_shape": "chain", "acceptance": "block", "gamma": "auto", "profile": PROFILE},
+}
+
+
+@pytest.mark.parametrize(
+    ("layers", "processors"),
+    [(None, name) for name in PROCESSORS] + [([0, 1], "none"), ([0, 1], "all")],
+    ids=[f"tokens-{name}" for name in PROCESSORS] + ["features-none", "features-all"],
+)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_sampling_preserves_the_law_of_plain_generate(
+    scheme: str, processors: str, layers: list[int] | None, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"max_new_tokens": 3, "do_sample": True, **PROCESSORS[processors]}
+    drafter = drafter_for(layers)
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    ours = law_of(
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, **settings, **SCHEMES[scheme]), monkeypatch
+    )
+    assert distance(plain, ours) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("scheme", "processors"),
+    # Match draws a target token for every row, so its runs are many; one set of processors has to do.
+    [(scheme, name) for scheme in STEPPED for name in ("none", "repetition_penalty") if (scheme, name) != (BY_MATCH, "none")],
+)
+def test_several_denoising_steps_preserve_the_law(
+    scheme: str, processors: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"max_new_tokens": 4, "do_sample": True, **PROCESSORS[processors], "top_k": 2}
+    drafter = drafter_for(None)
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    ours = law_of(
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, gamma=2, **settings, **STEPPED[scheme]),
+        monkeypatch,
+    )
+    assert distance(plain, ours) < TOLERANCE
+
+
+@pytest.mark.parametrize("scheme", ["ratio", "block", "auto-chain", "hot-drafts", "argmax-drafts"])
+def test_windows_of_two_tokens_preserve_the_law(scheme: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long enough for two drafted tokens and a bonus token in one round."""
+    settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 2, "repetition_penalty": 1.3}
+    drafter = drafter_for(None)
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    ours = law_of(
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, **settings, **SCHEMES[scheme]), monkeypatch
+    )
+    assert distance(plain, ours) < TOLERANCE
+
+
+PROCESSED = {"temperature": 0.7, "repetition_penalty": 1.3}
+
+
+@pytest.mark.parametrize(
+    ("layers", "processors", "length"),
+    # Joint samples have many runs: three tokens, of which drafts reach one, and once four.
+    [(None, {}, 3), (None, PROCESSED, 4), ([0, 1], PROCESSED, 3)],
+    ids=["tokens-plain", "tokens-processed", "features-processed"],
+)
+@pytest.mark.parametrize("scheme", MANY)
+def test_many_drafts_preserve_the_law(
+    scheme: str,
+    layers: list[int] | None,
+    processors: dict,
+    length: int,
+    target: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"max_new_tokens": length if "samples" in scheme else 4, "do_sample": True, "top_k": 2, **processors}
+    drafter = drafter_for(layers)
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    ours = law_of(
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, **settings, **MANY[scheme]), monkeypatch
+    )
+    assert distance(plain, ours) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"draft_shape": "chain", "acceptance": "block"},
+        {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": 2},
+        {"draft_shape": "tree", "acceptance": "match", "tree_budget": 2},
+    ],
+    ids=["chain-block", "tree-ratio", "tree-match"],
+)
+def test_rows_of_a_batch_keep_their_joint_law(scheme: dict, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows accept and end at their own pace, one of them padded, and stay as independent as in plain generate."""
+    ids = torch.tensor([[0, 1], [1, 2]])
+    mask = torch.tensor([[0, 1], [1, 1]])
+    settings = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": True, "top_k": 2, "temperature": 1.3}
+    drafter = drafter_for(None)
+
+    def joint(call: Callable[..., torch.Tensor], **kwargs: object) -> Callable[[], torch.Tensor]:
+        def sequences() -> torch.Tensor:
+            result = call(ids, **settings, **kwargs)
+            return torch.nn.functional.pad(result, (0, ids.shape[1] + 3 - result.shape[1])).flatten()[None]
+
+        return sequences
+
+    def ours(ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return hf_specdiff.generate(target, ids, assistant_model=drafter, **kwargs)
+
+    assert distance(law_of(joint(target.generate), monkeypatch), law_of(joint(ours, **scheme), monkeypatch)) < TOLERANCE
+
+
+@pytest.mark.parametrize("temperatures", [(0.3,), (2.5,), (0.3, 2.5)], ids=["colder", "warmer", "by-what-was-accepted"])
+def test_children_at_a_temperature_learnt_on_the_way_preserve_the_law(
+    temperatures: tuple[float, ...], target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second round on they are drawn at another temperature than 1, even one that hangs on how much was accepted."""
+    used = set()
+
+    def choose(self: shapes.ChildTemperature) -> None:
+        if self._seen:
+            self.value = temperatures[len(self._seen) % len(temperatures)]
+            self._seen = []
+        used.add(self.value)
+
+    monkeypatch.setattr(shapes.ChildTemperature, "_learn", choose)
+    settings = {"max_new_tokens": 5, "do_sample": True, "top_k": 2, **PROCESSED}
+    scheme = {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": 3, "gamma": 2}
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    ours = law_of(
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **scheme), monkeypatch
+    )
+    assert used == {1.0, *temperatures}
+    assert distance(plain, ours) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "scheme", ["adaptive-tree-ratio", "adaptive-tree-match", "adaptive-chain-ratio", "adaptive-chain-block"]
+)
+def test_sizes_that_hang_on_what_was_accepted_preserve_the_law(
+    scheme: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget that drafts much after one outcome and next to nothing after another."""
+    sizes = set()
+
+    def learn(self: Calibration, values: list[float], drawn: list[bool], outcome: list[bool]) -> None:
+        self.factors = [0.3 if any(outcome) else 3.0] * len(self.factors)
+        sizes.add((len(values), any(outcome)))
+
+    monkeypatch.setattr(Calibration, "learn", learn)
+    settings = {"max_new_tokens": 5, "do_sample": True, "top_k": 2, **PROCESSED}
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    ours = law_of(
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **MANY[scheme]),
+        monkeypatch,
+    )
+    assert len({size for size, _ in sizes}) > 1
+    assert {accepted for _, accepted in sizes} == {True, False}
+    assert distance(plain, ours) < TOLERANCE
+
+
+def test_control_children_drawn_from_another_law_are_seen(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "draw", lambda laws: draw(laws.square()))
+    settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 0}
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    ours = law_of(
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **MANY["tree-ratio"]),
+        monkeypatch,
+    )
+    assert distance(plain, ours) > 1e-3
+
+
+class GuessingDrafter:
+    """A user's own drafter: draws two tokens from laws that depend on the text's length; knows no network."""
+
+    target_layer_ids = None
+
+    def draft(self, text: Text, features: Features | None) -> Draft:
+        generator = torch.Generator().manual_seed(text.lengths[0])
+        probs = torch.randn(1, 2, 4, generator=generator).softmax(-1)
+        return Draft(draw(probs), probs, has_prefix_law=True)
+
+
+@pytest.mark.parametrize("rule", ["match", "ratio", "block"])
+def test_your_own_drafter_preserves_the_law(rule: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put your drafter in the place of this one: it may propose past the length limit, and it may be as wrong as it likes."""
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        state = Target(model, generation_config, model_kwargs, GuessingDrafter.target_layer_ids)
+        stop = StopCheck(stopping_criteria, 1, keep_scores=False)
+        settings = SpeculationConfig(gamma=2, acceptance=rule)
+        text = Text.of_prompt(input_ids)
+        return run(state, GuessingDrafter(), settings, stop, logits_processor, text).sequences
+
+    settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 2}
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    ours = law_of(lambda: target.generate(PROMPT, custom_generate=loop, **settings), monkeypatch)
+    assert distance(plain, ours) < TOLERANCE
+
+
+def test_a_rule_that_needs_a_prefix_law_refuses_drafts_without_one() -> None:
+    draft = Draft(torch.tensor([[1, 2]]), torch.full((1, 2, 4), 0.25), has_prefix_law=False)
+    scores = Scores(LogitsProcessorList(), Text.of_prompt(PROMPT), draft.tokens, torch.zeros(1, 3, 4))
+    for name in ("ratio", "block"):
+        with pytest.raises(ValueError, match="prefix law"):
+            make_rule(name, do_sample=True)(draft, scores)
+    generator = SpecDiffCandidateGenerator(
+        drafter_for(None), GenerationConfig(do_sample=True), speculation={"num_denoising_steps": 2, "acceptance": "match"}
+    )
+    assert generator.get_candidates(PROMPT)[1] is None
+
+
+def test_control_a_wrong_rule_is_seen(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same check must fail where the draft's law is not the one its tokens were drawn from."""
+
+    def sharpened(scores: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+        tokens, probs = draw_from_scores(scores, temperature)
+        return tokens, None if probs is None else probs.square() / probs.square().sum(-1, keepdim=True)
+
+    monkeypatch.setattr(drafters, "draw_from_scores", sharpened)
+    settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 0}
+    drafter = drafter_for(None)
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    for rule in ("ratio", "block"):
+        ours = law_of(
+            lambda rule=rule: hf_specdiff.generate(
+                target, PROMPT, assistant_model=drafter, draft_shape="chain", acceptance=rule, **settings
+            ),
+            monkeypatch,
+        )
+        assert distance(plain, ours) > 1e-3
+
+
+def test_control_rules_that_would_break_the_law_are_refused(target: LlamaForCausalLM) -> None:
+    for rule in ("ratio", "block"):
+        with pytest.raises(ValueError, match="would not have the target's law"):
+            hf_specdiff.generate(
+                target,
+                PROMPT,
+                assistant_model=drafter_for(None),
+                do_sample=True,
+                max_new_tokens=4,
+                num_denoising_steps=2,
+                acceptance=rule,
+            )
+
+
+@pytest.mark.parametrize("draft_temperature", [None, 0])
+def test_way_one_sampling_has_the_law_of_plain_generate(
+    draft_temperature: float | None, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's own loop draws uniforms, which cannot be enumerated, so this one is sampled.
+
+    1,500 texts of 3 tokens against the exact law, Pearson's statistic over the texts with an expected count of 5 or more. The
+    limit is mean plus 6 standard deviations of the chi-square law: a false alarm is rarer than one in a million. The control,
+    the same texts against the law at another temperature, must exceed it.
+    """
+    settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 3, "repetition_penalty": 1.2}
+    drafter = drafter_for(None)
+    drafter.generation_config.draft_temperature = draft_temperature
+    exact = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    other = law_of(lambda: target.generate(PROMPT, temperature=1.5, **settings), monkeypatch)
+    torch.manual_seed(0)
+    total = 1_500
+    counts = Counter(tuple(target.generate(PROMPT, assistant_model=drafter, **settings)[0].tolist()) for _ in range(total))
+
+    def excess(law: Counter) -> float:
+        texts = [text for text in law if law[text] * total >= 5]
+        statistic = sum((counts[text] - total * law[text]) ** 2 / (total * law[text]) for text in texts)
+        return (statistic - len(texts)) / (2 * len(texts)) ** 0.5
+
+    assert excess(exact) < 6
+    assert excess(other) > 6
