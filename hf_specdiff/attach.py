@@ -1,6 +1,6 @@
 """Let a target's own `generate` run the full loop, so that pipelines and everything else that calls it do.
 
-Knows how a method of one object is replaced and given back. Nobody imports it but the package's front.
+Knows how a method of one object is replaced and given back.
 """
 
 import inspect

@@ -1,6 +1,6 @@
 """The bundled target and the autoregressive assistant: tokenizer, corpus, causal language modelling.
 
-Knows plain causal language models only; drafters are trained by `hf_specdiff.training`. Imported by what makes pairs.
+Knows plain causal language models only; drafters are trained by `hf_specdiff.training`.
 """
 
 import itertools

@@ -1,7 +1,6 @@
 """The Python standard library's own source as text: one document per top-level function or class.
 
 Knows where the running interpreter keeps its library and which modules are held out. Knows nothing about tokens or models.
-Imported by the recipe and by the prompt sets only.
 """
 
 import ast

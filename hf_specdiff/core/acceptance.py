@@ -1,7 +1,7 @@
 """The rules that decide how much of a draft stands, and why each of them is lossless.
 
 Letters: B batch, G drafted tokens, N nodes of a tree, V vocabulary. p_i is the target's law and q_i the drafter's law of token
-i, both given the tokens before it; x is the draft. Knows no model and no cache. Imported by the loop.
+i, both given the tokens before it; x is the draft. Knows no model and no cache.
 
 A rule is lossless when the text it emits has the target's law. Each rule below is a pair of pure functions, the law of the
 number of accepted tokens and the law of the bonus token; the tests enumerate exactly these functions, and drawing from them is

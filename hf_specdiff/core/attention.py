@@ -1,6 +1,6 @@
 """What the host's attention is told for passes of several tokens.
 
-Knows one setting of the host. Imported by target and drafters.
+Knows one setting of the host.
 """
 
 import os

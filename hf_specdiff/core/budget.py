@@ -2,7 +2,7 @@
 
 Letters: B batch, N drafted nodes. Knows costs and probabilities; knows no model and reads no clock, so that a run with a given
 profile is reproducible. Nothing here can change what is generated: a choice reads the committed text and what became of earlier
-drafts, and is made before this round's tokens are drawn. Imported by the drafters.
+drafts, and is made before this round's tokens are drawn.
 """
 
 from bisect import bisect_left

@@ -1,7 +1,6 @@
 """Everything that touches transformers' key/value caches.
 
-Letters: B batch, S slots, n slots of the last pass. Knows which caches can be rolled back and how. Knows no model. Imported by
-the drafters and the targets.
+Letters: B batch, S slots, n slots of the last pass. Knows which caches can be rolled back and how. Knows no model.
 """
 
 import torch

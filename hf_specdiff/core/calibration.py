@@ -1,6 +1,6 @@
 """How much more or less often drafted tokens are accepted than their probabilities say, learnt round by round.
 
-Knows probabilities; knows no model. Imported by the budget.
+Knows probabilities; knows no model.
 """
 
 from math import frexp

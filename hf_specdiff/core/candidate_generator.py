@@ -1,7 +1,7 @@
 """The drafter as transformers' own decoding loop knows it: a `CandidateGenerator`.
 
 Letters: B batch, L committed length, G drafted tokens, V vocabulary. Knows the host's candidate interface; knows no acceptance
-rule. Imported by the modelling file, for the host's stock loop.
+rule.
 """
 
 from dataclasses import replace

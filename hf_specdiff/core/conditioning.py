@@ -1,7 +1,7 @@
 """What conditions a drafter: the committed tokens, or hidden states of the target.
 
 Letters: B batch, L committed length, G drafted tokens, V vocabulary, D hidden size, K target layers read. Knows the network's
-two ways to be called and what the target lends. Imported by the candidate generator, the target and the entry.
+two ways to be called and what the target lends.
 """
 
 from collections.abc import Callable

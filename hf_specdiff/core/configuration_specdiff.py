@@ -1,6 +1,6 @@
 """The drafter's configuration.
 
-Knows the names and the legal values of a drafter's fields, nothing about tensors. Any file may import it. Of a drafter on the
+Knows the names and the legal values of a drafter's fields, nothing about tensors. Of a drafter on the
 Hub this file is loaded first, so it also says whether the host is one that the rest was written for.
 """
 

@@ -1,6 +1,6 @@
 """The loop: draft, verify, accept, commit.
 
-Letters: B batch, V vocabulary. Knows drafters through the `Drafter` protocol only. Imported by the entry.
+Letters: B batch, V vocabulary. Knows drafters through the `Drafter` protocol only.
 """
 
 import time

@@ -1,6 +1,6 @@
 """Which masked positions of the window are revealed at which denoising step.
 
-Letters: B batch, G drafted tokens, T denoising steps. Knows no network and draws nothing. Imported by the drafters.
+Letters: B batch, G drafted tokens, T denoising steps. Knows no network and draws nothing.
 """
 
 import torch

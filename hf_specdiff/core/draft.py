@@ -1,6 +1,6 @@
 """The value objects that pass between drafter, rule and loop.
 
-Letters: B batch, G drafted tokens (gamma), V vocabulary. Knows no model and draws nothing. Any file may import it.
+Letters: B batch, G drafted tokens (gamma), V vocabulary. Knows no model and draws nothing.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """The drafter as a decoding loop knows it, and how a masked-diffusion network fills a window.
 
 Letters: B batch, G drafted tokens, V vocabulary, D hidden size, K target layers read. Knows the network by duck typing only (a
-class loaded from the Hub is another class object than the installed one). Imported by the conditionings and the loop.
+class loaded from the Hub is another class object than the installed one).
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """A target that is told who sees whom: for draft trees, and for batches whose rows accept different lengths.
 
 Letters: B batch, N drafted nodes, C cached slots, V vocabulary, D hidden size. Knows which masks the host's models read; knows
-no drafter and no rule. Imported by the entry.
+no drafter and no rule.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """A drafter's card on the Hub: what it is, how to use it, and what was measured of it.
 
 Knows the configuration's and a results file's fields. Every figure comes from such a file; without one the card says "not
-measured". Imported by the repository's writer.
+measured".
 """
 
 import re

@@ -1,7 +1,7 @@
 """The drafter network: a masked-diffusion transformer over one window, conditioned on tokens or on the target's features.
 
 Letters: B batch, C new context tokens, Q window slots, S all keys, V vocabulary, D hidden size, K target layers read. Knows one
-forward pass and how the host's stock loop calls a drafter; knows nothing of acceptance. Imported by the package's front only.
+forward pass and how the host's stock loop calls a drafter; knows nothing of acceptance.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """What rounds cost here: measured once for a pair of models, kept in the user's cache, and given to `Budget`.
 
-Knows clocks and files. Imported by the entry.
+Knows clocks and files.
 """
 
 import hashlib

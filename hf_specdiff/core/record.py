@@ -1,6 +1,6 @@
 """What rounds add to the text, and how all of them together are put into the host's shapes.
 
-Letters: B batch, V vocabulary, D hidden size. Imported by the loop.
+Letters: B batch, V vocabulary, D hidden size.
 """
 
 from dataclasses import dataclass

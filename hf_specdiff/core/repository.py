@@ -3,7 +3,7 @@
 Knows which files those are, where they lie, and how they reach the Hub in one commit. The code is copied byte for byte, as the
 host's own loader would find it: the modelling files into the repository's root (the host does that), the entry and what it
 imports into `custom_generate/`. This file and all it copies are in the repository too, so a drafter that was loaded from the
-Hub, without the package, saves a whole repository again. Imported by the modelling file.
+Hub, without the package, saves a whole repository again.
 """
 
 import inspect

@@ -1,7 +1,7 @@
 """From the name of a rule to a function of a draft and the target's scores.
 
 Letters: B batch, N nodes of a tree, V vocabulary. Decides which rows of the target's logits are looked at and how tokens are
-drawn from them; why the rules are lossless is in `acceptance.py`. Imported by the loop.
+drawn from them; why the rules are lossless is in `acceptance.py`.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """From logits to probabilities to tokens: the one place that draws.
 
 Letters: B batch, G drafted tokens, N nodes of a tree, V vocabulary. p is the target's law, q the drafter's. Knows the host's
-logits processors; knows no model. Imported by everything that needs a probability.
+logits processors; knows no model.
 """
 
 from typing import Any

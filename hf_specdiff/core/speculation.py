@@ -1,6 +1,6 @@
 """The arguments of speculation, their defaults, and which of them may be combined.
 
-Knows no tensors. Imported by the drafters, the loop and the entry.
+Knows no tensors.
 """
 
 from collections.abc import Callable

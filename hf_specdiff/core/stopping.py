@@ -1,6 +1,6 @@
 """Where the text ends, found exactly as plain decoding would find it, also inside an accepted window.
 
-Letters: B batch, n new tokens, V vocabulary. Knows the host's stopping criteria. Imported by the loop.
+Letters: B batch, n new tokens, V vocabulary. Knows the host's stopping criteria.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Seconds per stage, without a clock in the loop.
 
-Knows CPU clocks and CUDA events. Imported by the loop.
+Knows CPU clocks and CUDA events.
 """
 
 import time

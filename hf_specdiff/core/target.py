@@ -1,7 +1,7 @@
 """The target as the loop sees it: a prefill, one pass over each draft, and its cache kept to the committed text.
 
 Letters: B batch, G drafted tokens, V vocabulary, D hidden size, K target layers read. Knows how the host prepares a model's
-inputs; knows no drafter and no rule. Imported by the loop.
+inputs; knows no drafter and no rule.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,6 @@
 """The committed text of a batch: rows of different lengths in one tensor.
 
-Letters: B batch, L tokens of the longest row, M columns of the prompt's mask. Knows no model. Imported by everything that reads
-the text.
+Letters: B batch, L tokens of the longest row, M columns of the prompt's mask. Knows no model.
 """
 
 from dataclasses import dataclass

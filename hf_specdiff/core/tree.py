@@ -1,7 +1,7 @@
 """Draft trees: from marginals or samples to nodes, and what the target needs to see of them.
 
 Letters: B batch, G window (gamma), V vocabulary, N drafted nodes, K drafts. Node 0 is the anchor; parents come before children.
-Draws nothing. Imported by the drafters.
+Draws nothing.
 """
 
 import heapq

@@ -1,7 +1,7 @@
 """Templated arithmetic word problems with worked solutions and checkable answers.
 
 Knows how to write one problem from a random generator and how to tell held-out problems from training ones. Knows nothing
-about tokens or models. Imported by the recipe and by the prompt sets only.
+about tokens or models.
 """
 
 import hashlib
