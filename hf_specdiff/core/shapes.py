@@ -1,6 +1,7 @@
 """From the marginals of one drafter pass to many drafts: joint samples, or the best-first tree.
 
-Letters: B batch, G drafted positions (gamma), V vocabulary, N nodes, K drafts. Draws through `sampling` only. One pass gives a law for every position, whatever stands at the others, so many drafts cost no more passes than one.
+Letters: B batch, G drafted positions (gamma), V vocabulary, N nodes, K drafts. Draws through `sampling` only. One pass
+gives a law for every position, whatever stands at the others, so many drafts cost no more passes than one.
 """
 
 from collections.abc import Callable
