@@ -24,7 +24,7 @@ ARROWS = {
 # A file may import files of lower levels only.
 LEVELS = [
     {"attention", "draft", "text", "tree", "calibration", "cache", "denoising", "inference", "stopwatch"},
-    {"budget", "configuration_specdiff", "model_card", "sampling", "speculation"},
+    {"budget", "checks", "configuration_specdiff", "model_card", "sampling", "speculation"},
     {"acceptance", "record", "shapes", "stopping"},
     {"drafters", "rules"},
     {"conditioning"},

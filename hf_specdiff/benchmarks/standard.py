@@ -38,7 +38,7 @@ from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import run_block
 from hf_specdiff.benchmarks.tables import speed_table
 from hf_specdiff.benchmarks.tables import time_tables
-from hf_specdiff.core.generate import check_pair
+from hf_specdiff.core.checks import check_pair
 from hf_specdiff.core.profiling import isolated_profiles
 from hf_specdiff.core.profiling import machine_of
 from hf_specdiff.core.profiling import measure_profile

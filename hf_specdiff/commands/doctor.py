@@ -18,7 +18,7 @@ from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import run_block
 from hf_specdiff.core.budget import Profile
-from hf_specdiff.core.generate import check_pair
+from hf_specdiff.core.checks import check_pair
 from hf_specdiff.core.masked_target import why_not_masked
 from hf_specdiff.core.profiling import measure_profile
 from hf_specdiff.core.speculation import resolve_speculation

@@ -24,9 +24,9 @@ from transformers.models.qwen3.modeling_qwen3 import rotate_half
 from transformers.utils import ModelOutput
 
 from .candidate_generator import SpecDiffCandidateGenerator
+from .checks import check_prompt
 from .configuration_specdiff import SpecDiffConfig
 from .repository import RepositoryMixin
-from .speculation import check_prompt
 
 
 @dataclass

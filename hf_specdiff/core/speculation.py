@@ -131,31 +131,6 @@ def resolve_speculation(
     return _with_rule(speculation, do_sample=do_sample)
 
 
-def check_prompt(input_ids: Any, mask_token_id: int | None) -> None:
-    """Refuse a prompt that is empty or holds the mask, and a drafter without a mask.
-
-    Args:
-        input_ids (`torch.Tensor` of shape `(B, L)`, int64): the prompt.
-        mask_token_id (`int`, *optional*): the drafter's.
-
-    Raises:
-        ValueError: if so.
-    """
-    if mask_token_id is None:
-        raise ValueError(
-            "`assistant_model` must have a `mask_token_id` in its config, got None. Set the id it was trained with."
-        )
-    if input_ids.shape[-1] == 0:
-        raise ValueError(
-            "`input_ids` must hold at least one token, got an empty prompt. Pass the bos token to start from nothing."
-        )
-    if bool((input_ids == mask_token_id).any()):
-        raise ValueError(
-            f"`input_ids` must not hold the drafter's mask id {mask_token_id}, which means 'not yet known'. "
-            "Take it out of the prompt."
-        )
-
-
 def _fits(shape: str, acceptance: str, steps: int, temperature: float, why_no_tree: Callable[[], str | None]) -> bool:
     """Return whether nothing else forbids a shape."""
     if acceptance != "auto" and acceptance not in RULES_OF_SHAPE[shape]:

@@ -242,32 +242,6 @@ class Target:
         self.model_kwargs |= {name: _repeat_last(types, num_tokens) for name, types in token_types.items()}
 
 
-def check_rotary(config: Any, prompt_length: int, max_length: int | None) -> None:
-    """Refuse rotary embeddings whose frequencies follow the longest position of a pass, where drafted tokens would change them.
-
-    Args:
-        config (`PreTrainedConfig`): of the text model.
-        prompt_length (`int`): tokens of the prompt.
-        max_length (`int`, *optional*): most tokens of the finished text.
-
-    Raises:
-        ValueError: if the text may come to where they change.
-    """
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters] if "rope_type" in parameters else [value for value in parameters.values() if isinstance(value, dict)]
-    for kind in kinds:
-        limit = kind.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-        limit = limit or config.max_position_embeddings
-        # "longrope" changes once, "dynamic" with every token past the limit.
-        changes = kind.get("rope_type") == "dynamic" or (kind.get("rope_type") == "longrope" and prompt_length <= limit)
-        if changes and (max_length is None or max_length > limit):
-            raise ValueError(
-                f"`max_new_tokens` must end the text within {limit} tokens for a model whose rotary frequencies change there "
-                f"(rope type {kind['rope_type']!r}), got a limit of {max_length} in all. Drafted tokens would change them "
-                "early, and so the text. Pass fewer, or use plain model.generate."
-            )
-
-
 def _repeat_last(types: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Return token types `(B, L)` longer by `num_tokens` times their last column."""
     return torch.cat([types, types[:, -1:].expand(-1, num_tokens)], dim=1)

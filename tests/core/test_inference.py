@@ -14,7 +14,6 @@ from transformers import StoppingCriteriaList
 import hf_specdiff
 from hf_specdiff.core.inference import inference
 from hf_specdiff.core.target import Target
-from hf_specdiff.core.target import check_rotary
 from tests.conftest import make_drafter
 from tests.conftest import make_target
 
@@ -150,33 +149,6 @@ def test_frequencies_that_a_model_keeps_are_ordinary(prompt: torch.Tensor) -> No
         target.model.rotary_emb.inv_freq = target.model.rotary_emb.inv_freq * 1
         assert target.model.rotary_emb.inv_freq.is_inference()
     assert not any(buffer.is_inference() for buffer in target.buffers())
-
-
-@pytest.mark.parametrize(
-    ("rope", "length", "is_refused"),
-    [
-        ({"rope_type": "dynamic", "factor": 2.0}, 20, False),
-        ({"rope_type": "dynamic", "factor": 2.0}, 70, True),
-        (
-            {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "original_max_position_embeddings": 32},
-            20,
-            False,
-        ),
-        (
-            {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "original_max_position_embeddings": 32},
-            40,
-            True,
-        ),
-        ({"rope_type": "linear", "factor": 2.0}, 70, False),
-    ],
-)
-def test_frequencies_that_follow_the_text_are_refused(rope: dict[str, Any], length: int, is_refused: bool) -> None:
-    config = make_target(max_position_embeddings=64).config
-    config.rope_parameters = rope
-    if not is_refused:
-        return check_rotary(config, 7, length)
-    with pytest.raises(ValueError, match="rotary frequencies change"):
-        check_rotary(config, 7, length)
 
 
 @pytest.mark.parametrize(

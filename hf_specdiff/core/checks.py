@@ -1,0 +1,330 @@
+"""Every refusal that needs a whole pair or a whole call, in one home: the entry, the doctor and the commands read it alike.
+
+Letters: B batch, L prompt tokens, M columns of the mask. Knows what the loop cannot do; does nothing itself.
+"""
+
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers import GenerationConfig
+from transformers import LogitsProcessorList
+from transformers.generation import EncoderNoRepeatNGramLogitsProcessor
+from transformers.generation import EncoderRepetitionPenaltyLogitsProcessor
+from transformers.generation import GenerationMode
+from transformers.generation import PrefixConstrainedLogitsProcessor
+from transformers.generation import SynthIDTextWatermarkLogitsProcessor
+from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+from .text import Text
+
+# They carry a state from call to call that rejected tokens would spoil.
+STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+# They hold something for each row of the batch, and our rows come to them one by one.
+BATCH_PROCESSORS = (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+)
+
+
+def check_pair(model: Any, drafter: Any) -> None:
+    """Refuse a drafter that was not made for this target.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target.
+        drafter (`SpecDiffDrafter`): the drafter.
+
+    Raises:
+        TypeError: if `drafter` is none.
+        ValueError: if the two do not fit, or the target cannot take tokens back.
+    """
+    config: Any = getattr(drafter, "config", None)
+    if getattr(config, "model_type", None) != "specdiff":
+        raise TypeError(
+            f"`assistant_model` must be a SpecDiffDrafter, got {type(drafter).__name__}. Load one with "
+            "AutoModelForCausalLM.from_pretrained after `import hf_specdiff`, or pass other assistants to model.generate."
+        )
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"`model` must be a decoder-only language model, got {type(model).__name__}.")
+    if getattr(model, "_is_stateful", False):
+        raise ValueError(
+            f"`model` must be able to take tokens back, got {type(model).__name__}, which keeps a recurrent state. "
+            "Use plain model.generate for it."
+        )
+    target_config = model.config.get_text_config()
+    if config.vocab_size != target_config.vocab_size:
+        raise ValueError(
+            f"`assistant_model` must have the target's vocabulary of {target_config.vocab_size} tokens, got "
+            f"{config.vocab_size}. Use a drafter that was made for this target."
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        own, theirs = getattr(config, name, None), getattr(target_config, name, None)
+        if own != theirs:
+            raise ValueError(
+                f"`assistant_model` must have the target's `{name}` {theirs}, got {own}. Use a drafter that was made for this "
+                "target, or correct the drafter's config."
+            )
+    _check_layers(model, target_config, config)
+
+
+def _check_layers(model: Any, target_config: Any, config: Any) -> None:
+    """Refuse a feature-conditioned drafter whose layers or width the target does not have."""
+    if config.target_layer_ids is None:
+        return
+    if max(config.target_layer_ids) >= target_config.num_hidden_layers:
+        raise ValueError(
+            f"`assistant_model` must read layers that the target has (0 to {target_config.num_hidden_layers - 1}), got "
+            f"`target_layer_ids` {config.target_layer_ids}. Use a drafter that was made for this target."
+        )
+    if config.hidden_size != target_config.hidden_size:
+        raise ValueError(
+            f"`assistant_model` must have the target's `hidden_size` {target_config.hidden_size} to borrow its embedding, got "
+            f"{config.hidden_size}. Use a drafter that was made for this target."
+        )
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"`model` must have a language-modelling head, got {type(model).__name__}.")
+
+
+def check_prompt(input_ids: Any, mask_token_id: int | None) -> None:
+    """Refuse a prompt that is empty or holds the mask, and a drafter without a mask.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(B, L)`, int64): the prompt.
+        mask_token_id (`int`, *optional*): the drafter's.
+
+    Raises:
+        ValueError: if so.
+    """
+    if mask_token_id is None:
+        raise ValueError(
+            "`assistant_model` must have a `mask_token_id` in its config, got None. Set the id it was trained with."
+        )
+    if input_ids.shape[-1] == 0:
+        raise ValueError(
+            "`input_ids` must hold at least one token, got an empty prompt. Pass the bos token to start from nothing."
+        )
+    if bool((input_ids == mask_token_id).any()):
+        raise ValueError(
+            f"`input_ids` must not hold the drafter's mask id {mask_token_id}, which means 'not yet known'. "
+            "Take it out of the prompt."
+        )
+
+
+def check_call(
+    input_ids: torch.Tensor,
+    processors: LogitsProcessorList,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    streamer: Any | None,
+) -> None:
+    """Refuse what the loop does not do, before any pass; the host has merged all settings by now.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(B, L)`, int64): the prompts.
+        processors (`LogitsProcessorList`): what `generate` built.
+        config (`GenerationConfig`): the call's, merged.
+        model_kwargs (`dict[str, Any]`): what `generate` prepared: cache, mask, positions.
+        streamer (`BaseStreamer`, *optional*): the caller's.
+
+    Raises:
+        ValueError: if the call asks for it.
+    """
+    if config.num_beams > 1:
+        raise ValueError(f"`num_beams` must be 1, got {config.num_beams}. Use plain model.generate for beam search.")
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"`generation_config` must ask for greedy decoding or sampling, got {mode.value}. Use plain model.generate for it, "
+            "or clear the settings that ask for it."
+        )
+    if input_ids.shape[0] > 1 and streamer is not None:
+        raise ValueError(
+            f"`streamer` must be None for several sequences, got one for {input_ids.shape[0]}. Rows of a batch grow at "
+            "different paces, so there is no order to stream them in."
+        )
+    if input_ids.shape[1] == 0:
+        raise ValueError(
+            "`input_ids` must hold at least one token, got an empty prompt (`inputs_embeds` cannot be drafted from)."
+        )
+    if not model_kwargs.get("use_cache", True) or model_kwargs.get("past_key_values") is None:
+        raise ValueError("`use_cache` must be True, got False. Rounds build on the keys and values of the committed text.")
+    check_can_roll_back(model_kwargs["past_key_values"])
+    if config.output_attentions:
+        raise ValueError("`output_attentions` must be False, got True. Use plain model.generate for it.")
+    check_processors(processors)
+
+
+def check_processors(processors: LogitsProcessorList) -> None:
+    """Refuse processors that carry a state from call to call.
+
+    Args:
+        processors (`LogitsProcessorList`): what `generate` built.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    for processor in processors:
+        if isinstance(processor, STATEFUL_PROCESSORS):
+            raise ValueError(
+                f"`logits_processor` must be functions of ids and scores, got {type(processor).__name__}, which keeps a state "
+                "that rejected tokens would spoil. Leave its setting out or use plain model.generate."
+            )
+
+
+def check_stop_strings(model: Any, stop_strings: Any | None, tokenizer: Any | None) -> None:
+    """Refuse stop strings without their tokenizer.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target; its own generation config may hold some.
+        stop_strings (`str` or `list[str]`, *optional*): of this call.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of this call.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    if stop_strings is None and model.generation_config.stop_strings is not None:
+        raise ValueError(
+            f"`stop_strings` must be passed to this call, got {model.generation_config.stop_strings!r} in "
+            "model.generation_config, whose tokenizer a custom loop is never handed. "
+            "Set that one to None and pass stop_strings= and tokenizer= here."
+        )
+    if stop_strings is not None and tokenizer is None:
+        raise ValueError(f"`tokenizer` must be given together with `stop_strings`, got stop_strings={stop_strings!r} alone.")
+
+
+def check_profile(profile: Any | None, *, is_adaptive: bool) -> None:
+    """Refuse a profile that nothing would read.
+
+    Args:
+        profile (`Profile` or path, *optional*): the caller's.
+        is_adaptive (`bool`): whether the size of drafts follows the machine.
+
+    Raises:
+        ValueError: if so.
+    """
+    if profile is not None and not is_adaptive:
+        raise ValueError("`profile` must be None unless `gamma` or `tree_budget` is 'auto', got one. Leave it out.")
+
+
+def check_can_roll_back(cache: Cache) -> None:
+    """Refuse a cache from which rejected tokens cannot be taken back.
+
+    Args:
+        cache (`transformers.Cache`): the target's cache, as `generate` prepared it.
+
+    Raises:
+        ValueError: if the cache is compiled or quantized. (A recurrent state is the model's to tell; see the entry's checks.)
+    """
+    name = type(cache).__name__
+    if getattr(cache, "is_compileable", False) or "Static" in name:
+        raise ValueError(
+            f"`cache_implementation` must be a dynamic cache, got {name}. Leave the argument out: rejected tokens are rolled "
+            "back, and a static cache has no length to roll back."
+        )
+    layers = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
+    refused = sorted(layer for layer in layers if "Quantized" in layer)
+    if refused or "Quantized" in name:
+        raise ValueError(
+            f"`past_key_values` must be a cache whose tokens can be taken back, got {name} with layers "
+            f"{refused or sorted(layers)}. Leave the argument out, or pass a DynamicCache."
+        )
+
+
+def check_rotary(config: Any, prompt_length: int, max_length: int | None) -> None:
+    """Refuse rotary embeddings whose frequencies follow the longest position of a pass, where drafted tokens would change them.
+
+    Args:
+        config (`PreTrainedConfig`): of the text model.
+        prompt_length (`int`): tokens of the prompt.
+        max_length (`int`, *optional*): most tokens of the finished text.
+
+    Raises:
+        ValueError: if the text may come to where they change.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters] if "rope_type" in parameters else [value for value in parameters.values() if isinstance(value, dict)]
+    for kind in kinds:
+        limit = kind.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        limit = limit or config.max_position_embeddings
+        # "longrope" changes once, "dynamic" with every token past the limit.
+        changes = kind.get("rope_type") == "dynamic" or (kind.get("rope_type") == "longrope" and prompt_length <= limit)
+        if changes and (max_length is None or max_length > limit):
+            raise ValueError(
+                f"`max_new_tokens` must end the text within {limit} tokens for a model whose rotary frequencies change there "
+                f"(rope type {kind['rope_type']!r}), got a limit of {max_length} in all. Drafted tokens would change them "
+                "early, and so the text. Pass fewer, or use plain model.generate."
+            )
+
+
+def check_batch(
+    text: Text, obstacle: str | None, processors: LogitsProcessorList, config: GenerationConfig, *, rows_end_apart: bool
+) -> None:
+    """Refuse batches whose rows could not be decoded as if they were alone.
+
+    Args:
+        text (`Text`): the prompts.
+        obstacle (`str`, *optional*): why the target cannot keep rows apart.
+        processors (`LogitsProcessorList`): what `generate` built.
+        config (`GenerationConfig`): the call's, merged.
+        rows_end_apart (`bool`): whether a criterion of the caller's may end one row before another.
+
+    Raises:
+        ValueError: if so; also for a single prompt that is padded on the right.
+    """
+    mask = text.prompt_mask
+    if mask is not None and bool((mask[:, -1] == 0).any()):
+        raise ValueError(
+            "`attention_mask` must pad on the left, got padding at the end of a prompt. Set tokenizer.padding_side = 'left'."
+        )
+    if text.num_rows == 1:
+        return
+    if obstacle is not None:
+        raise ValueError(
+            f"`input_ids` must be one sequence and `num_return_sequences` 1 for this model, got {text.num_rows} sequences: "
+            f"{obstacle}. Call generate once for each prompt."
+        )
+    for processor in processors:
+        if isinstance(processor, BATCH_PROCESSORS):
+            raise ValueError(
+                f"`logits_processor` must read one row at a time, got {type(processor).__name__}, which knows its rows by "
+                "their place in the batch. Call generate once for each prompt."
+            )
+    if rows_end_apart and config.pad_token_id is None:
+        raise ValueError(
+            "`pad_token_id` must be given when rows can end at different tokens, got None. Pass "
+            "pad_token_id=tokenizer.pad_token_id."
+        )
+
+
+def why_call_not_masked(model_kwargs: dict[str, Any], own_cache: Any | None) -> str | None:
+    """Return why a call cannot be verified with masks of ours, which trees and batches need, whatever its model.
+
+    Args:
+        model_kwargs (`dict[str, Any]`): what `generate` prepared: cache, mask, positions.
+        own_cache (`transformers.Cache`, *optional*): the caller's.
+
+    Returns:
+        `str`, *optional*: the reason.
+    """
+    cache = model_kwargs["past_key_values"]
+    if own_cache is not None and any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        return "the `past_key_values` that were passed have sliding layers, which drop tokens by count"
+    if getattr(cache, "offloading", False):
+        return "the cache is offloaded"
+    if not _are_places(model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")):
+        return "its `position_ids` are not the tokens' places in the text"
+    return None
+
+
+def _are_places(positions: torch.Tensor | None, mask: torch.Tensor | None) -> bool:
+    """Return whether positions `(B, n)` count the tokens of the text that are no padding, as they do by default."""
+    if positions is None:
+        return True
+    if positions.dim() != 2:
+        return False
+    if mask is None:
+        mask = torch.ones_like(positions)
+    num_new = positions.shape[1]
+    places = (mask.cumsum(dim=1) - 1)[:, -num_new:]
+    return bool(((positions == places) | (mask[:, -num_new:] == 0)).all())
