@@ -1,4 +1,4 @@
-"""What somebody types who found a target and its drafters on the Hub: run by test_hub.py in a process of its own.
+"""What somebody types who found a target and its drafters on the Hub: run by test_users.py in a process of its own.
 
 Usage: python hub_user.py FOLDER [package]. Without "package", `hf_specdiff` cannot be imported. What came out
 goes to FOLDER/found.json.
