@@ -5,6 +5,7 @@ Knows modules, devices and the kernel's counters; knows no method.
 
 import ctypes
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 RESET_PEAK = "5"
+# Seconds since some beginning. Whoever wants the same figures on every machine hands in one that counts work.
+Clock = Callable[[], float]
 
 
 def wait(device: torch.device) -> None:
@@ -33,12 +36,15 @@ class PassClock:
     Args:
         modules (`list[torch.nn.Module]`): to time, inside `with`.
         device (`torch.device`): where they run.
+        clock (`Callable[[], float]`): read where there is no GPU, in seconds.
     """
 
-    def __init__(self, modules: list[torch.nn.Module], device: torch.device) -> None:
+    def __init__(self, modules: list[torch.nn.Module], device: torch.device, clock: Clock = time.perf_counter) -> None:
         self.modules = modules
         self.device = device
+        self.clock = clock
         self._depth = 0
+        self._owners: list[torch.nn.Module] = []
         self._stamps: list[Any] = []
         self._hooks: list[Any] = []
 
@@ -52,17 +58,16 @@ class PassClock:
         for hook in self._hooks:
             hook.remove()
 
-    @property
-    def passes(self) -> list[float]:
-        """Seconds of each pass, in their order."""
-        pairs = zip(self._stamps[::2], self._stamps[1::2], strict=True)
+    def passes_of(self, *modules: torch.nn.Module) -> list[float]:
+        """Return the seconds of each pass of some of the modules, in their order."""
         if self.device.type == "cuda":
             wait(self.device)
-            return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
-        return [end - begin for begin, end in pairs]
+        pairs = zip(self._owners, self._stamps[::2], self._stamps[1::2], strict=True)
+        return [self._between(begin, end) for owner, begin, end in pairs if any(owner is module for module in modules)]
 
-    def _begin(self, *arguments: Any) -> None:
+    def _begin(self, module: torch.nn.Module, *arguments: Any) -> None:
         if self._depth == 0:
+            self._owners.append(module)
             self._stamps.append(self._now())
         self._depth += 1
 
@@ -71,9 +76,12 @@ class PassClock:
         if self._depth == 0:
             self._stamps.append(self._now())
 
+    def _between(self, begin: Any, end: Any) -> float:
+        return float(begin.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - begin)
+
     def _now(self) -> Any:
         if self.device.type != "cuda":
-            return time.perf_counter()
+            return self.clock()
         event = torch.cuda.Event(enable_timing=True)
         # Of the modules' device: another one may be current.
         event.record(torch.cuda.current_stream(self.device))
@@ -85,16 +93,18 @@ class Recording:
 
     Args:
         streamer (*optional*): another one to hand the pieces to.
+        clock (`Callable[[], float]`): read when a piece comes, in seconds.
     """
 
-    def __init__(self, streamer: Any | None = None) -> None:
-        self.start = time.perf_counter()
+    def __init__(self, streamer: Any | None = None, clock: Clock = time.perf_counter) -> None:
+        self.clock = clock
+        self.start = clock()
         self.pieces: list[tuple[float, list[int]]] = []
         self.streamer = streamer
 
     def put(self, value: torch.Tensor) -> None:
         """Keep a piece; the first one is the prompt."""
-        self.pieces.append((time.perf_counter() - self.start, value.flatten().tolist()))
+        self.pieces.append((self.clock() - self.start, value.flatten().tolist()))
         if self.streamer is not None:
             self.streamer.put(value)
 

@@ -108,7 +108,7 @@ def rows_of(block: Block, models: Models, journal: Journal) -> list[dict[str, An
             row |= _speeds(own, calls[PLAIN], None if fastest is None else calls[fastest])
             row |= _rounds(own, is_plain=method.name == PLAIN)
             row["identical"] = None if block.temperature else row["num_identical"] == row["num_prompts"]
-            row |= _times(details, _notes(journal, DETAIL, Detail, block, block.methods[0]), window_of(method, models))
+            row |= times_of(details, _notes(journal, DETAIL, Detail, block, block.methods[0]), window_of(method, models))
         else:
             row["refusal"] = refusals[method.name]
         rows.append(row)
@@ -159,7 +159,7 @@ def _rounds(calls: list[Call], *, is_plain: bool) -> dict[str, Any]:
         "tokens_per_round": 1.0 if is_plain else sum(rounds) / len(rounds) if rounds else None,
         "drafted_per_round": sum(drafted) / len(drafted) if drafted else None,
         "histogram": [rounds.count(size) for size in range(max(rounds, default=0) + 1)],
-        "acceptance_per_position": _acceptance(rounds, depths),
+        "acceptance_per_position": acceptance_shares(rounds, depths),
         "num_identical": sum(call.num_identical for call in calls),
         "num_prompts": sum(call.num_prompts for call in calls),
         "num_tokens": sum(call.num_tokens for call in calls),
@@ -167,7 +167,7 @@ def _rounds(calls: list[Call], *, is_plain: bool) -> dict[str, Any]:
     }
 
 
-def _acceptance(rounds: list[int], depths: list[int]) -> list[float]:
+def acceptance_shares(rounds: list[int], depths: list[int]) -> list[float]:
     """Return for each position the share of the drafts reaching so far in which it was accepted."""
     shares = []
     for position in range(max(depths, default=0)):
@@ -176,7 +176,7 @@ def _acceptance(rounds: list[int], depths: list[int]) -> list[float]:
     return shares
 
 
-def _times(details: list[Detail], plain: list[Detail], window: int | None) -> dict[str, Any]:
+def times_of(details: list[Detail], plain: list[Detail], window: int | None) -> dict[str, Any]:
     """Return where the time goes, and how fast it could be on this machine.
 
     The limit is what these accepted lengths would bring if nothing but the target's passes took time; the perfect ratio is that

@@ -265,14 +265,14 @@ def _details(models: Models, block: Block, journal: Journal, number: int, inputs
 def _detail(models: Models, block: Block, method: Method, number: int, inputs: Mapping[str, Any]) -> Detail:
     """Decode a batch with clocks in the models."""
     lent = [models.target.get_input_embeddings(), models.target.get_output_embeddings()]
-    assistants = [] if method.assistant is None else [(models.drafters | models.assistants)[method.assistant]]
-    target_clock = PassClock([models.target], models.device)
-    clock = PassClock([models.target, *assistants, *(lent if assistants else [])], models.device)
+    assistant = None if method.assistant is None else (models.drafters | models.assistants)[method.assistant]
+    drafting = [] if assistant is None else [assistant, *lent]
+    clock = PassClock([models.target, *drafting], models.device)
     recording = Recording() if len(inputs["input_ids"]) == 1 else None
-    with PeakMemory(models.device) as memory, target_clock, clock:
+    with PeakMemory(models.device) as memory, clock:
         run = _run(models, block, method, number, inputs, recording)
-    prefill, *target_passes = target_clock.passes
-    in_passes = sum(clock.passes)
+    prefill, *target_passes = clock.passes_of(models.target)
+    in_drafter = sum(clock.passes_of(*drafting))
     return Detail(
         block=block.name,
         method=method.name,
@@ -280,8 +280,8 @@ def _detail(models: Models, block: Block, method: Method, number: int, inputs: M
         seconds=run.seconds,
         prefill_seconds=prefill,
         target_seconds=sum(target_passes),
-        drafter_seconds=in_passes - prefill - sum(target_passes),
-        rest_seconds=run.seconds - in_passes,
+        drafter_seconds=in_drafter,
+        rest_seconds=run.seconds - prefill - sum(target_passes) - in_drafter,
         loop_seconds=None if run.stats is None else run.stats.total_seconds,
         num_rounds=len(target_passes),
         num_tokens=_num_new_tokens(run.sequences, inputs, models),

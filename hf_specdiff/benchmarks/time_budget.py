@@ -10,6 +10,7 @@ Source: SpecDiff-2, arXiv:2511.00606 (one budget of 15 s and the first way only)
 
 import itertools
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from hf_specdiff.benchmarks.clocks import Clock
 from hf_specdiff.benchmarks.clocks import Recording
 from hf_specdiff.benchmarks.clocks import wait
 from hf_specdiff.benchmarks.journal import Journal
@@ -141,7 +143,9 @@ def scaling_methods(drafters: Sequence[str]) -> list[Method]:
     return [Method(PLAIN, {}), *chains, ours(drafters[-1], "auto", tree_budget="auto")]
 
 
-def benchmark_time_budget(models: Models, plan: Plan, output: Path, names: dict[str, Any], command: str) -> dict[str, Any]:
+def benchmark_time_budget(
+    models: Models, plan: Plan, output: Path, names: dict[str, Any], command: str, clock: Clock = time.perf_counter
+) -> dict[str, Any]:
     """Measure right answers within wall-clock budgets; what `hf-specdiff bench --time-budget` does.
 
     Args:
@@ -150,6 +154,7 @@ def benchmark_time_budget(models: Models, plan: Plan, output: Path, names: dict[
         output (`pathlib.Path`): the folder; gets `results.json`. An interrupted run goes on.
         names (`dict`): where the models came from.
         command (`str`): what was typed.
+        clock (`Callable[[], float]`): tells the seconds.
 
     Returns:
         `dict`: what is in `results.json`: `conditions` and `rows`.
@@ -157,11 +162,12 @@ def benchmark_time_budget(models: Models, plan: Plan, output: Path, names: dict[
     Raises:
         ValueError: for a budget in which nothing can be written, or a folder of something else.
     """
-    check_budget(models, plan)
+    solver = Solver(models, plan, clock)
+    solver.check_budget()
     journal = Journal(output, {**claim_of(models, names), **asdict(plan)})
     with isolated_profiles(output / PROFILES), progress_bar() as progress:
         bar = progress.add_task("problems", total=plan.num_problems * len(plan.difficulties))
-        run_time_budget(models, plan, journal, partial(progress.advance, bar))
+        run_time_budget(solver, journal, partial(progress.advance, bar))
     settings = {name: value for name, value in asdict(plan).items() if name != "methods"}
     settings["headline_seconds"] = settings.pop("headline")
     rows = accuracy_rows(plan, journal)
@@ -170,46 +176,21 @@ def benchmark_time_budget(models: Models, plan: Plan, output: Path, names: dict[
     return record
 
 
-def check_budget(models: Models, plan: Plan) -> None:
-    """Refuse budgets in which nothing can be written.
-
-    Args:
-        models (`Models`): who decodes.
-        plan (`Plan`): with the budgets.
-
-    Raises:
-        ValueError: if the shortest one is shorter than the time to plain decoding's first token.
-    """
-    _, problem = next(plan.problems())
-    for _ in range(2):  # the first call allocates
-        first = _write(models, plan.methods[0], problem, 1, {"do_sample": False}).pieces[1][0]
-    if plan.budgets[0] < first:
-        raise ValueError(
-            f"`budget` must be longer than {first / FRACTIONS[0]:.3f} s here, got {plan.headline}. The curve begins at "
-            f"{FRACTIONS[0]:g} of it, which must be enough for one token."
-        )
-
-
-def run_time_budget(models: Models, plan: Plan, journal: Journal, on_problem: Callable[[], None] = lambda: None) -> None:
+def run_time_budget(solver: "Solver", journal: Journal, on_problem: Callable[[], None] = lambda: None) -> None:
     """Let every method solve every problem in both ways.
 
     Args:
-        models (`Models`): who decodes.
-        plan (`Plan`): what is measured.
+        solver (`Solver`): who solves them.
         journal (`Journal`): gets a record for each text; what it holds already is not written again.
         on_problem (`Callable`): called after each problem.
     """
     is_warm = False
-    for number, problem in plan.problems():
+    for number, problem in solver.plan.problems():
         if not journal.select(problem=number):
             if not is_warm:
-                for method, settings in itertools.product(plan.methods, ({"do_sample": False}, plan.sampling)):
-                    _write(models, method, problem, plan.max_new_tokens, settings)
+                solver.warm_up(problem)
                 is_warm = True
-            attempts = [_one_answer(models, plan, method, number, problem) for method in plan.methods]
-            for method in plan.methods:
-                attempts += _votes(models, plan, method, number, problem)
-            journal.append(asdict(attempt) for attempt in attempts)
+            journal.append(asdict(attempt) for attempt in solver.solve(number, problem))
         on_problem()
 
 
@@ -281,35 +262,75 @@ def gains(rows: list[dict[str, Any]], headline: float) -> list[dict[str, Any]]:
     return found
 
 
-def _write(models: Models, method: Method, problem: WordProblem, max_new_tokens: int, settings: dict[str, Any]) -> Recording:
-    """Let a method write, and return what came when."""
-    inputs = models.tokenizer(problem.prompt, return_tensors="pt", return_token_type_ids=False).to(models.device)
-    wait(models.device)
-    recording = Recording()
-    method.decode(models, inputs, streamer=recording, max_new_tokens=max_new_tokens, **settings)
-    return recording
+class Solver:
+    """All methods at a problem, in both ways, every piece of text with the second it came at.
 
+    Args:
+        models (`Models`): who decodes.
+        plan (`Plan`): what is measured.
+        clock (`Callable[[], float]`): tells the seconds.
+    """
 
-def _one_answer(models: Models, plan: Plan, method: Method, number: int, problem: WordProblem) -> Attempt:
-    """Write one greedy answer and note what it says after each piece."""
-    recording = _write(models, method, problem, plan.max_new_tokens, {"do_sample": False})
-    answers, tokens = [], []
-    for _, piece in recording.pieces[1:]:
-        tokens += piece
-        answers.append(answer_in(models.tokenizer.decode(tokens, skip_special_tokens=True), is_whole=False))
-    times = [when for when, _ in recording.pieces[1:]]
-    return Attempt(method.name, ANSWER, problem.num_steps, number, times, answers, problem.answer)
+    def __init__(self, models: Models, plan: Plan, clock: Clock = time.perf_counter) -> None:
+        self.models = models
+        self.plan = plan
+        self.clock = clock
 
+    def check_budget(self) -> None:
+        """Refuse budgets in which nothing can be written.
 
-def _votes(models: Models, plan: Plan, method: Method, number: int, problem: WordProblem) -> list[Attempt]:
-    """Sample answers until the longest budget is over."""
-    attempts: list[Attempt] = []
-    elapsed = 0.0
-    while elapsed < plan.budgets[-1]:
-        torch.manual_seed(1_000 * (plan.seed * 10_000 + number) + len(attempts))
-        recording = _write(models, method, problem, plan.max_new_tokens, plan.sampling)
-        elapsed += recording.duration
-        text = models.tokenizer.decode(recording.tokens_at(recording.duration), skip_special_tokens=True)
-        answer = answer_in(text, is_whole=True)
-        attempts.append(Attempt(method.name, VOTE, problem.num_steps, number, [elapsed], [answer], problem.answer))
-    return attempts
+        Raises:
+            ValueError: if the shortest one is shorter than the time to plain decoding's first token.
+        """
+        _, problem = next(self.plan.problems())
+        for _ in range(2):  # the first call allocates
+            first = self._write(self.plan.methods[0], problem, {"do_sample": False, "max_new_tokens": 1}).pieces[1][0]
+        if self.plan.budgets[0] < first:
+            raise ValueError(
+                f"`budget` must be longer than {first / FRACTIONS[0]:.3f} s here, got {self.plan.headline}. The curve begins "
+                f"at {FRACTIONS[0]:g} of it, which must be enough for one token."
+            )
+
+    def warm_up(self, problem: WordProblem) -> None:
+        """Let every method write once in both ways, and forget it."""
+        for method, settings in itertools.product(self.plan.methods, ({"do_sample": False}, self.plan.sampling)):
+            self._write(method, problem, settings)
+
+    def solve(self, number: int, problem: WordProblem) -> list[Attempt]:
+        """Return every method's one answer and its sampled attempts, the methods in turn."""
+        attempts = [self._one_answer(method, number, problem) for method in self.plan.methods]
+        for method in self.plan.methods:
+            attempts += self._votes(method, number, problem)
+        return attempts
+
+    def _write(self, method: Method, problem: WordProblem, settings: dict[str, Any]) -> Recording:
+        """Let a method write, and return what came when."""
+        tokenizer, device = self.models.tokenizer, self.models.device
+        inputs = tokenizer(problem.prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+        wait(device)
+        recording = Recording(clock=self.clock)
+        method.decode(self.models, inputs, streamer=recording, **{"max_new_tokens": self.plan.max_new_tokens, **settings})
+        return recording
+
+    def _one_answer(self, method: Method, number: int, problem: WordProblem) -> Attempt:
+        """Write one greedy answer and note what it says after each piece."""
+        recording = self._write(method, problem, {"do_sample": False})
+        answers, tokens = [], []
+        for _, piece in recording.pieces[1:]:
+            tokens += piece
+            answers.append(answer_in(self.models.tokenizer.decode(tokens, skip_special_tokens=True), is_whole=False))
+        times = [when for when, _ in recording.pieces[1:]]
+        return Attempt(method.name, ANSWER, problem.num_steps, number, times, answers, problem.answer)
+
+    def _votes(self, method: Method, number: int, problem: WordProblem) -> list[Attempt]:
+        """Sample answers until the longest budget is over."""
+        attempts: list[Attempt] = []
+        elapsed = 0.0
+        while elapsed < self.plan.budgets[-1]:
+            torch.manual_seed(1_000 * (self.plan.seed * 10_000 + number) + len(attempts))
+            recording = self._write(method, problem, self.plan.sampling)
+            elapsed += recording.duration
+            text = self.models.tokenizer.decode(recording.tokens_at(recording.duration), skip_special_tokens=True)
+            answer = answer_in(text, is_whole=True)
+            attempts.append(Attempt(method.name, VOTE, problem.num_steps, number, [elapsed], [answer], problem.answer))
+        return attempts

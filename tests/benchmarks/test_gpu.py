@@ -207,4 +207,4 @@ def test_on_a_gpu_a_pass_takes_the_time_between_its_events(monkeypatch: pytest.M
         module(torch.zeros(1))
         module(torch.zeros(1))
         assert not waited
-    assert clock.passes == pytest.approx([0.005, 0.005])
+    assert clock.passes_of(module) == pytest.approx([0.005, 0.005])
