@@ -3,8 +3,27 @@
 Letters: B batch, S slots, n slots of the last pass. Knows which caches can be rolled back and how. Knows no model.
 """
 
+from typing import Any
+
 import torch
 from transformers import Cache
+from transformers import cache_utils
+from transformers.cache_utils import DynamicIndexedLayer
+from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
+
+# Under what names models take their cache; the second one is that of models which are all state.
+CACHE_NAMES = ("past_key_values", "cache_params")
+# Layers that only grow; the last one not even that (5.17 does not know it yet).
+CROPPED = {DynamicLayer, DynamicIndexedLayer, getattr(cache_utils, "DummyLayer", DynamicLayer)}
+# What layers of the host's own kinds write in place, and what is no part of a state.
+STATES = ("conv_states", "recurrent_states")
+SETTINGS = (bool, int, float, str, torch.dtype, torch.device, type(None))
+
+
+def cache_of(model_kwargs: dict[str, Any]) -> Any:
+    """Return the cache that `generate` prepared, by whichever name the model knows it; `None` if there is none."""
+    return next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
 
 
 def start_recording(cache: Cache) -> None:
@@ -21,6 +40,64 @@ def roll_back(cache: Cache, num_tokens: int) -> None:
     """
     # `crop` takes a non-positive count of tokens to remove (transformers 5.17 and later); a positive one raises.
     cache.crop(-num_tokens)
+
+
+class Snapshot:
+    """A cache as it stands, to be put back later: for layers whose state runs on and cannot be cropped.
+
+    Keys and values of full attention are cropped. Those of sliding layers are kept by reference, since the host makes new ones
+    in every pass. States (of a recurrence, of a convolution) are written in place and therefore copied, and so is all that a
+    layer of a model's own kind holds.
+
+    Args:
+        cache (`transformers.Cache`): as it shall be again.
+
+    Raises:
+        ValueError: if a layer holds what cannot be copied.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.kept = [_kept(layer) for layer in cache.layers]
+
+    def put_back(self, num_tokens: int) -> None:
+        """Make the cache what it was; as often as wanted.
+
+        Args:
+            num_tokens (`int`): tokens that were added to it since, at least one.
+        """
+        for layer, kept in zip(self.cache.layers, self.kept, strict=True):
+            for name, value in kept.items():
+                setattr(layer, name, _copied(layer, name, value))
+            if type(layer) in CROPPED:
+                layer.crop(-num_tokens)
+            elif type(layer) is LinearAttentionAndFullAttentionLayer:
+                DynamicLayer.crop(layer, -num_tokens)
+
+
+def _kept(layer: Any) -> dict[str, Any]:
+    """Return what is to be put back into a layer; keys and values that grow are cropped instead."""
+    if type(layer) in CROPPED:
+        return {}
+    grows = type(layer) is LinearAttentionAndFullAttentionLayer
+    return {
+        name: _copied(layer, name, value) for name, value in vars(layer).items() if not (grows and name in ("keys", "values"))
+    }
+
+
+def _copied(layer: Any, name: str, value: Any) -> Any:
+    """Return an attribute of a layer so that no later pass can change it."""
+    is_written = name in STATES or type(layer).__module__ != cache_utils.__name__
+    if isinstance(value, torch.Tensor):
+        return value.clone() if is_written else value
+    if isinstance(value, dict):
+        return {key: _copied(layer, name, item) for key, item in value.items()}
+    if not isinstance(value, SETTINGS):
+        raise ValueError(
+            f"`past_key_values` must have layers whose state can be copied, got {type(layer).__name__} with a "
+            f"{type(value).__name__} in `{name}`. Use plain model.generate for this model."
+        )
+    return value
 
 
 class RaggedCache:

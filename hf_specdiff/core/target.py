@@ -13,6 +13,7 @@ from transformers import GenerationMixin
 
 from .attention import grouped_heads
 from .attention import is_on_cpu
+from .cache import cache_of
 from .cache import roll_back
 from .cache import start_recording
 from .conditioning import FIRST_LAYER_INDEX
@@ -78,8 +79,8 @@ class Target:
 
     @property
     def cache(self) -> Any:
-        """The key/value cache."""
-        return self.model_kwargs["past_key_values"]
+        """The key/value cache, by either of the host's names."""
+        return cache_of(self.model_kwargs)
 
     @property
     def hidden_states(self) -> tuple[torch.Tensor, ...] | None:
@@ -112,10 +113,13 @@ class Target:
             raise ValueError(f"`text` must be one row for a Target, got {text.num_rows}. Use a MaskedTarget.")
         self._outputs = self.model._prefill(text.tokens, self.generation_config, self.model_kwargs)
         logits = self._outputs.logits[:, -1:].to(text.tokens.device)
-        # Only now: a sliding layer that records from the start would keep the whole prompt.
-        start_recording(self._outputs.past_key_values)
+        self._start_keeping()
         self._place = self._plain_place(text)
         return logits
+
+    def _start_keeping(self) -> None:
+        """From here on tokens will be taken back. Only now: a sliding layer that records from the start keeps the whole prompt."""
+        start_recording(self.cache)
 
     def _plain_place(self, text: Text) -> PlainPlace | None:
         """Return where the prompt ends, or `None` if the host has more to prepare for a pass than to slice its inputs."""
@@ -150,24 +154,26 @@ class Target:
         """
         if isinstance(draft, DraftTree):
             raise ValueError("`draft` must be a chain for a Target, got a DraftTree. Use a MaskedTarget.")
-        if self._place is not None:
-            tokens = torch.cat([text.anchors(), draft.tokens], dim=1)
-            return self._run(self._plain_inputs(tokens, self._place), tokens.shape[1], tokens.device)
-        gamma = draft.num_tokens
-        kwargs = _extended(self.model_kwargs, gamma)
-        inputs = self.model.prepare_inputs_for_generation(
-            torch.cat([text.tokens, draft.tokens], dim=1), next_sequence_length=gamma + 1, is_first_iteration=False, **kwargs
-        )
-        return self._run(inputs, gamma + 1, text.tokens.device)
+        tokens, num_new = torch.cat([text.tokens, draft.tokens], dim=1), draft.num_tokens + 1
+        return self._run(self._inputs_of_last(tokens, num_new, draft.num_tokens), num_new, tokens.device)
 
-    def _plain_inputs(self, tokens: torch.Tensor, place: PlainPlace) -> dict[str, Any]:
-        """Return what the host's general preparation would make for tokens `(1, n)` behind the committed ones."""
-        end, device = place.length + tokens.shape[1], tokens.device
+    def _inputs_of_last(self, tokens: torch.Tensor, num_read: int, num_beyond: int) -> dict[str, Any]:
+        """Return the model's inputs for the last `num_read` of `tokens` `(1, n)`, which reach `num_beyond` past the text."""
+        if self._place is not None:
+            start = self._place.length + 1 + num_beyond - num_read
+            return self._plain_inputs(tokens[:, -num_read:], start, self._place.lag)
+        return self.model.prepare_inputs_for_generation(
+            tokens, next_sequence_length=num_read, is_first_iteration=False, **_resized(self.model_kwargs, num_beyond)
+        )
+
+    def _plain_inputs(self, tokens: torch.Tensor, start: int, lag: int) -> dict[str, Any]:
+        """Return what the host's general preparation would make for tokens `(1, n)` behind the first `start` slots."""
+        end, device = start + tokens.shape[1], tokens.device
         inputs = dict(self.model_kwargs, input_ids=tokens)
         if inputs.get("attention_mask") is not None:
             inputs["attention_mask"] = torch.ones(1, end, dtype=inputs["attention_mask"].dtype, device=device)
         if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = torch.arange(place.length - place.lag, end - place.lag, device=device)[None]
+            inputs["position_ids"] = torch.arange(start - lag, end - lag, device=device)[None]
         return inputs
 
     def _run(self, inputs: dict[str, Any], num_tokens: int, device: torch.device) -> torch.Tensor:
@@ -194,15 +200,22 @@ class Target:
             return self._features_of_prompt()
         num_kept = len(nodes[0])
         # The pass wrote the anchor and the draft; of a chain the first ones stay.
-        roll_back(self._outputs.past_key_values, num_drafted + 1 - num_kept)
+        roll_back(self.cache, num_drafted + 1 - num_kept)
         return self._advance(num_kept)
 
     def select_rows(self, rows: list[int]) -> None:
         """Forget all but some rows of the batch: nothing here, where the single row is never taken away."""
 
+    def finish(self, tokens: torch.Tensor) -> None:
+        """Bring the cache to what plain decoding leaves behind: nothing to do here.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(1, L)`, int64): the finished text.
+        """
+
     def forget(self, num_tokens: int) -> None:
-        """Take back the whole last pass of so many tokens."""
-        roll_back(self._outputs.past_key_values, num_tokens)
+        """Take back the whole last pass of some number of tokens."""
+        roll_back(self.cache, num_tokens)
 
     def _features_of_prompt(self) -> Features | None:
         """Return the prompt's hidden states, and let mask and positions grow by the token that follows it."""
@@ -244,19 +257,20 @@ class Target:
 
 def _repeat_last(types: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Return token types `(B, L)` longer by `num_tokens` times their last column."""
-    return torch.cat([types, types[:, -1:].expand(-1, num_tokens)], dim=1)
+    return torch.cat([types, types[:, -1:].expand(-1, max(0, num_tokens))], dim=1)
 
 
-def _extended(model_kwargs: dict[str, Any], num_tokens: int) -> dict[str, Any]:
-    """Return `model_kwargs` with mask and positions longer by `num_tokens` drafted tokens."""
+def _resized(model_kwargs: dict[str, Any], num_tokens: int) -> dict[str, Any]:
+    """Return `model_kwargs` with mask, positions and token types longer by `num_tokens`, or shorter if it is negative."""
     kwargs = dict(model_kwargs)
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if mask is not None:
         kwargs["attention_mask"] = torch.nn.functional.pad(mask, (0, num_tokens), value=1)
     for name in TOKEN_TYPE_NAMES:
         if kwargs.get(name) is not None:
-            kwargs[name] = _repeat_last(kwargs[name], num_tokens)
+            kwargs[name] = _repeat_last(kwargs[name], num_tokens)[:, : kwargs[name].shape[1] + num_tokens]
     if positions is not None:
-        steps = torch.arange(1, num_tokens + 1, device=positions.device)
-        kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + steps], dim=-1)
+        steps = torch.arange(1, max(0, num_tokens) + 1, device=positions.device)
+        positions = torch.cat([positions, positions[..., -1:] + steps], dim=-1)
+        kwargs["position_ids"] = positions[..., : kwargs["position_ids"].shape[-1] + num_tokens]
     return kwargs
