@@ -29,7 +29,7 @@ LEVELS = [
     {"drafters", "rules"},
     {"conditioning"},
     {"candidate_generator", "target"},
-    {"masked_target", "decoding"},
+    {"masked_target", "stateful_target", "decoding"},
     {"profiling"},
     {"generate"},
     {"repository"},

@@ -9,6 +9,7 @@ import torch
 from transformers import Cache
 from transformers import GenerationConfig
 from transformers import LogitsProcessorList
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.generation import EncoderNoRepeatNGramLogitsProcessor
 from transformers.generation import EncoderRepetitionPenaltyLogitsProcessor
 from transformers.generation import GenerationMode
@@ -16,6 +17,7 @@ from transformers.generation import PrefixConstrainedLogitsProcessor
 from transformers.generation import SynthIDTextWatermarkLogitsProcessor
 from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from .cache import cache_of
 from .text import Text
 
 # They carry a state from call to call that rejected tokens would spoil.
@@ -47,11 +49,6 @@ def check_pair(model: Any, drafter: Any) -> None:
         )
     if model.config.is_encoder_decoder:
         raise ValueError(f"`model` must be a decoder-only language model, got {type(model).__name__}.")
-    if getattr(model, "_is_stateful", False):
-        raise ValueError(
-            f"`model` must be able to take tokens back, got {type(model).__name__}, which keeps a recurrent state. "
-            "Use plain model.generate for it."
-        )
     target_config = model.config.get_text_config()
     if config.vocab_size != target_config.vocab_size:
         raise ValueError(
@@ -147,9 +144,10 @@ def check_call(
         raise ValueError(
             "`input_ids` must hold at least one token, got an empty prompt (`inputs_embeds` cannot be drafted from)."
         )
-    if not model_kwargs.get("use_cache", True) or model_kwargs.get("past_key_values") is None:
+    cache = cache_of(model_kwargs)
+    if not model_kwargs.get("use_cache", True) or cache is None:
         raise ValueError("`use_cache` must be True, got False. Rounds build on the keys and values of the committed text.")
-    check_can_roll_back(model_kwargs["past_key_values"])
+    check_can_roll_back(cache)
     if config.output_attentions:
         raise ValueError("`output_attentions` must be False, got True. Use plain model.generate for it.")
     check_processors(processors)
@@ -217,7 +215,9 @@ def check_can_roll_back(cache: Cache) -> None:
         ValueError: if the cache is compiled or quantized. (A recurrent state is the model's to tell; see the entry's checks.)
     """
     name = type(cache).__name__
-    if getattr(cache, "is_compileable", False) or "Static" in name:
+    # A cache that holds nothing but running states always says that it can be compiled.
+    is_all_state = all(isinstance(layer, LinearAttentionLayer) for layer in getattr(cache, "layers", []))
+    if (getattr(cache, "is_compileable", False) and not is_all_state) or "Static" in name:
         raise ValueError(
             f"`cache_implementation` must be a dynamic cache, got {name}. Leave the argument out: rejected tokens are rolled "
             "back, and a static cache has no length to roll back."
@@ -294,6 +294,28 @@ def check_batch(
         raise ValueError(
             "`pad_token_id` must be given when rows can end at different tokens, got None. Pass "
             "pad_token_id=tokenizer.pad_token_id."
+        )
+
+
+def check_state(obstacle: str | None, cache: Any) -> None:
+    """Refuse a model with a running state that drafts would spoil.
+
+    Args:
+        obstacle (`str`, *optional*): why a pass over several tokens cannot take the place of steps.
+        cache (`transformers.Cache`): the target's.
+
+    Raises:
+        ValueError: if so, and for an offloaded cache, whose states may be on their way when they are to be kept.
+    """
+    if obstacle is not None:
+        raise ValueError(
+            f"`model` must read several tokens in one pass as it reads them one by one, got one whose drafts cannot be "
+            f"verified: {obstacle}. Use plain model.generate for it."
+        )
+    if getattr(cache, "offloading", False):
+        raise ValueError(
+            "`cache_implementation` must not be 'offloaded' for a model with a running state, got an offloaded cache. Leave "
+            "the argument out: states are small, whatever the length of the text."
         )
 
 

@@ -18,12 +18,14 @@ from transformers import StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .budget import Budget
+from .cache import cache_of
 from .checks import check_batch
 from .checks import check_call
 from .checks import check_pair
 from .checks import check_profile
 from .checks import check_prompt
 from .checks import check_rotary
+from .checks import check_state
 from .checks import check_stop_strings
 from .checks import why_call_not_masked
 from .conditioning import make_drafter
@@ -36,6 +38,9 @@ from .profiling import learn
 from .profiling import profile_of
 from .speculation import SPECULATION_ARGUMENTS
 from .speculation import resolve_speculation
+from .stateful_target import StatefulTarget
+from .stateful_target import is_stateful
+from .stateful_target import why_not_stateful
 from .stopping import StopCheck
 from .target import Target
 from .text import Text
@@ -88,7 +93,7 @@ def generate(
         check_prompt(prompt, assistant_model.config.mask_token_id)
     arguments = _pop_speculation(kwargs)
     profile = kwargs.pop("profile", None)
-    own_cache = kwargs.get("past_key_values")
+    own_cache = cache_of(kwargs)
     streamer = kwargs.pop("streamer", None)
     kwargs = _with_stop_strings(model, kwargs)
 
@@ -105,7 +110,12 @@ def generate(
         check_call(input_ids, logits_processor, generation_config, model_kwargs, streamer)
         check_rotary(model.config.get_text_config(), input_ids.shape[1], generation_config.max_length)
 
+        if is_stateful(model):
+            check_state(why_not_stateful(model, input_ids.device), cache_of(model_kwargs))
+
         def why_no_masks() -> str | None:
+            if is_stateful(model):
+                return f"{type(model).__name__} keeps a running state, which reads one text in order"
             return why_call_not_masked(model_kwargs, own_cache) or why_not_masked(model, input_ids.device)
 
         speculation = resolve_speculation(
@@ -123,7 +133,7 @@ def generate(
         drafting = speculation if generation_config.do_sample else replace(speculation, acceptance="match")
         drafter = make_drafter(assistant_model, model, drafting, logits_processor, generation_config.max_length)
         needs_masks = text.num_rows > 1 or speculation.draft_shape != "chain"
-        target_class = MaskedTarget if needs_masks else Target
+        target_class = StatefulTarget if is_stateful(model) else MaskedTarget if needs_masks else Target
         callbacks = [*logits_processor, *stopping_criteria, streamer]
         with inference([model, assistant_model], callbacks, own_cache):
             if speculation.is_adaptive:
@@ -132,6 +142,8 @@ def generate(
                 drafter.budget = Budget(measured, text.num_rows, draws_children=draws_children)
             target = target_class(model, generation_config, model_kwargs, drafter.target_layer_ids)
             output = run(target, drafter, speculation, stop, logits_processor, text, streamer)
+            if own_cache is not None or generation_config.return_dict_in_generate:
+                target.finish(output.sequences)
         if drafter.budget is not None and profile is None:
             learn(model, assistant_model, speculation, drafter.budget.calibration.factors)
         output = ordinary(output)

@@ -78,9 +78,12 @@ def make_ordinary(cache: Cache) -> None:
     """
     for layer in cache.layers:
         _make_ordinary_in(vars(layer), vars(layer))
+        for value in vars(layer).values():
+            if isinstance(value, dict):  # running states
+                _make_ordinary_in(value, value)
 
 
-def _make_ordinary_in(values: dict[str, Any], names: Iterable[str]) -> None:
+def _make_ordinary_in(values: dict[Any, Any], names: Iterable[Any]) -> None:
     for name in names:
         value = values[name]
         if isinstance(value, torch.Tensor):

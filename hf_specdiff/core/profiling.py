@@ -23,7 +23,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 import transformers
-from transformers import DynamicCache
 from transformers import GenerationConfig
 from transformers import LogitsProcessorList
 from transformers.utils import logging
@@ -33,7 +32,10 @@ from .conditioning import make_drafter
 from .draft import Draft
 from .masked_target import MaskedTarget
 from .speculation import SpeculationConfig
+from .stateful_target import StatefulTarget
+from .stateful_target import is_stateful
 from .target import Target
+from .target import fresh_kwargs
 from .text import Text
 from .tree import DraftTree
 
@@ -130,13 +132,8 @@ def measure_profile(model: Any, drafter: Any, speculation: SpeculationConfig, de
     ids = torch.arange(max(1, min(CONTEXT_LENGTH, room - sizes[-1] - 1)), device=device)[None] * 7 % config.vocab_size
     ids = torch.where(ids == drafter.config.mask_token_id, (ids + 1) % config.vocab_size, ids)
     put_around = make_drafter(drafter, model, speculation, LogitsProcessorList())
-    model_kwargs = {
-        "past_key_values": DynamicCache(config=config),
-        "use_cache": True,
-        "attention_mask": torch.ones_like(ids),
-    }
-    target_class = Target if speculation.draft_shape == "chain" else MaskedTarget
-    target = target_class(model, GenerationConfig(), model_kwargs, put_around.target_layer_ids)
+    target_class = StatefulTarget if is_stateful(model) else Target if speculation.draft_shape == "chain" else MaskedTarget
+    target = target_class(model, GenerationConfig(), fresh_kwargs(model, ids), put_around.target_layer_ids)
     with torch.no_grad(), torch.random.fork_rng():
         text = Text.of_prompt(ids)
         target.prefill(text)

@@ -11,19 +11,18 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import DynamicCache
 from transformers import GenerationConfig
 
-from .cache import CACHE_NAMES
 from .cache import Snapshot
 from .draft import Draft
 from .target import Target
+from .target import fresh_kwargs
 from .text import Features
 from .text import Text
 from .tree import DraftTree
 
-# Committed tokens that a pass reads once more before a short pass of their own moves the state up to them. A pass over 40 tokens
-# costs little more than one over 8, a pass of its own as much as a round: this many make it one in ten.
+# Committed tokens that are read once more; when there are more of them, a short pass of their own moves the state up. A pass
+# over 40 tokens costs little more than one over 8, and a pass of its own as much as a round: with this many it is one in ten.
 MOST_REPLAYED = 32
 # Tokens that a model is tried with: before the first draft, and in all.
 NUM_CONTEXT, NUM_TRIED = 12, 24
@@ -150,6 +149,11 @@ def unlimited_steps(modules: list[Any]) -> Iterator[None]:
             module.time_step_limit = limit
 
 
+def is_stateful(model: Any) -> bool:
+    """Return whether a model keeps a running state, which cannot be cropped."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
 def why_not_stateful(model: Any, device: torch.device) -> str | None:
     """Return why a model with a running state cannot verify drafts, or `None` if it can; found by trying, once for each model.
 
@@ -195,15 +199,9 @@ def _read(model: Any, ids: torch.Tensor, counts: list[int]) -> torch.Tensor:
 
     Each round of more than one token but the last drafts two tokens more, which are rejected.
     """
-    names = model.forward.__code__.co_varnames
-    cache_name = next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
-    model_kwargs = {
-        cache_name: DynamicCache(config=model.config.get_text_config(decoder=True)),
-        "use_cache": True,
-        "attention_mask": torch.ones_like(ids[:, :NUM_CONTEXT]),
-    }
-    target = StatefulTarget(model, GenerationConfig(), model_kwargs, None)
-    target.prefill(Text.of_prompt(ids[:, :NUM_CONTEXT]))
+    context = ids[:, :NUM_CONTEXT]
+    target = StatefulTarget(model, GenerationConfig(), fresh_kwargs(model, context), None)
+    target.prefill(Text.of_prompt(context))
     target.commit([[0]], 0)
     logits, end = [], NUM_CONTEXT
     for count in counts:

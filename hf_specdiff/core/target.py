@@ -4,15 +4,18 @@ Letters: B batch, G drafted tokens, V vocabulary, D hidden size, K target layers
 inputs; knows no drafter and no rule.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 from transformers import GenerationConfig
 from transformers import GenerationMixin
 
 from .attention import grouped_heads
 from .attention import is_on_cpu
+from .cache import CACHE_NAMES
 from .cache import cache_of
 from .cache import roll_back
 from .cache import start_recording
@@ -118,7 +121,7 @@ class Target:
         return logits
 
     def _start_keeping(self) -> None:
-        """From here on tokens will be taken back. Only now: a sliding layer that records from the start keeps the whole prompt."""
+        """Let the cache keep what taking tokens back needs. Sliding layers that do so from the start keep the whole prompt."""
         start_recording(self.cache)
 
     def _plain_place(self, text: Text) -> PlainPlace | None:
@@ -253,6 +256,14 @@ class Target:
         )
         # For several tokens the host copies the types of as many earlier ones; plain decoding repeats the last one's.
         self.model_kwargs |= {name: _repeat_last(types, num_tokens) for name, types in token_types.items()}
+
+
+def fresh_kwargs(model: Any, ids: torch.Tensor) -> dict[str, Any]:
+    """Return what `generate` would prepare for a prompt `(1, L)` without padding, to try a model with."""
+    names = inspect.signature(model.forward).parameters
+    cache_name = next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    return {cache_name: cache, "use_cache": True, "attention_mask": torch.ones_like(ids)}
 
 
 def _repeat_last(types: torch.Tensor, num_tokens: int) -> torch.Tensor:
