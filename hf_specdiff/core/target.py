@@ -263,7 +263,10 @@ def fresh_kwargs(model: Any, ids: torch.Tensor) -> dict[str, Any]:
     names = inspect.signature(model.forward).parameters
     cache_name = next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    return {cache_name: cache, "use_cache": True, "attention_mask": torch.ones_like(ids)}
+    kwargs = {cache_name: cache, "use_cache": True, "attention_mask": torch.ones_like(ids)}
+    if "position_ids" in names:
+        kwargs["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
+    return kwargs
 
 
 def _repeat_last(types: torch.Tensor, num_tokens: int) -> torch.Tensor:
