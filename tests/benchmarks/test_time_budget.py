@@ -48,7 +48,7 @@ def test_gains_are_stated_against_plain_decoding() -> None:
 
 
 class WorkClock:
-    """Seconds by counted work: each pass of the target takes a hundredth, whatever the machine does besides."""
+    """Seconds by counted work: each pass of the target takes a fiftieth, whatever the machine does besides."""
 
     def __init__(self, target: torch.nn.Module) -> None:
         self.num_passes = 0
@@ -58,7 +58,7 @@ class WorkClock:
         self.num_passes += 1
 
     def __call__(self) -> float:
-        return 0.01 * self.num_passes
+        return 0.02 * self.num_passes
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_accuracy_within_a_time_is_measured_and_resumed(
     # Plain decoding writes a token a pass; a drafter's passes are free here, so it is through in less than half the time.
     for problem in (0, 1):
         plain, chain, _ = [attempt.seconds for attempt in greedy if attempt.problem == problem]
-        assert plain == pytest.approx([0.01 * (number + 1) for number in range(len(plain))])
+        assert plain == pytest.approx([0.02 * (number + 1) for number in range(len(plain))])
         assert chain[-1] < plain[-1] / 2
     # Attempts are sampled until the last budget is over, and the one that goes beyond it is the last.
     for method, problem in itertools.product(plan.methods, (0, 1)):
@@ -102,10 +102,10 @@ def test_accuracy_within_a_time_is_measured_and_resumed(
 
 
 def test_a_budget_without_time_for_a_token_is_refused(models: Models, work_clock: WorkClock) -> None:
-    """The curve begins at a fifth of the budget, and a token takes a hundredth of a second: less than 0.05 s is too little."""
-    for headline, is_enough in ((0.049, False), (0.051, True)):
+    """The curve begins at a fifth of the budget, and a token takes a fiftieth of a second: less than 0.1 s is too little."""
+    for headline, is_enough in ((0.099, False), (0.101, True)):
         solver = time_budget.Solver(models, time_budget.Plan([Method(PLAIN, {})], headline=headline), work_clock)
-        with nullcontext() if is_enough else pytest.raises(ValueError, match=r"`budget` must be longer than 0\.050 s"):
+        with nullcontext() if is_enough else pytest.raises(ValueError, match=r"`budget` must be longer than 0\.100 s"):
             solver.check_budget()
 
 

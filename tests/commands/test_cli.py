@@ -1,11 +1,8 @@
 """The command line does the job, resumes, and says in one line what is wrong."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 import hf_specdiff
+from hf_specdiff.commands import demo
 from hf_specdiff.commands.main import app
+from hf_specdiff.commands.main import main
 from hf_specdiff.commands.main import number_or_word
 from hf_specdiff.commands.train import read_loss_weights
 from hf_specdiff.demo.bundle import PAIR
@@ -66,7 +65,9 @@ def test_generate_streams_plain_generates_text_and_statistics(tmp_path: Path) ->
     assert "tokens per round" in result.stderr
 
 
-def test_demo_compares_all_methods() -> None:
+def test_demo_compares_all_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    for task in demo.MAX_NEW_TOKENS:
+        monkeypatch.setitem(demo.MAX_NEW_TOKENS, task, 24)
     result = CliRunner().invoke(app, ["demo", "--num-prompts", "1"])
     assert result.exit_code == 0, result.output
     assert "identical: 12/12" in result.output
@@ -90,42 +91,6 @@ def test_train_makes_a_drafter_that_loads_and_drafts(tmp_path: Path) -> None:
         )
 
 
-def test_ctrl_c_leaves_a_loadable_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    prompts, output = write_prompts(tmp_path / "p.jsonl", 16), tmp_path / "drafter"
-    command = [
-        sys.executable,
-        "-m",
-        "hf_specdiff.commands.main",
-        "train",
-        TARGET,
-        "--prompts",
-        str(prompts),
-        "--output",
-        str(output),
-    ]
-    command += ["--num-epochs", "20", *TRAIN]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    checkpoints = output / "work" / "checkpoints"
-    deadline = time.monotonic() + 240
-    while not list(checkpoints.glob("checkpoint-*")) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130, stderr
-    assert "Interrupted" in stderr
-    assert not (output / "model.safetensors").exists()
-    newest = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    hf_specdiff.SpecDiffDrafter.from_pretrained(newest)
-    assert int(newest.name.split("-")[1]) < 80
-    # Other settings are refused in the same folder; the same ones go on.
-    other = run(*command[3:], "--seed", "3")
-    assert other.returncode == 2
-    assert "fresh folder" in other.stderr
-    resumed = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env={**os.environ})
-    assert resumed.returncode == 0, resumed.stderr
-    assert (output / "model.safetensors").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -138,10 +103,22 @@ def test_ctrl_c_leaves_a_loadable_checkpoint_and_the_same_command_goes_on(tmp_pa
     ],
     ids=["no-prompt", "no-target", "no-drafter", "gamma", "no-prompts", "none-to-show"],
 )
-def test_mistakes_end_in_one_line(arguments: list[str], words: str) -> None:
-    result = run(*arguments)
+def test_mistakes_end_in_one_line(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["hf-specdiff", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert words in " ".join(error.split())
+    assert "Traceback" not in error
+
+
+def test_a_mistake_ends_a_process_of_its_own_in_one_line() -> None:
+    result = run("demo", "--num-prompts", "0")
     assert result.returncode == 2
-    assert words in " ".join(result.stderr.split())
+    assert "`num_prompts` must be from 1" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -113,6 +113,21 @@ def target() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.fixture(scope="module")
+def plain_law(target: LlamaForCausalLM) -> Callable[[dict], Counter]:
+    """Return the law of plain `generate` under given settings; many tests compare with the same one."""
+    known: dict[str, Counter] = {}
+
+    def law(settings: dict) -> Counter:
+        name = repr(sorted(settings.items()))
+        if name not in known:
+            with pytest.MonkeyPatch.context() as patch:
+                known[name] = law_of(lambda: target.generate(PROMPT, **settings), patch)
+        return known[name]
+
+    return law
+
+
 def drafter_for(layers: list[int] | None) -> SpecDiffDrafter:
     return make_drafter(
         layers,
@@ -180,11 +195,16 @@ MANY = {
 )
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_sampling_preserves_the_law_of_plain_generate(
-    scheme: str, processors: str, layers: list[int] | None, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+    scheme: str,
+    processors: str,
+    layers: list[int] | None,
+    target: LlamaForCausalLM,
+    plain_law: Callable[[dict], Counter],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {"max_new_tokens": 3, "do_sample": True, **PROCESSORS[processors]}
     drafter = drafter_for(layers)
-    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    plain = plain_law(settings)
     ours = law_of(
         lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, **settings, **SCHEMES[scheme]), monkeypatch
     )
@@ -197,11 +217,15 @@ def test_sampling_preserves_the_law_of_plain_generate(
     [(scheme, name) for scheme in STEPPED for name in ("none", "repetition_penalty") if (scheme, name) != (BY_MATCH, "none")],
 )
 def test_several_denoising_steps_preserve_the_law(
-    scheme: str, processors: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+    scheme: str,
+    processors: str,
+    target: LlamaForCausalLM,
+    plain_law: Callable[[dict], Counter],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {"max_new_tokens": 4, "do_sample": True, **PROCESSORS[processors], "top_k": 2}
     drafter = drafter_for(None)
-    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    plain = plain_law(settings)
     ours = law_of(
         lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, gamma=2, **settings, **STEPPED[scheme]),
         monkeypatch,
@@ -210,11 +234,13 @@ def test_several_denoising_steps_preserve_the_law(
 
 
 @pytest.mark.parametrize("scheme", ["ratio", "block", "auto-chain", "hot-drafts", "argmax-drafts"])
-def test_windows_of_two_tokens_preserve_the_law(scheme: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_of_two_tokens_preserve_the_law(
+    scheme: str, target: LlamaForCausalLM, plain_law: Callable[[dict], Counter], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Long enough for two drafted tokens and a bonus token in one round."""
     settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 2, "repetition_penalty": 1.3}
     drafter = drafter_for(None)
-    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    plain = plain_law(settings)
     ours = law_of(
         lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, **settings, **SCHEMES[scheme]), monkeypatch
     )
@@ -237,11 +263,12 @@ def test_many_drafts_preserve_the_law(
     processors: dict,
     length: int,
     target: LlamaForCausalLM,
+    plain_law: Callable[[dict], Counter],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {"max_new_tokens": length if "samples" in scheme else 4, "do_sample": True, "top_k": 2, **processors}
     drafter = drafter_for(layers)
-    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    plain = plain_law(settings)
     ours = law_of(
         lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, **settings, **MANY[scheme]), monkeypatch
     )
@@ -279,7 +306,10 @@ def test_rows_of_a_batch_keep_their_joint_law(scheme: dict, target: LlamaForCaus
 
 @pytest.mark.parametrize("temperatures", [(0.3,), (2.5,), (0.3, 2.5)], ids=["colder", "warmer", "by-what-was-accepted"])
 def test_children_at_a_temperature_learnt_on_the_way_preserve_the_law(
-    temperatures: tuple[float, ...], target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+    temperatures: tuple[float, ...],
+    target: LlamaForCausalLM,
+    plain_law: Callable[[dict], Counter],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From the second round on they are drawn at another temperature than 1, even one that hangs on how much was accepted."""
     used = set()
@@ -293,7 +323,7 @@ def test_children_at_a_temperature_learnt_on_the_way_preserve_the_law(
     monkeypatch.setattr(shapes.ChildTemperature, "_learn", choose)
     settings = {"max_new_tokens": 5, "do_sample": True, "top_k": 2, **PROCESSED}
     scheme = {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": 3, "gamma": 2}
-    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    plain = plain_law(settings)
     ours = law_of(
         lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **scheme), monkeypatch
     )
@@ -305,7 +335,7 @@ def test_children_at_a_temperature_learnt_on_the_way_preserve_the_law(
     "scheme", ["adaptive-tree-ratio", "adaptive-tree-match", "adaptive-chain-ratio", "adaptive-chain-block"]
 )
 def test_sizes_that_hang_on_what_was_accepted_preserve_the_law(
-    scheme: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+    scheme: str, target: LlamaForCausalLM, plain_law: Callable[[dict], Counter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A budget that drafts much after one outcome and next to nothing after another."""
     sizes = set()
@@ -316,7 +346,7 @@ def test_sizes_that_hang_on_what_was_accepted_preserve_the_law(
 
     monkeypatch.setattr(Calibration, "learn", learn)
     settings = {"max_new_tokens": 5, "do_sample": True, "top_k": 2, **PROCESSED}
-    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    plain = plain_law(settings)
     ours = law_of(
         lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **MANY[scheme]),
         monkeypatch,
@@ -326,10 +356,12 @@ def test_sizes_that_hang_on_what_was_accepted_preserve_the_law(
     assert distance(plain, ours) < TOLERANCE
 
 
-def test_control_children_drawn_from_another_law_are_seen(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_children_drawn_from_another_law_are_seen(
+    target: LlamaForCausalLM, plain_law: Callable[[dict], Counter], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shapes, "draw", lambda laws: draw(laws.square()))
     settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 0}
-    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    plain = plain_law(settings)
     ours = law_of(
         lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **MANY["tree-ratio"]),
         monkeypatch,
@@ -349,7 +381,9 @@ class GuessingDrafter:
 
 
 @pytest.mark.parametrize("rule", ["match", "ratio", "block"])
-def test_your_own_drafter_preserves_the_law(rule: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_your_own_drafter_preserves_the_law(
+    rule: str, target: LlamaForCausalLM, plain_law: Callable[[dict], Counter], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Put your drafter in the place of this one: it may propose past the length limit, and it may be as wrong as it likes."""
 
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
@@ -360,7 +394,7 @@ def test_your_own_drafter_preserves_the_law(rule: str, target: LlamaForCausalLM,
         return run(state, GuessingDrafter(), settings, stop, logits_processor, text).sequences
 
     settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 2}
-    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    plain = plain_law(settings)
     ours = law_of(lambda: target.generate(PROMPT, custom_generate=loop, **settings), monkeypatch)
     assert distance(plain, ours) < TOLERANCE
 
@@ -377,7 +411,9 @@ def test_a_rule_that_needs_a_prefix_law_refuses_drafts_without_one() -> None:
     assert generator.get_candidates(PROMPT)[1] is None
 
 
-def test_control_a_wrong_rule_is_seen(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_a_wrong_rule_is_seen(
+    target: LlamaForCausalLM, plain_law: Callable[[dict], Counter], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same check must fail where the draft's law is not the one its tokens were drawn from."""
 
     def sharpened(scores: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -387,7 +423,7 @@ def test_control_a_wrong_rule_is_seen(target: LlamaForCausalLM, monkeypatch: pyt
     monkeypatch.setattr(drafters, "draw_from_scores", sharpened)
     settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 0}
     drafter = drafter_for(None)
-    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    plain = plain_law(settings)
     for rule in ("ratio", "block"):
         ours = law_of(
             lambda rule=rule: hf_specdiff.generate(

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import math
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,33 @@ def test_as_is_trains_from_the_command_line_and_is_part_of_the_runs_settings(
     assert "'as_is': (True, False)" in capsys.readouterr().err
     assert train("--as-is", "--regenerate-at", "0") == 2
     assert "`--regenerate-at` must be left out" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_a_loadable_checkpoint_and_the_same_command_goes_on(
+    train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The signal comes in the middle of step 6 of 12: that step is finished and saved."""
+    output, calls = tmp_path / "drafter", []
+
+    def objective(log_probs: torch.Tensor, labels: torch.Tensor, decay: float) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGINT)
+        return losses.decayed_cross_entropy(log_probs, labels, decay)
+
+    monkeypatch.setitem(losses.OBJECTIVES, "decayed_ce", objective)
+    command = ["--num-epochs", "2", "--eval-prompts", "0"]
+    assert train(*command) == 130
+    assert "Interrupted; a checkpoint is in" in capsys.readouterr().err
+    assert not (output / "model.safetensors").exists()
+    assert checkpoints_of(output) == ["checkpoint-4", "checkpoint-6"]
+    SpecDiffDrafter.from_pretrained(output / "work" / "checkpoints" / "checkpoint-6")
+    assert train(*command, "--seed", "3") == 2  # other settings are refused in the same folder
+    assert "fresh folder" in capsys.readouterr().err
+    assert len(calls) == 6
+    assert train(*command) == 0
+    assert len(calls) == 12
+    assert (output / "model.safetensors").exists()
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_the_next_one_goes_on(
