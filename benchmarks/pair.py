@@ -34,10 +34,10 @@ from hf_specdiff.demo.bundle import MAX_NEW_TOKENS
 from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences
-from hf_specdiff.training.data import regenerate
 from hf_specdiff.training.data import sequences_of_texts
 from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import fit_drafter
+from hf_specdiff.training.regeneration import regenerate
 from hf_specdiff.training.trainer import spread_layers
 from recipes.bundled import MAX_LENGTH
 from recipes.bundled import model_config
@@ -309,7 +309,7 @@ def continuations(job: Job, target: Any, tokenizer: Any) -> Sequences:
         shard = prompts[start : start + job.size.shard_size]
         with job.timed(TEXT):
             folder = job.output / "texts" / f"{number:03d}"
-            parts.append(regenerate(target, tokenizer, shard, folder, shard_size=len(shard), **settings))
+            parts.append(regenerate(target, tokenizer, shard, folder, **settings))
     if settled is None:
         job.settle(TEXT, len(parts))
     return Sequences.concatenate(parts)

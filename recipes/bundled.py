@@ -23,10 +23,10 @@ from transformers import LlamaConfig
 from hf_specdiff.demo.bundle import BUNDLED_TARGET
 from hf_specdiff.demo.word_problems import iter_problems
 from hf_specdiff.training.data import Sequences
-from hf_specdiff.training.data import regenerate
 from hf_specdiff.training.data import sequences_of_texts
 from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import fit_drafter
+from hf_specdiff.training.regeneration import regenerate
 from hf_specdiff.training.trainer import spread_layers
 from recipes.language_models import VOCAB_SIZE
 from recipes.language_models import PackedDocuments
@@ -183,14 +183,12 @@ def training_data(pair: Path, work: Path, tokenizer: Any) -> dict[str, Sequences
     """Return what the stages learn from, by name; the target continues the prompts where it has not yet.
 
     The target's own continuations are what a drafter must predict, but a few thousand of them are too little code to learn a
-    language from, so code as it stands comes first. The larger part is continued in bfloat16 and with a static cache, which is
-    two and a half times faster.
+    language from, so code as it stands comes first. The larger part is continued in bfloat16.
     """
     target = AutoModelForCausalLM.from_pretrained(pair / "target", dtype=torch.float32).eval()
     settings: dict[str, Any] = {"max_length": MAX_LENGTH, "batch_size": 128}
     continued = regenerate(target, tokenizer, training_prompts(), work / "sequences", **settings)
     quick = AutoModelForCausalLM.from_pretrained(pair / "target", dtype=torch.bfloat16).eval()
-    settings["cache_implementation"] = "static"
     code = regenerate(quick, tokenizer, more_code_prompts(), work / "code", **settings)
     math = regenerate(quick, tokenizer, more_math_prompts(), work / "math", **settings)
     more_code = regenerate(quick, tokenizer, yet_more_code_prompts(), work / "more-code", **settings)

@@ -23,7 +23,7 @@ ARROWS = {
 }
 # A file may import files of lower levels only.
 LEVELS = [
-    {"attention", "draft", "text", "tree", "calibration", "cache", "denoising", "inference", "stopwatch"},
+    {"attention", "draft", "text", "tree", "calibration", "cache", "files", "denoising", "inference", "stopwatch"},
     {"budget", "checks", "configuration_specdiff", "model_card", "sampling", "speculation"},
     {"acceptance", "record", "shapes", "stopping"},
     {"drafters", "rules"},

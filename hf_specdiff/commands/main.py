@@ -1,4 +1,4 @@
-"""The command line: `hf-specdiff demo | generate | train | bench | doctor | publish`.
+"""The command line: `hf-specdiff demo | generate | regenerate | train | bench | doctor | publish`.
 
 Turns words into calls and errors into one line; everything else lives in the modules it calls.
 """
@@ -104,26 +104,27 @@ def generate_command(
     print_statistics(all_stats)
 
 
-def missing_command(name: str, needed: list[str]) -> Callable[[], None]:
+def missing_command(name: str, extra: str, needed: list[str]) -> Callable[[], None]:
     """Return what stands in for a command whose packages are not there: it says what to install."""
 
     def command() -> None:
-        raise ValueError(f"`{name}` must find {' and '.join(needed)}, got not all. Run pip install 'hf_specdiff[{name}]'.")
+        raise ValueError(f"`{name}` must find {' and '.join(needed)}, got not all. Run pip install 'hf_specdiff[{extra}]'.")
 
-    command.__doc__ = f"Needs the package's extra `{name}`."
+    command.__doc__ = f"Needs the package's extra `{extra}`."
     return command
 
 
 # Training and benchmarks draw pictures, and training reads data sets; the other commands do without what that takes.
-for name, module, needed in (
-    ("train", "hf_specdiff.commands.train", ["datasets", "matplotlib"]),
-    ("bench", "hf_specdiff.commands.bench", ["matplotlib"]),
+for name, extra, needed in (
+    ("regenerate", "train", ["datasets"]),
+    ("train", "train", ["datasets", "matplotlib"]),
+    ("bench", "bench", ["matplotlib"]),
 ):
     if all(map(find_spec, needed)):
-        app.command(name)(getattr(import_module(module), f"{name}_command"))
+        app.command(name)(getattr(import_module(f"hf_specdiff.commands.{name}"), f"{name}_command"))
     else:
         anything = {"ignore_unknown_options": True, "allow_extra_args": True}
-        app.command(name, context_settings=anything)(missing_command(name, needed))
+        app.command(name, context_settings=anything)(missing_command(name, extra, needed))
 
 
 @app.command("doctor")

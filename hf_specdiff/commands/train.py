@@ -49,6 +49,7 @@ def train_command(
     as_is: Annotated[
         bool, typer.Option("--as-is", help="learn from the texts as they stand; the target continues none")
     ] = False,
+    regenerate_batch_size: Annotated[int, typer.Option(min=1, help="texts that the target writes together")] = 32,
     patience: Annotated[int, typer.Option(min=0, help="evaluations without a better one before stopping; 0: never stop")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16/--float32")] = True,
 ) -> None:
@@ -91,7 +92,9 @@ def train_command(
         temperature=regenerate_at or 0.0,
         as_is=as_is,
     )
-    if not train_drafter(model, tokenizer, texts, output, plan, mask_token_id=mask):
+    if not train_drafter(
+        model, tokenizer, texts, output, plan, mask_token_id=mask, regenerate_batch_size=regenerate_batch_size
+    ):
         typer.echo(
             f"Interrupted; a checkpoint is in {output / 'work' / 'checkpoints'}. The same command goes on from it.", err=True
         )

@@ -21,7 +21,7 @@ FILES = (".txt", ".jsonl", ".json", ".parquet", ".arrow")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def read_corpus(source: str, *, as_is: bool = False) -> list[Prompt]:
+def read_corpus(source: str, *, as_is: bool = False, field: str | None = None) -> list[Prompt]:
     """Read prompts from wherever they are.
 
     Args:
@@ -29,6 +29,7 @@ def read_corpus(source: str, *, as_is: bool = False) -> list[Prompt]:
             `.parquet` or `.arrow` file; or `org/name` of a data set on the Hub. Where there are splits, `train` is read, or the
             one behind a colon: `folder:test`, `org/name:test`, and of the Hub's also a part, `org/name:train[:5000]`.
         as_is (`bool`): see `prompt_of`.
+        field (`str`, *optional*): see `prompt_of`.
 
     Returns:
         `list`: the prompts, blank ones left out.
@@ -38,15 +39,18 @@ def read_corpus(source: str, *, as_is: bool = False) -> list[Prompt]:
     """
     path = Path(source)
     if path.is_file() and path.suffix not in (".parquet", ".arrow"):
-        return read_prompts(path, as_is=as_is)
+        return read_prompts(path, as_is=as_is, field=field)
     records = _load(source)
-    names = [name for name in FIELDS if name in records.column_names]
+    fields = FIELDS if field is None else (field,)
+    names = [name for name in fields if name in records.column_names]
     if not names:
         raise ValueError(
-            f"`prompts` must have a column {', '.join(FIELDS)}, got {', '.join(records.column_names)} in {source!r}."
+            f"`prompts` must have a column {', '.join(fields)}, got {', '.join(records.column_names)} in {source!r}."
         )
     rows = enumerate(records.select_columns(names), 1)  # the others need not even be decoded
-    return without_blank([prompt_of(row, f"row {number} of {source!r}", as_is=as_is) for number, row in rows], source)
+    return without_blank(
+        [prompt_of(row, f"row {number} of {source!r}", as_is=as_is, field=field) for number, row in rows], source
+    )
 
 
 def _load(source: str) -> Any:

@@ -1,26 +1,22 @@
-"""Training sequences: prompts, the target's own continuations of them, and the windows cut from both.
+"""Training sequences: token ids, which of them the target wrote, and the windows cut from them.
 
 Letters: B batch, S sequence length, A windows per sequence, W block size. Knows tokens and files; knows no drafter.
 """
 
-import os
-from collections.abc import Iterator
+import hashlib
+import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from rich.progress import track
-from safetensors.torch import load_file
-from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from hf_specdiff.training.losses import IGNORED
 from hf_specdiff.training.prompts import Prompt
-from hf_specdiff.training.prompts import encode
 from hf_specdiff.training.prompts import encode_document
 
 
@@ -31,19 +27,32 @@ class Sequences:
     Attributes:
         tokens (`torch.Tensor` of shape `(total,)`, int32): all sequences.
         ends (`torch.Tensor` of shape `(N,)`, int64): index after the last token of each.
-        prompt_lengths (`torch.Tensor` of shape `(N,)`, int64): tokens of each that the target did not write.
+        is_answer (`torch.Tensor` of shape `(total,)`, bool): which tokens a drafter is to predict: those that the target wrote,
+            or of a document those that stand where it writes.
+        groups (`torch.Tensor` of shape `(N,)`, int64): the same number for sequences of the same prompt or document; none of a
+            group may be held out where another is trained on.
     """
 
     tokens: torch.Tensor
     ends: torch.Tensor
-    prompt_lengths: torch.Tensor
+    is_answer: torch.Tensor
+    groups: torch.Tensor
 
     @classmethod
     def from_lists(cls, sequences: list[list[int]], prompt_lengths: list[int]) -> "Sequences":
-        """Join lists of token ids."""
+        """Join lists of token ids; what follows a prompt, at least all but the first token, is the answer."""
+        starts = [max(length, 1) for length in prompt_lengths]
+        masks = [[i >= start for i in range(len(ids))] for ids, start in zip(sequences, starts, strict=True)]
+        groups = [group_of(ids[:start] if start > 1 else ids) for ids, start in zip(sequences, starts, strict=True)]
+        return cls.from_masks(sequences, masks, groups)
+
+    @classmethod
+    def from_masks(cls, sequences: list[list[int]], masks: list[list[bool]], groups: list[int]) -> "Sequences":
+        """Join lists of token ids, with a mask of the answers' tokens and a group for each."""
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         flat = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int32)
-        return cls(flat, lengths.cumsum(0), torch.tensor(prompt_lengths))
+        is_answer = torch.tensor([is_answer for mask in masks for is_answer in mask], dtype=torch.bool)
+        return cls(flat, lengths.cumsum(0), is_answer, torch.tensor(groups, dtype=torch.int64))
 
     @classmethod
     def concatenate(cls, parts: list["Sequences"]) -> "Sequences":
@@ -52,19 +61,87 @@ class Sequences:
         return cls(
             torch.cat([part.tokens for part in parts]),
             torch.cat([part.ends + start for part, start in zip(parts, starts[:-1], strict=True)]),
-            torch.cat([part.prompt_lengths for part in parts]),
+            torch.cat([part.is_answer for part in parts]),
+            torch.cat([part.groups for part in parts]),
         )
 
-    def save(self, path: Path) -> None:
-        """Write to a safetensors file, beside it first, so that the file is whole or absent."""
-        partial = path.with_suffix(".partial")
-        save_file({"tokens": self.tokens, "ends": self.ends, "prompt_lengths": self.prompt_lengths}, partial)
-        os.replace(partial, path)
+    def __len__(self) -> int:
+        return len(self.ends)
 
-    @classmethod
-    def load(cls, path: Path) -> "Sequences":
-        """Read what `save` wrote."""
-        return cls(**load_file(path))
+    @property
+    def starts(self) -> torch.Tensor:
+        """Index of the first token of each sequence, `(N,)` int64."""
+        return torch.cat([torch.zeros(1, dtype=torch.long), self.ends[:-1]])
+
+    def num_answers(self) -> torch.Tensor:
+        """Return how many tokens of each sequence are of answers, `(N,)` int64."""
+        counts = torch.nn.functional.pad(self.is_answer.long().cumsum(0), (1, 0))
+        return counts[self.ends] - counts[self.starts]
+
+    def select(self, rows: torch.Tensor) -> "Sequences":
+        """Return some of the sequences, in the given order (`rows` int64)."""
+        starts = self.starts
+        places = [torch.arange(int(starts[row]), int(self.ends[row])) for row in rows.tolist()]
+        index = torch.cat(places) if places else torch.zeros(0, dtype=torch.long)
+        lengths = (self.ends - starts)[rows]
+        return Sequences(self.tokens[index], lengths.cumsum(0), self.is_answer[index], self.groups[rows])
+
+    def usable(self, max_length: int) -> torch.Tensor:
+        """Return which sequences hold a window, an anchor and one token after it, within `max_length` tokens, `(N,)` bool."""
+        starts = self.starts
+        ends = torch.minimum(self.ends, starts + max_length)
+        pairs = torch.nn.functional.pad((self.is_answer[:-1] & self.is_answer[1:]).long().cumsum(0), (1, 0))
+        return pairs[(ends - 1).clamp(min=0)] > pairs[torch.minimum(starts, (ends - 1).clamp(min=0))]
+
+    def ids(self, row: int) -> list[int]:
+        """Return the token ids of one sequence."""
+        return self.tokens[int(self.starts[row]) : int(self.ends[row])].tolist()
+
+    def prompt(self, row: int, max_length: int) -> list[int]:
+        """Return what of a sequence the target is to continue: all up to its last answer, or half if it is one answer."""
+        start = int(self.starts[row])
+        mask = self.is_answer[start : min(int(self.ends[row]), start + max_length)].tolist()
+        last = len(mask) - mask[::-1].index(True)  # behind the last answer
+        first = last - next((i for i, is_answer in enumerate(reversed(mask[:last])) if not is_answer), last)
+        ids = self.ids(row)[:max_length]
+        return ids[:first] if first > 1 else ids[: max(len(ids) // 2, 1)]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the attributes by name, as they are written to a file."""
+        return {"tokens": self.tokens, "ends": self.ends, "is_answer": self.is_answer, "groups": self.groups}
+
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits that tell these sequences from others."""
+        digest = hashlib.sha256()
+        for tensor in self.tensors().values():
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def group_of(ids: list[int]) -> int:
+    """Return a number for a prompt's or a document's token ids, from 0 to 2^63 - 1."""
+    return int.from_bytes(hashlib.sha256(array("q", ids).tobytes()).digest()[:8], "big") >> 1
+
+
+def hold_out(sequences: Sequences, max_length: int, count: int, seed: int) -> tuple[Sequences, Sequences | None]:
+    """Keep some prompts or documents out of training; one that occurs twice is on one side only.
+
+    Args:
+        sequences (`Sequences`): all of them.
+        max_length (`int`): tokens of a training sequence; what holds no window within is not chosen.
+        count (`int`): groups to keep out, at most a tenth of all.
+        seed (`int`): of the choice.
+
+    Returns:
+        `tuple`: those to train on, in their order, and those kept out, or `None` if there are too few to keep any.
+    """
+    groups = sequences.groups.tolist()
+    candidates = list(dict.fromkeys(sequences.groups[sequences.usable(max_length)].tolist()))
+    apart = set(random.Random(seed).sample(candidates, min(count, len(set(groups)) // 10, len(candidates))))
+    if not apart:
+        return sequences, None
+    is_apart = torch.tensor([group in apart for group in groups])
+    return sequences.select((~is_apart).nonzero()[:, 0]), sequences.select(is_apart.nonzero()[:, 0])
 
 
 class SequenceDataset(Dataset):
@@ -75,17 +152,13 @@ class SequenceDataset(Dataset):
         max_length (`int`): tokens at most of a sequence; the rest is cut off.
 
     Raises:
-        ValueError: if no sequence has two tokens after its prompt.
+        ValueError: if no sequence has two tokens of an answer.
     """
 
     def __init__(self, sequences: Sequences, max_length: int) -> None:
         self.sequences = sequences
-        starts = torch.cat([torch.zeros(1, dtype=torch.long), sequences.ends[:-1]])
-        lengths = (sequences.ends - starts).clamp(max=max_length)
-        # A window needs its anchor and one token after it, both written by the target.
-        keep = lengths - sequences.prompt_lengths >= 2
-        self.starts, self.lengths = starts[keep], lengths[keep]
-        self.prompt_lengths = sequences.prompt_lengths[keep]
+        starts, keep = sequences.starts, sequences.usable(max_length)
+        self.starts, self.lengths = starts[keep], (sequences.ends - starts).clamp(max=max_length)[keep]
         if not len(self.starts):
             raise ValueError(
                 f"`sequences` must hold a continuation of at least 2 tokens within {max_length}, got none among {len(starts)} "
@@ -98,7 +171,7 @@ class SequenceDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         start, length = int(self.starts[index]), int(self.lengths[index])
         ids = self.sequences.tokens[start : start + length].long()
-        return {"input_ids": ids, "prompt_length": int(self.prompt_lengths[index]), "index": index}
+        return {"input_ids": ids, "is_answer": self.sequences.is_answer[start : start + length], "index": index}
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -108,13 +181,14 @@ def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         items (`list[dict]`): of a `SequenceDataset`.
 
     Returns:
-        `dict`: `input_ids` `(B, S)` int64, `lengths`, `prompt_lengths` and `indices`, each `(B,)` int64.
+        `dict`: `input_ids` `(B, S)` int64, `is_answer` `(B, S)` bool, false on padding, `lengths` and `indices`, each `(B,)`
+            int64.
     """
-    ids = torch.nn.utils.rnn.pad_sequence([item["input_ids"] for item in items], batch_first=True)
+    pad = torch.nn.utils.rnn.pad_sequence
     return {
-        "input_ids": ids,
+        "input_ids": pad([item["input_ids"] for item in items], batch_first=True),
+        "is_answer": pad([item["is_answer"] for item in items], batch_first=True),
         "lengths": torch.tensor([len(item["input_ids"]) for item in items]),
-        "prompt_lengths": torch.tensor([item["prompt_length"] for item in items]),
         "indices": torch.tensor([item["index"] for item in items]),
     }
 
@@ -126,7 +200,8 @@ class Windows:
     Attributes:
         input_ids (`torch.Tensor` of shape `(B, A * W)`, int64): for each window its anchor, then masks.
         position_ids (`torch.Tensor` of shape `(B, A * W)`, int64): 0-based, as in the sequence.
-        labels (`torch.Tensor` of shape `(B * A, W - 1)`, int64): the tokens behind the masks; -100 past the sequence's end.
+        labels (`torch.Tensor` of shape `(B * A, W - 1)`, int64): the tokens behind the masks; -100 from the end of the
+            anchor's answer on.
         anchors (`torch.Tensor` of shape `(B, A)`, int64): index of each anchor in its sequence.
     """
 
@@ -139,7 +214,7 @@ class Windows:
 def sample_windows(
     batch: dict[str, torch.Tensor], num_anchors: int, block_size: int, mask_token_id: int, generator: torch.Generator
 ) -> Windows:
-    """Cut windows at random anchors among the tokens that the target wrote.
+    """Cut windows at random anchors among the tokens of the answers.
 
     Args:
         batch (`dict`): what `collate` returns.
@@ -151,14 +226,19 @@ def sample_windows(
     Returns:
         `Windows`: on the batch's device.
     """
-    ids, lengths, first = batch["input_ids"], batch["lengths"], batch["prompt_lengths"].clamp(min=1)
-    room = (lengths - 1 - first).clamp(min=1)  # anchors may stand at first .. length - 2
+    ids, is_answer = batch["input_ids"], batch["is_answer"]
+    # An anchor needs a token of the same answer behind it.
+    may_stand = is_answer & torch.nn.functional.pad(is_answer[:, 1:], (0, 1))
+    rank = may_stand.long().cumsum(1)  # (B, S)
     draws = torch.rand(len(ids), num_anchors, generator=generator).to(ids.device)
-    anchors = first[:, None] + (draws * room[:, None]).long()  # (B, A)
+    wanted = (draws * rank[:, -1:].clamp(min=1)).long() + 1
+    anchors = torch.searchsorted(rank, wanted).clamp(max=ids.shape[1] - 1)  # (B, A)
     positions = anchors[:, :, None] + torch.arange(block_size, device=ids.device)  # (B, A, W)
-    inside = positions < lengths[:, None, None]
-    tokens = ids.gather(1, positions.clamp(max=ids.shape[1] - 1).flatten(1)).view_as(positions)
-    labels = tokens.masked_fill(~inside, IGNORED)[:, :, 1:]
+    places = positions.clamp(max=ids.shape[1] - 1).flatten(1)
+    tokens = ids.gather(1, places).view_as(positions)
+    inside = is_answer.gather(1, places).view_as(positions) & (positions < ids.shape[1])
+    # The target stops where its answer ends; what comes behind, another answer too, is not of its round.
+    labels = tokens.masked_fill(~inside.cumprod(2).bool(), IGNORED)[:, :, 1:]
     window_ids = torch.full_like(tokens, mask_token_id)
     window_ids[:, :, 0] = tokens[:, :, 0]
     return Windows(window_ids.flatten(1), positions.flatten(1), labels.flatten(0, 1), anchors)
@@ -196,105 +276,38 @@ def window_attention_mask(
 
 
 def sequences_of_texts(tokenizer: Any, texts: Sequence[Prompt], max_length: int) -> Sequences:
-    """Take texts as they are, cut into pieces; anchors may stand anywhere but on the first token.
+    """Take documents as they are, cut into pieces.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the target's.
-        texts (`Sequence`): documents: texts, an end-of-text token is put after each, or chats.
+        texts (`Sequence`): documents: texts, of which all but the first token is to be predicted and an end-of-text token is
+            put after each, or chats, of which the assistant's turns are.
         max_length (`int`): tokens of a piece; a document's rest of fewer than 32 is left out.
 
     Returns:
-        `Sequences`: the pieces.
+        `Sequences`: the pieces; those of a document are of one group.
 
     Raises:
-        ValueError: if no text has three tokens.
+        ValueError: if no text has three tokens, or no chat a turn of the assistant.
     """
-    pieces = []
+    pieces, masks, groups = [], [], []
     for text in texts:
-        ids = encode_document(tokenizer, text)
-        cut = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
-        pieces += [piece for number, piece in enumerate(cut) if len(piece) >= (32 if number else 3)]
+        ids, is_answer = encode_document(tokenizer, text)
+        group = group_of(ids)
+        for start in range(0, len(ids), max_length):
+            piece, mask = ids[start : start + max_length], is_answer[start : start + max_length]
+            if len(piece) >= (32 if start else 3) and any(mask):
+                pieces.append(piece)
+                masks.append([False, *mask[1:]])
+                groups.append(group)
     if not pieces:
-        raise ValueError(f"`prompts` must hold a text of at least 3 tokens, got none among {len(texts)}.")
-    return Sequences.from_lists(pieces, [1] * len(pieces))
-
-
-def regenerate(
-    target: Any,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    folder: Path,
-    *,
-    max_length: int,
-    batch_size: int = 64,
-    shard_size: int = 512,
-    **generate_kwargs: Any,
-) -> Sequences:
-    """Let the target continue the prompts; a drafter learns best from the text it will have to predict.
-
-    Finished shards are kept in `folder`, so that an interrupted call goes on where it stopped. Several processes (`accelerate
-    launch`) share the shards out.
-
-    Args:
-        target (`transformers.PreTrainedModel`): the target, in evaluation mode.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer, padding on the left.
-        prompts (`Sequence`): texts or chats; those of more than `max_length - 2` tokens are left out.
-        folder (`pathlib.Path`): of the shards.
-        max_length (`int`): tokens of prompt and continuation.
-        batch_size (`int`): prompts generated together.
-        shard_size (`int`): prompts of a shard.
-        **generate_kwargs: more arguments of the target's `generate`: greedily without any; with `do_sample=True` each shard has
-            a seed of its own.
-
-    Returns:
-        `Sequences`: prompts and continuations, cut after the end-of-text token.
-
-    Raises:
-        ValueError: if no prompt leaves room for a continuation.
-    """
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any id serves
-    encoded = [ids for prompt in prompts if 0 < len(ids := encode(tokenizer, prompt)) <= max_length - 2]
-    if not encoded:
-        raise ValueError(f"`prompts` must leave room for a continuation within {max_length} tokens, got none that does.")
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = [encoded[start : start + shard_size] for start in range(0, len(encoded), shard_size)]
-    paths = [folder / f"sequences-{number:05d}.safetensors" for number in range(len(shards))]
-    state = processes()
-    own = list(zip(shards, paths, strict=True))[state.process_index :: state.num_processes]
-    for shard, path in track(own, description="Target continues the prompts", disable=not state.is_main_process):
-        if not path.is_file():
-            with torch.random.fork_rng():
-                torch.manual_seed(paths.index(path))  # so that an interrupted call goes on with the same text
-                continued = _continue_all(target, tokenizer, shard, max_length, batch_size, generate_kwargs)
-            Sequences.from_lists(*continued).save(path)
-    state.wait_for_everyone()
-    return Sequences.concatenate([Sequences.load(path) for path in paths])
+        raise ValueError(
+            "`prompts` must hold a text of at least 3 tokens, or a chat with a turn of the assistant, "
+            f"got none among {len(texts)}."
+        )
+    return Sequences.from_masks(pieces, masks, groups)
 
 
 def processes() -> PartialState:
     """Return who of how many this process is, as `accelerate launch` started it; on CPUs if told so or if there is no other."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-
-
-def _continue_all(
-    target: Any, tokenizer: Any, prompts: list[list[int]], max_length: int, batch_size: int, generate_kwargs: dict[str, Any]
-) -> tuple[list[list[int]], list[int]]:
-    """Return the continued prompts and the prompts' lengths, in an order by length (padding costs time)."""
-    ends = target.generation_config.eos_token_id
-    end_tokens = {ends} if isinstance(ends, int) else set(ends or [])
-    sequences, prompt_lengths = [], []
-    for batch in _batches(sorted(prompts, key=len), batch_size):
-        inputs = tokenizer.pad({"input_ids": batch}, return_tensors="pt").to(target.device)
-        width = inputs["input_ids"].shape[1]
-        output = target.generate(**{**inputs, "max_new_tokens": max_length - width, "do_sample": False, **generate_kwargs})
-        for prompt, row in zip(batch, output[:, width:].tolist(), strict=True):
-            end = next((i for i, token in enumerate(row, 1) if token in end_tokens), len(row))
-            sequences.append(prompt + row[:end])
-            prompt_lengths.append(len(prompt))
-    return sequences, prompt_lengths
-
-
-def _batches(items: list[list[int]], size: int) -> Iterator[list[list[int]]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,18 +20,19 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
-from hf_specdiff.core.repository import cached_revision
 from hf_specdiff.training.curves import plot_run
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences
+from hf_specdiff.training.data import hold_out
 from hf_specdiff.training.data import processes
-from hf_specdiff.training.data import regenerate
 from hf_specdiff.training.data import sequences_of_texts
 from hf_specdiff.training.disk import room_in
 from hf_specdiff.training.prompts import Prompt
-from hf_specdiff.training.prompts import encode
-from hf_specdiff.training.prompts import encode_document
-from hf_specdiff.training.prompts import up_to_the_answer
+from hf_specdiff.training.provenance import check_claim
+from hf_specdiff.training.provenance import claim
+from hf_specdiff.training.provenance import identity_of
+from hf_specdiff.training.regeneration import NAMES
+from hf_specdiff.training.regeneration import regenerate
 from hf_specdiff.training.trainer import EvaluateAtEnd
 from hf_specdiff.training.trainer import SpecDiffTrainer
 from hf_specdiff.training.trainer import SpecDiffTrainingArguments
@@ -92,22 +92,24 @@ class TrainingPlan:
 def train_drafter(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    corpus: Sequence[Prompt] | Sequences,
     output: Path,
     plan: TrainingPlan,
     *,
     mask_token_id: int,
+    regenerate_batch_size: int = 32,
 ) -> bool:
     """Regenerate, train, save; an interrupted call with the same arguments goes on where it stopped.
 
     Args:
         target (`transformers.PreTrainedModel`): frozen.
-        tokenizer (`PreTrainedTokenizerBase`): the target's, padding on the left.
-        prompts (`Sequence`): texts or chats; the target continues them, and the drafter learns from that text, or, if the plan
-            says so, from the texts and whole chats themselves.
+        tokenizer (`PreTrainedTokenizerBase`): the target's.
+        corpus (`Sequence` or `Sequences`): texts or chats; the target continues them, and the drafter learns from that text,
+            or, if the plan says so, from the texts and whole chats themselves. Or what the target has written already.
         output (`pathlib.Path`): the drafter; work in progress goes to its `work` subfolder.
         plan (`TrainingPlan`): all settings.
         mask_token_id (`int`): see `SpecDiffConfig`.
+        regenerate_batch_size (`int`): prompts that are continued together.
 
     Returns:
         `bool`: whether the drafter is finished; false after Ctrl-C, with a checkpoint in `work`.
@@ -118,15 +120,17 @@ def train_drafter(
     """
     _training_setup(target, output, plan, mask_token_id)  # a mistake in the plan is found before the work
     work = output / "work"
-    digest = hashlib.sha256(json.dumps(list(prompts), sort_keys=True).encode()).hexdigest()
-    revision = cached_revision(target.name_or_path)
-    source = {"target": target.name_or_path, "target_revision": revision, "prompts": digest}
+    settings = {**asdict(plan), "mask_token_id": mask_token_id, "corpus": _digest(corpus), **identity_of(target)}
+    check_claim(work / "plan.json", settings, output, NAMES)
     with room_in(output):
-        with processes().main_process_first():
-            _claim(work, {**asdict(plan), "mask_token_id": mask_token_id, **source})
-        sequences, held_out = (
-            _as_it_is(tokenizer, prompts, plan) if plan.as_is else _continued(target, tokenizer, prompts, work, plan)
+        sequences = (
+            corpus if isinstance(corpus, Sequences) else _made(target, tokenizer, corpus, work, plan, regenerate_batch_size)
         )
+        sequences, apart = hold_out(sequences, plan.max_length, plan.num_eval_prompts, plan.seed)
+        SequenceDataset(sequences, plan.max_length)  # a folder is not claimed by a run that cannot begin
+        with processes().main_process_first():
+            claim(work / "plan.json", settings)
+        held_out = None if apart is None else HeldOut.of(apart, plan.max_length)
         is_finished = fit_drafter(target, sequences, output, plan, mask_token_id=mask_token_id, held_out=held_out)
         if is_finished:
             tokenizer.save_pretrained(output)  # a drafter's repository holds the tokenizer that its ids belong to
@@ -145,60 +149,34 @@ class HeldOut:
     prompts: list[list[int]]
     sequences: Sequences
 
-
-def _continued(
-    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], work: Path, plan: TrainingPlan
-) -> tuple[Sequences, HeldOut | None]:
-    """Return what to learn from and what to be judged by: prompts that the target has continued."""
-    seen, held_out = split_documents(prompts, plan.num_eval_prompts, plan.seed)
-    settings: dict[str, Any] = {"max_length": plan.max_length}
-    if plan.temperature > 0:
-        settings |= {"do_sample": True, "temperature": plan.temperature}
-    sequences = regenerate(target, tokenizer, seen, work / "sequences", **settings)
-    if not held_out:
-        return sequences, None
-    continued = regenerate(target, tokenizer, held_out, work / "held-out", **settings)
-    fitting = [ids for prompt in held_out if 0 < len(ids := encode(tokenizer, prompt)) <= plan.max_length - 2]
-    return sequences, HeldOut(fitting, continued)
+    @classmethod
+    def of(cls, sequences: Sequences, max_length: int) -> "HeldOut":
+        """Take the prompts from sequences that were kept out of training, each once."""
+        rows = sequences.usable(max_length).nonzero()[:, 0].tolist()
+        prompts = {sequences.groups[row].item(): sequences.prompt(row, max_length) for row in rows}
+        return cls(list(prompts.values()), sequences)
 
 
-def _as_it_is(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Prompt], plan: TrainingPlan
-) -> tuple[Sequences, HeldOut | None]:
-    """Return what to learn from and what to be judged by: whole documents, and the beginnings of some to be continued."""
-    seen, held_out = split_documents(documents, plan.num_eval_prompts, plan.seed)
-    sequences = sequences_of_texts(tokenizer, seen, plan.max_length)
-    if not held_out:
-        return sequences, None
-    beginnings = [_beginning(tokenizer, document, plan.max_length) for document in held_out]
-    fitting = [ids for ids in beginnings if 0 < len(ids) <= plan.max_length - 2]
-    return sequences, HeldOut(fitting, sequences_of_texts(tokenizer, held_out, plan.max_length))
+def _digest(corpus: Sequence[Prompt] | Sequences) -> str:
+    """Return what tells a corpus from others."""
+    if isinstance(corpus, Sequences):
+        return corpus.digest()
+    return hashlib.sha256(json.dumps(list(corpus), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _beginning(tokenizer: PreTrainedTokenizerBase, document: Prompt, max_length: int) -> list[int]:
-    """Return what of a whole document the target is to continue: a chat up to its last answer, half of a text."""
-    if not isinstance(document, str):
-        return encode(tokenizer, up_to_the_answer(document))
-    ids = encode_document(tokenizer, document)[:max_length]
-    return ids[: len(ids) // 2]
-
-
-def split_documents(prompts: Sequence[Prompt], num_held_out: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Keep some documents out of training; a document that occurs twice is on one side only.
-
-    Args:
-        prompts (`Sequence`): documents.
-        num_held_out (`int`): how many to keep out, at most a tenth of the different ones.
-        seed (`int`): of the choice.
-
-    Returns:
-        `tuple`: those to train on, in their order, and those kept out.
-    """
-    different = {json.dumps(prompt, sort_keys=True): prompt for prompt in prompts}
-    count = min(num_held_out, len(different) // 10)
-    apart = random.Random(seed).sample(list(different), count)
-    seen = [prompt for prompt in prompts if json.dumps(prompt, sort_keys=True) not in apart]
-    return seen, [different[key] for key in apart]
+def _made(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    work: Path,
+    plan: TrainingPlan,
+    batch_size: int,
+) -> Sequences:
+    """Return the texts as they stand, or what the target writes behind them."""
+    if plan.as_is:
+        return sequences_of_texts(tokenizer, prompts, plan.max_length)
+    settings: dict[str, Any] = {"max_length": plan.max_length, "temperature": plan.temperature, "seed": plan.seed}
+    return regenerate(target, tokenizer, prompts, work / "sequences", **settings, batch_size=batch_size)
 
 
 def fit_drafter(
@@ -341,24 +319,6 @@ def last_whole_checkpoint(folder: Path) -> str | None:
             continue
         return newest
     return None
-
-
-def _claim(work: Path, settings: dict[str, Any]) -> None:
-    """Write down all that decides a run's result, or refuse to mix two runs in one folder."""
-    path = work / "plan.json"
-    if path.is_file():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        changed = {name: (earlier.get(name), value) for name, value in settings.items() if earlier.get(name) != value}
-        if changed:
-            raise ValueError(
-                f"`output` must be a fresh folder or hold a run with the same settings, got {str(work.parent)!r} with other "
-                f"ones: {changed} (earlier, now). Pass the same settings to resume, or another folder."
-            )
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _save_whole(model: Any, output: Path) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 Prompt = str | list[dict[str, str]]
 
 
-def read_prompts(path: Path, *, as_is: bool = False) -> list[Prompt]:
+def read_prompts(path: Path, *, as_is: bool = False, field: str | None = None) -> list[Prompt]:
     """Read prompts from a file.
 
     Args:
         path (`pathlib.Path`): a `.jsonl` file of objects with a "prompt", "text" or "messages" field, or a text file with a
             prompt in each line.
         as_is (`bool`): see `prompt_of`.
+        field (`str`, *optional*): see `prompt_of`; for `.jsonl` files.
 
     Returns:
         `list`: the prompts, blank ones left out.
@@ -37,7 +38,7 @@ def read_prompts(path: Path, *, as_is: bool = False) -> list[Prompt]:
     if path.suffix != ".jsonl":
         return without_blank(lines, str(path))
     records = [(_record_of(line, number, path), number) for number, line in enumerate(lines, 1) if line.strip()]
-    prompts = [prompt_of(record, f"line {number} of {str(path)!r}", as_is=as_is) for record, number in records]
+    prompts = [prompt_of(record, f"line {number} of {str(path)!r}", as_is=as_is, field=field) for record, number in records]
     return without_blank(prompts, str(path))
 
 
@@ -60,7 +61,7 @@ def without_blank(prompts: Sequence[Prompt], source: str) -> list[Prompt]:
     return kept
 
 
-def prompt_of(record: dict[str, Any], place: str, *, as_is: bool = False) -> Prompt:
+def prompt_of(record: dict[str, Any], place: str, *, as_is: bool = False, field: str | None = None) -> Prompt:
     """Take the prompt out of a record.
 
     Args:
@@ -68,6 +69,7 @@ def prompt_of(record: dict[str, Any], place: str, *, as_is: bool = False) -> Pro
         place (`str`): where the record stands, for the message.
         as_is (`bool`): whether the whole document is wanted, not only what the target is to continue: then a "prompt" field is
             passed over, and a chat keeps its last answer, which is left out otherwise, for the target to give its own.
+        field (`str`, *optional*): the one field to read, a text or a chat, in place of these.
 
     Returns:
         `str` or `list[dict]`: the prompt.
@@ -75,12 +77,12 @@ def prompt_of(record: dict[str, Any], place: str, *, as_is: bool = False) -> Pro
     Raises:
         ValueError: if there is none.
     """
-    names = ("text",) if as_is else ("prompt", "text")
+    names = (field,) if field is not None else ("text",) if as_is else ("prompt", "text")
     for name in names:
         text = record.get(name)
         if isinstance(text, str):
             return text
-    messages = record.get("messages")
+    messages = record.get("messages" if field is None else field)
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         raise ValueError(
             f"`prompts` must have a {' or '.join(map(repr, names))} field, or 'messages' with a 'role' and a 'content' each, "
@@ -113,7 +115,7 @@ def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     return _encode_chat(tokenizer, prompt, add_generation_prompt=True)
 
 
-def encode_document(tokenizer: Any, document: Prompt) -> list[int]:
+def encode_document(tokenizer: Any, document: Prompt) -> tuple[list[int], list[bool]]:
     """Return a whole document's token ids: a text and the end-of-text token, a chat as the tokenizer's template writes it.
 
     Args:
@@ -121,20 +123,51 @@ def encode_document(tokenizer: Any, document: Prompt) -> list[int]:
         document (`str` or `list[dict]`): the document.
 
     Returns:
-        `list[int]`: ids.
+        `tuple`: ids (`list[int]`), and which of them the target would write (`list[bool]`): all of a text; of a chat the
+            assistant's turns, each with the end-of-text token behind it.
 
     Raises:
         ValueError: for a chat if the tokenizer has no template.
     """
-    if not isinstance(document, str):
-        return _encode_chat(tokenizer, document, add_generation_prompt=False)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [*tokenizer(document)["input_ids"], *end]
+    if isinstance(document, str):
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ids = [*tokenizer(document)["input_ids"], *end]
+        return ids, [True] * len(ids)
+    ids = _encode_chat(tokenizer, document, add_generation_prompt=False)
+    is_answer = [False] * len(ids)
+    for number, message in enumerate(document):
+        if message["role"] == "assistant":
+            first, last = _turn(tokenizer, document, number, ids)
+            is_answer[first:last] = [True] * (last - first)
+    return ids, is_answer
+
+
+def _turn(tokenizer: Any, chat: list[dict[str, str]], number: int, ids: list[int]) -> tuple[int, int]:
+    """Return where a message of the assistant begins in a chat's ids, as the target would begin it, and where it ends.
+
+    Templates differ in what they write before an answer and in what they make of earlier ones, so it is told by what the chat
+    has in common with the prompt for this message, and with the chat up to its end.
+    """
+    start = _num_common(ids, _encode_chat(tokenizer, chat[:number], add_generation_prompt=True))
+    end = _num_common(ids, _encode_chat(tokenizer, chat[: number + 1], add_generation_prompt=False))
+    if tokenizer.eos_token_id in ids[start:end]:
+        # What a template writes behind it, a newline for one, is not the target's.
+        end = ids.index(tokenizer.eos_token_id, start) + 1
+    return start, max(start, end)
+
+
+def _num_common(first: list[int], second: list[int]) -> int:
+    """Return how many ids two lists have in common from their beginning on."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
 
 
 def _encode_chat(tokenizer: Any, chat: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
     if tokenizer.chat_template is None:
-        raise ValueError("`prompts` must be texts for a tokenizer without a chat template, got 'messages'.")
+        raise ValueError(
+            "`prompts` must be texts for a tokenizer without a chat template, got chats. Give texts, or set "
+            "`tokenizer.chat_template` and save the tokenizer with the target."
+        )
     settings = {"add_generation_prompt": add_generation_prompt, "return_dict": True}
     return list(tokenizer.apply_chat_template(chat, **settings)["input_ids"])
 

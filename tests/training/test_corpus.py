@@ -65,11 +65,24 @@ def test_a_document_ends_where_it_ends_and_a_prompt_where_the_answer_begins() ->
         encode_document(tokenizer, [ASK])
     tokenizer.chat_template = TEMPLATE
     chat = [ASK, ANSWER]
-    assert tokenizer.decode(encode_document(tokenizer, chat)).endswith("<user>2 + 2?\n<assistant>4\n")
+    assert tokenizer.decode(encode_document(tokenizer, chat)[0]).endswith("<user>2 + 2?\n<assistant>4\n")
     assert tokenizer.decode(encode(tokenizer, [ASK])).endswith("<user>2 + 2?\n<a>")
-    assert encode_document(tokenizer, "one") == [*encode(tokenizer, "one"), tokenizer.eos_token_id]
+    ids = encode(tokenizer, "one")
+    assert encode_document(tokenizer, "one") == ([*ids, tokenizer.eos_token_id], [True] * (len(ids) + 1))
     tokenizer.eos_token = None
-    assert encode_document(tokenizer, "one") == encode(tokenizer, "one")
+    assert encode_document(tokenizer, "one") == (ids, [True] * len(ids))
+
+
+def test_a_field_of_any_name_is_read(tmp_path: Path) -> None:
+    records = [{"question": "2 + 2?", "text": "no"}, {"question": [ASK, ANSWER], "text": "no"}]
+    lines = write_lines(tmp_path / "lines.jsonl", records)
+    assert read_corpus(str(lines), field="question") == ["2 + 2?", [ASK]]
+    Dataset.from_list(records[:1]).save_to_disk(tmp_path / "data")
+    assert read_corpus(str(tmp_path / "data"), field="question") == ["2 + 2?"]
+    with pytest.raises(ValueError, match="`prompts` must have a column query, got question, text"):
+        read_corpus(str(tmp_path / "data"), field="query")
+    with pytest.raises(ValueError, match="`prompts` must have a 'query' field"):
+        read_corpus(str(lines), field="query")
 
 
 def test_names_of_the_hub_are_loaded_with_their_split(monkeypatch: pytest.MonkeyPatch) -> None:

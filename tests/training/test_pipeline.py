@@ -21,11 +21,11 @@ from transformers import logging
 import hf_specdiff
 from hf_specdiff import SpecDiffDrafter
 from hf_specdiff.commands.main import main
-from hf_specdiff.training import data
 from hf_specdiff.training import losses
 from hf_specdiff.training import pipeline
+from hf_specdiff.training import regeneration
 from hf_specdiff.training.data import Sequences
-from hf_specdiff.training.data import regenerate
+from hf_specdiff.training.data import hold_out
 from hf_specdiff.training.data import sequences_of_texts
 from hf_specdiff.training.disk import is_full
 from hf_specdiff.training.disk import room_in
@@ -34,6 +34,7 @@ from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import fit_drafter
 from hf_specdiff.training.pipeline import last_whole_checkpoint
 from hf_specdiff.training.pipeline import train_drafter
+from hf_specdiff.training.regeneration import regenerate
 from hf_specdiff.training.trainer import SpecDiffTrainer
 from tests.conftest import MASK_TOKEN_ID
 from tests.conftest import make_target
@@ -115,8 +116,11 @@ def test_texts_are_cut_into_pieces_and_short_ones_kept(tokenizer: Any) -> None:
     starts = [0, *sequences.ends.tolist()]
     pieces = [sequences.tokens[start:end].tolist() for start, end in itertools.pairwise(starts)]
     assert pieces == [ids[:length], ids[length : 2 * length], [*tokenizer("x = 1")["input_ids"], tokenizer.eos_token_id]]
-    assert sequences.prompt_lengths.tolist() == [1, 1, 1]
-    with pytest.raises(ValueError, match="at least 3 tokens, got none among 1"):
+    assert [sequences.is_answer[start:end].tolist() for start, end in itertools.pairwise(starts)] == [
+        [False] + [True] * (len(piece) - 1) for piece in pieces
+    ]
+    assert sequences.groups[0] == sequences.groups[1] != sequences.groups[2]
+    with pytest.raises(ValueError, match=r"at least 3 tokens, .* got none among 1"):
         sequences_of_texts(tokenizer, [""], 64)
 
 
@@ -147,16 +151,23 @@ def test_as_is_learns_the_texts_themselves(
     assert sorted(map(tuple, held_out.prompts)) == sorted(ids[: len(ids) // 2] for ids in kept_out)
 
 
-def test_as_is_chats_are_continued_from_the_last_answer_on(target: LlamaForCausalLM, tokenizer: Any) -> None:
+def test_as_is_chats_are_continued_from_the_last_answer_on(tokenizer: Any) -> None:
     tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"it is {i}"}] for i in range(10)]
-    sequences, held_out = pipeline._as_it_is(tokenizer, chats, TrainingPlan(None, as_is=True))
-    assert held_out is not None
-    assert tokenizer.decode(held_out.prompts[0]).endswith("?\n<a>")
-    assert "<assistant>it is" in tokenizer.decode(held_out.sequences.tokens)
-    assert tokenizer.decode(sequences.tokens).count("<assistant>it is") == 9
+    ask, reply = {"role": "user", "content": "a + b?"}, {"role": "assistant", "content": "it is c"}
+    chats = [[{"role": "system", "content": str(i)}, ask, reply, ask, reply] for i in range(10)]
+    sequences = sequences_of_texts(tokenizer, chats, 200)
+    seen, apart = hold_out(sequences, 200, 8, seed=0)
+    assert apart is not None
+    assert (len(seen), len(apart)) == (9, 1)
+    answers = tokenizer.decode(sequences.tokens[sequences.is_answer])
+    assert answers == f"it is c{tokenizer.eos_token}" * 20
+    (prompt,) = HeldOut.of(apart, 200).prompts
+    text = tokenizer.decode(prompt)
+    assert text.count("it is c") == 1
+    assert text.endswith(f"<user>a + b?{tokenizer.eos_token}\n<assistant>")
 
 
 def test_as_is_trains_from_the_command_line_and_is_part_of_the_runs_settings(
@@ -260,19 +271,19 @@ class FullDisk:
 def test_a_disk_full_while_the_target_continues_loses_no_whole_file(
     train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(data, "save_file", FullDisk(save_file, 2))  # the file of the held-out prompts
-    assert train("--num-epochs", "1") == 2
+    monkeypatch.setattr(regeneration, "save_file", FullDisk(save_file, 2))
+    options = ("--num-epochs", "1", "--regenerate-batch-size", "4")
+    assert train(*options) == 2
     error = capsys.readouterr().err
     assert f"hf-specdiff: {tmp_path / 'drafter'}: the disk is full" in error
     assert "Traceback" not in error
     work = tmp_path / "drafter" / "work"
-    first = work / "sequences" / "sequences-00000.safetensors"
+    (first,) = (work / "sequences").glob("*.safetensors")  # and nothing of the second
     before = first.stat().st_mtime_ns
-    assert not list((work / "held-out").glob("*.safetensors"))
-    monkeypatch.setattr(data, "save_file", save_file)
-    assert train("--num-epochs", "1") == 0
+    monkeypatch.setattr(regeneration, "save_file", save_file)
+    assert train(*options) == 0
     assert first.stat().st_mtime_ns == before
-    assert len(Sequences.load(work / "held-out" / "sequences-00000.safetensors").ends) == 2
+    assert sum(row["num_texts"] for row in regeneration.shares_of(work / "sequences")) == len(TEXTS)
     assert (tmp_path / "drafter" / "model.safetensors").is_file()
 
 

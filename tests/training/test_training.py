@@ -24,7 +24,7 @@ from hf_specdiff.core.text import Text
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import collate
-from hf_specdiff.training.data import regenerate
+from hf_specdiff.training.data import hold_out
 from hf_specdiff.training.data import sample_windows
 from hf_specdiff.training.evaluation import calibration_error
 from hf_specdiff.training.evaluation import decode_held_out
@@ -32,7 +32,6 @@ from hf_specdiff.training.pipeline import HeldOut
 from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import fit_drafter
 from hf_specdiff.training.pipeline import last_whole_checkpoint
-from hf_specdiff.training.pipeline import split_documents
 from hf_specdiff.training.prompts import encode
 from hf_specdiff.training.prompts import read_prompts
 from hf_specdiff.training.trainer import SpecDiffTrainer
@@ -107,7 +106,7 @@ def test_windows_hold_the_text_behind_their_anchor() -> None:
         text = batch["input_ids"][row, : batch["lengths"][row]].tolist()
         for column in range(5):
             anchor = int(windows.anchors[row, column])
-            assert batch["prompt_lengths"][row] <= anchor <= len(text) - 2
+            assert 3 <= anchor <= len(text) - 2
             behind = text[anchor + 1 : anchor + 6]
             assert labels[row, column].tolist() == behind + [-100] * (5 - len(behind))
             assert ids[row, column].tolist() == [text[anchor]] + [MASK_TOKEN_ID] * 5
@@ -173,11 +172,13 @@ def test_training_lowers_the_loss_and_leaves_the_target_alone(tmp_path: Path) ->
         assert torch.equal(weight, before[name])
 
 
-def test_sequences_survive_a_round_trip_and_a_join(tmp_path: Path) -> None:
+def test_sequences_are_joined_and_selected() -> None:
     first, second = make_sequences(3, seed=1), make_sequences(2, seed=2)
-    first.save(tmp_path / "a.safetensors")
-    assert not list(tmp_path.glob("*.partial"))
-    joined = Sequences.concatenate([Sequences.load(tmp_path / "a.safetensors"), second])
+    joined = Sequences.concatenate([first, second])
+    turned = joined.select(torch.tensor([4, 0]))
+    assert [turned.ids(0), turned.ids(1)] == [second.ids(1), first.ids(0)]
+    assert turned.groups.tolist() == [int(second.groups[1]), int(first.groups[0])]
+    assert turned.num_answers().tolist() == [len(second.ids(1)) - 3, len(first.ids(0)) - 3]
     alone = [SequenceDataset(part, 24) for part in (first, second)]
     texts = [dataset[i]["input_ids"].tolist() for dataset in alone for i in range(len(dataset))]
     assert [item["input_ids"].tolist() for item in (SequenceDataset(joined, 24)[i] for i in range(5))] == texts
@@ -339,14 +340,39 @@ def test_training_stops_early_when_nothing_gets_better(tmp_path: Path, monkeypat
     assert int(last.rsplit("-", 1)[1]) < 20
 
 
-def test_documents_are_split_before_anything_is_cut_from_them() -> None:
-    prompts = [f"document {i % 30}" for i in range(60)]  # each occurs twice
-    seen, held_out = split_documents(prompts, 32, seed=0)
-    assert len(held_out) == 3  # a tenth of the different ones
-    assert not set(seen) & set(held_out)
-    assert len(seen) == 60 - 2 * 3
-    assert split_documents(prompts, 0, seed=0) == (prompts, [])
-    assert split_documents(prompts, 32, seed=1)[1] != held_out
+def test_what_has_one_prompt_is_held_out_together() -> None:
+    """Each prompt occurs twice, with other answers; prompts 0 to 4 leave no room for a window and are never chosen."""
+    prompts = [[number + 3, 5, 6] + [7] * (9 if number < 5 else 0) for number in range(30)]
+    lists = [prompt + answer for answer in ([8, 9, 10], [11, 12, 13]) for prompt in prompts]
+    sequences = Sequences.from_lists(lists, [len(prompt) for prompt in prompts] * 2)
+    seen, apart = hold_out(sequences, 12, 32, seed=0)
+    assert apart is not None
+    assert len(apart) == 6  # a tenth of the 30 prompts, twice
+    assert not set(seen.groups.tolist()) & set(apart.groups.tolist())
+    assert len(seen) == 54
+    held_out = HeldOut.of(apart, 12)
+    assert sorted(held_out.prompts) == sorted({tuple(apart.ids(row)[:3]): apart.ids(row)[:3] for row in range(6)}.values())
+    assert hold_out(sequences, 12, 0, seed=0)[1] is None
+    assert hold_out(sequences, 12, 32, seed=1)[1].digest() != apart.digest()
+    for seed in range(20):
+        assert not set(hold_out(sequences, 12, 32, seed)[1].groups.tolist()) & set(sequences.groups[:5].tolist())
+
+
+def test_windows_stand_on_answers_and_end_with_them() -> None:
+    """A chat of two answers: tokens 20 and up are the first answer's, 40 and up the second's, the others were not written."""
+    ids = [3, 4, 5, 20, 21, 22, 6, 7, 40, 41, 42, 43, 8]
+    masks = [[token >= 20 for token in ids]]
+    sequences = Sequences.from_masks([ids], masks, [0])
+    batch = collate([SequenceDataset(sequences, 32)[0]])
+    windows = sample_windows(batch, 64, 6, MASK_TOKEN_ID, torch.Generator().manual_seed(0))
+    anchors = windows.anchors[0].tolist()
+    assert set(anchors) == {3, 4, 8, 9, 10}  # an anchor needs a token of its answer behind it
+    behind = {3: [21, 22], 4: [22], 8: [41, 42, 43], 9: [42, 43], 10: [43]}
+    for anchor, labels in zip(anchors, windows.labels.tolist(), strict=True):
+        assert labels == behind[anchor] + [-100] * (5 - len(behind[anchor]))
+    assert sequences.prompt(0, 32) == ids[:8]
+    assert sequences.prompt(0, 6) == ids[:3]
+    assert not sequences.usable(4).any()
 
 
 SCRIPT = """
@@ -401,25 +427,6 @@ def test_chats_are_prompts_up_to_the_answer(tmp_path: Path) -> None:
     )
     text = tokenizer.decode(encode(tokenizer, chats[2]))
     assert text.endswith("<user>2 + 2?\n<assistant>4\n<user>2 + 2?\n<a>")
-    assert split_documents(chats * 20, 2, seed=0)[1] == []  # two different documents; a tenth of them is none
     file.write_text(json.dumps({"messages": [{"role": "user"}]}) + "\n")
     with pytest.raises(ValueError, match="'messages' with a 'role' and a 'content'"):
         read_prompts(file)
-
-
-def test_sampled_continuations_can_be_taken_up_again(tmp_path: Path) -> None:
-    target, _, tokenizer = hf_specdiff.load_demo()
-    tokenizer.padding_side = "left"
-    prompts = ["Nora has", "def f(x):", "import os", "Ben buys"]
-    settings = {"max_length": 24, "shard_size": 2, "do_sample": True, "temperature": 1.0}
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    whole = regenerate(target, tokenizer, prompts, tmp_path / "whole", **settings)
-    assert torch.equal(torch.rand(1), expected)
-    regenerate(target, tokenizer, prompts, tmp_path / "broken", **settings)
-    (tmp_path / "broken" / "sequences-00001.safetensors").unlink()  # as if killed before the second shard
-    again = regenerate(target, tokenizer, prompts, tmp_path / "broken", **settings)
-    assert torch.equal(again.tokens, whole.tokens)
-    greedy = regenerate(target, tokenizer, prompts, tmp_path / "greedy", max_length=24, shard_size=2)
-    assert not torch.equal(greedy.tokens, whole.tokens)
