@@ -23,7 +23,8 @@ ARROWS = {
 }
 # A file may import files of lower levels only.
 LEVELS = [
-    {"attention", "draft", "text", "tree", "calibration", "cache", "files", "denoising", "inference", "stopwatch"},
+    {"attention", "cache", "calibration", "config_checks", "denoising", "draft", "files", "inference", "stopwatch", "text"}
+    | {"tree", "weights"},
     {"budget", "checks", "configuration_specdiff", "model_card", "sampling", "speculation"},
     {"acceptance", "record", "shapes", "stopping"},
     {"drafters", "rules"},

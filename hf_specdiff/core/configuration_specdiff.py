@@ -6,8 +6,12 @@ Hub this file is loaded first, so it also says whether the host is one that the 
 
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import Qwen3Config
 from transformers.utils.versions import require_version
+
+from .config_checks import check_before_the_host
+from .config_checks import check_fields
 
 # Of the files a drafter is saved in. A drafter of a later format is refused instead of being misread.
 FORMAT_VERSION = 1
@@ -54,7 +58,9 @@ class SpecDiffConfig(Qwen3Config):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill the host's defaults, then check the drafter's own fields."""
+        check_before_the_host(self)
         super().__post_init__(**kwargs)
+        check_fields(self)
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"`format_version` must be at most {FORMAT_VERSION} for this version of hf_specdiff, got "
@@ -63,6 +69,14 @@ class SpecDiffConfig(Qwen3Config):
             )
         self._check_block()
         self._check_target_layers()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; what the host says of a wrong type, on two lines and as an error of its own, becomes a `ValueError`."""
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassFieldValidationError as error:
+            reason = " ".join(str(error.__cause__).split())[:200]
+            raise ValueError(f"`{name}` must be of the type that `SpecDiffConfig` gives it: {reason}") from error
 
     @property
     def is_feature_conditioned(self) -> bool:
@@ -77,10 +91,6 @@ class SpecDiffConfig(Qwen3Config):
     def _check_block(self) -> None:
         if self.use_sliding_window:
             raise ValueError("`use_sliding_window` must be False, got True: the drafter's context is not windowed.")
-        if not isinstance(self.block_size, int) or self.block_size < 2:
-            raise ValueError(
-                f"`block_size` must be an integer of at least 2 (the anchor and one drafted token), got {self.block_size!r}."
-            )
         theirs = (getattr(self, "dflash_config", None) or {}).get("block_size", self.block_size)
         if theirs != self.block_size:
             raise ValueError(
@@ -89,8 +99,6 @@ class SpecDiffConfig(Qwen3Config):
             )
         if self.mask_token_id is None:
             return
-        if self.mask_token_id < 0:
-            raise ValueError(f"`mask_token_id` must not be negative, got {self.mask_token_id}.")
         if self.is_feature_conditioned and self.mask_token_id >= self.vocab_size:
             raise ValueError(
                 f"`mask_token_id` must be a row of the target's embedding for a feature-conditioned drafter, got "
@@ -101,8 +109,6 @@ class SpecDiffConfig(Qwen3Config):
         layer_ids, num_layers = self.target_layer_ids, self.num_target_layers
         if layer_ids is None:
             return
-        if not layer_ids or min(layer_ids) < 0 or len(set(layer_ids)) != len(layer_ids):
-            raise ValueError(f"`target_layer_ids` must name different layers, counted from 0, got {layer_ids}.")
         if num_layers is not None and max(layer_ids) >= num_layers:
             raise ValueError(
                 f"`target_layer_ids` must be below `num_target_layers` = {num_layers}, got {layer_ids}. Was the drafter made "

@@ -27,6 +27,8 @@ from .candidate_generator import SpecDiffCandidateGenerator
 from .checks import check_prompt
 from .configuration_specdiff import SpecDiffConfig
 from .repository import RepositoryMixin
+from .weights import check_finite
+from .weights import check_weight_files
 
 
 @dataclass
@@ -168,7 +170,7 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
             self.lm_head = nn.Linear(config.hidden_size, num_embeddings, bias=False)
         self.layers = nn.ModuleList([SpecDiffLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.rotary_emb = _rotary(config)
         self.post_init()
         self._set_assistant_defaults()
 
@@ -188,17 +190,19 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a drafter; arguments and result as `transformers.PreTrainedModel.from_pretrained`.
 
-        Weights are read from safetensors only, never unpickled.
+        Weights are read from safetensors files of the folder itself, never unpickled.
 
         Raises:
-            ValueError: if a file is missing or broken, the weights are not those of the configuration, or the defaults are not
-                those of its block size. The host would fill missing weights with random ones.
+            ValueError: if a file is missing or broken, an index names other files, weights are not finite or not those of the
+                configuration, or the defaults are not those of its block size. The host would fill missing weights with random
+                ones.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` must be True, got False: pickled weights can run code while they are read.")
         kwargs["use_safetensors"] = True
         try:
+            check_weight_files(pretrained_model_name_or_path, kwargs)
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, RuntimeError) and "mismatch" not in str(error):
@@ -213,6 +217,7 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
                 f"{str(pretrained_model_name_or_path)!r} without {sorted(info['missing_keys'])[:3]}. Is the file cut short, or "
                 "the configuration another drafter's?"
             )
+        check_finite(model, pretrained_model_name_or_path)
         # A repository's `custom_generate` would replace our own `generate`, which takes its arguments by position too.
         vars(model).pop("generate", None)
         model._set_assistant_defaults()  # where the file leaves them open
@@ -408,3 +413,14 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
             scores=tuple(scores.unbind(dim=1)),
             past_key_values=generator.drafter.cache,
         )
+
+
+def _rotary(config: SpecDiffConfig) -> nn.Module:
+    """Return the rotary embedding, or say which parameters the host's formula fails on."""
+    try:
+        return Qwen3RotaryEmbedding(config)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"`rope_parameters` must be what their `rope_type` needs, got {str(config.rope_parameters)[:100]} "
+            f"({type(error).__name__}: {error})."
+        ) from error

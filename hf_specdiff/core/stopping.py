@@ -59,7 +59,7 @@ class StopCheck:
             for kept in range(1, count + 1):
                 seen = None if own is None else tuple(score[None] for score in own[: earlier + kept])
                 # Every criterion is asked each time, as the host's list does: one may count its calls.
-                answers = [bool(criterion(written[:, : length + kept], seen).all()) for criterion in self.others]
+                answers = [_says_stop(criterion(written[:, : length + kept], seen)) for criterion in self.others]
                 if any(answers):
                     count, is_done = kept, True
                     break
@@ -75,3 +75,8 @@ class StopCheck:
             if token in self.eos_token_ids:
                 return count, True
         return min(room, len(tokens)), self.max_length is not None and room <= len(tokens)
+
+
+def _says_stop(answer: torch.Tensor | bool) -> bool:
+    """Return whether a criterion ends the one row that it was shown; the host takes a Python bool too."""
+    return bool(answer.all()) if isinstance(answer, torch.Tensor) else bool(answer)
