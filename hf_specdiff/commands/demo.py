@@ -2,6 +2,7 @@
 
 import time
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from hf_specdiff.benchmarks.methods import PLAIN
 from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.methods import ours
+from hf_specdiff.benchmarks.runner import CALL
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import run_block
 from hf_specdiff.benchmarks.standard import bundled_models
@@ -76,9 +78,35 @@ def show_side_by_side(console: Console, models: Models, prompt: str) -> None:
         live.update(frame(longest))
 
 
+def with_medians(rows: list[dict[str, Any]], block: Block, journal: Journal) -> list[dict[str, Any]]:
+    """Return the rows with medians over the prompts in place of sums.
+
+    A prompt's ratio is that of two calls made one right after the other, and the median of these is what most prompts saw: one
+    call during which the machine was busy elsewhere would weigh as much as all others in a sum.
+
+    Args:
+        rows (`list[dict]`): of `rows_of`.
+        block (`Block`): what was compared.
+        journal (`Journal`): with the notes of all its prompts.
+
+    Returns:
+        `list[dict]`: with other "tokens_per_second" and "ratio_to_plain".
+    """
+
+    def speeds(method: str) -> list[float]:
+        return [call["num_tokens"] / call["seconds"] for call in journal.select(kind=CALL, block=block.name, method=method)]
+
+    changed, plain = [], speeds(PLAIN)
+    for row in rows:
+        own = speeds(row["method"])
+        ratio = median(speed / other for speed, other in zip(own, plain, strict=True))
+        changed.append(row | {"tokens_per_second": median(own), "ratio_to_plain": ratio})
+    return changed
+
+
 def table_of(task: str, rows: list[dict[str, Any]]) -> Table:
     """Return the comparison of one prompt set as a table."""
-    table = Table(title=f"{task}: {rows[0]['num_prompts']} held-out prompts, greedy, float32")
+    table = Table(title=f"{task}: {rows[0]['num_prompts']} held-out prompts, greedy, float32, medians over the prompts")
     table.add_column("method", no_wrap=True)
     for heading in ("tokens/s", "to plain", "tokens a round", "identical"):
         table.add_column(heading, justify="right")
@@ -124,7 +152,8 @@ def run_demo(num_prompts: int) -> bool:
             bar = progress.add_task(f"{task} prompts", total=block.num_steps)
             journal = Journal()
             run_block(models, block, journal, partial(progress.advance, bar))
-            rows.append([row for row in rows_of(block, models, journal) if "refusal" not in row])
+            compared = [row for row in rows_of(block, models, journal) if "refusal" not in row]
+            rows.append(with_medians(compared, block, journal))
     for task, compared in zip(sets, rows, strict=True):
         console.print(table_of(task, compared))
     # Plain generate is what the others are compared with.

@@ -24,6 +24,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.errors import LocalTokenNotFoundError
 from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
+from transformers import GenerationConfig
 
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.core.model_card import check_results
@@ -35,10 +36,14 @@ from hf_specdiff.core.repository import is_on_hub
 from hf_specdiff.core.repository import own_defaults
 from hf_specdiff.core.repository import upload_repository
 from hf_specdiff.core.repository import write_card
+from hf_specdiff.core.speculation import SPECULATION_ARGUMENTS
 from hf_specdiff.demo.bundle import BUNDLED_TARGET
 from hf_specdiff.demo.bundle import PAIR
 
 RESULTS = "results.json"
+# Of the record of training, what the card tells; and fields of a configuration that the host's own DFlash loop reads.
+TRAINING_FIELDS = ("data", "objective", "steps")
+OTHER_FIELDS = {"dflash_config"}
 CHECK_TOKENS = 48
 RETRIES = 4
 FIRST_WAIT_SECONDS = 1.0
@@ -100,11 +105,12 @@ def staged(
         `Staged`: the folder and what is in it; gone afterwards.
 
     Raises:
-        ValueError: if `path` holds no drafter, its target is not known, `results` is no record of figures, or the drafter fails
-            the self-check.
+        ValueError: if `path` holds no drafter, or a card or figures that are links to elsewhere; if its target is not known,
+            `results` is no record of figures, or the drafter fails the self-check.
     """
     drafter = _load_drafter(path)
-    figures = _read_results(path, results)
+    card = _own_file(path, CARD)
+    figures = _read_results(results or _own_file(path, RESULTS))
     name = target or drafter.config.target_model
     if name is None:
         raise ValueError(
@@ -115,6 +121,7 @@ def staged(
     model, tokenizer = _load_target(name, recorded)
     _name_target(drafter.config, name, recorded or cached_revision(name))
     _set_defaults(drafter, figures)
+    _keep_known_fields(drafter)
     with TemporaryDirectory() as parent:
         # The host names its copy of local code after the folder, so the folder has a name of its own.
         folder = Path(parent) / "specdiff_drafter"
@@ -122,8 +129,8 @@ def staged(
         tokenizer.save_pretrained(folder)
         if figures is not None:
             (folder / RESULTS).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        if (path / CARD).is_file():
-            shutil.copyfile(path / CARD, folder / CARD)  # its owner's own words stay
+        if card is not None:
+            shutil.copyfile(card, folder / CARD)  # its owner's own words stay
         write_card(folder, drafter, repo_id=repo_id, results=figures, license_name=license_name)
         rate = self_check(folder, model, tokenizer, prompt)
         files = [(str(file.relative_to(folder)), file.stat().st_size) for file in sorted(folder.rglob("*")) if file.is_file()]
@@ -252,13 +259,39 @@ def _set_defaults(drafter: Any, figures: dict[str, Any] | None) -> None:
         setattr(own, name, value)
 
 
+def _own_file(path: Path, name: str) -> Path | None:
+    """Return a file of the drafter's folder, `None` if it has none; a link may lead anywhere, and what is there is not ours."""
+    file = path / name
+    if not file.is_file():
+        return None
+    if not file.resolve().is_relative_to(path.resolve()):
+        raise ValueError(
+            f"`path` must hold its own {name}, got a link to {str(file.resolve())!r}, which would be uploaded. Put a copy in its "
+            "place, or take it away."
+        )
+    return file
+
+
+def _keep_known_fields(drafter: SpecDiffDrafter) -> None:
+    """Take out of both configurations what is no field of theirs: notes of the owner's, which nobody asked to be published."""
+    config, defaults = drafter.config, drafter.generation_config
+    for holder, known in (
+        (config, vars(SpecDiffConfig()).keys() | OTHER_FIELDS),
+        (defaults, vars(GenerationConfig()).keys() | set(SPECULATION_ARGUMENTS)),
+    ):
+        for name in [name for name in vars(holder) if not name.startswith("_") and name not in known]:
+            delattr(holder, name)
+    if config.training is not None:
+        config.training = {name: config.training[name] for name in TRAINING_FIELDS if name in config.training} or None
+
+
 def _load_drafter(path: Path) -> SpecDiffDrafter:
     config_file = path / "config.json"
     if not config_file.is_file():
         raise ValueError(f"`path` must be a folder with a trained drafter, got {str(path)!r} without a config.json.")
     try:
         kind = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"`path` must hold a drafter's config.json, got a broken one in {str(path)!r}: {error}.") from error
     if kind != SpecDiffConfig.model_type:
         raise ValueError(f"`path` must hold a drafter, got {str(path)!r} with a model of type {kind!r}.")
@@ -279,13 +312,12 @@ def _load_target(name: str, revision: str | None) -> tuple[Any, Any]:
         ) from error
 
 
-def _read_results(path: Path, results: Path | None) -> dict[str, Any] | None:
-    file = results or path / RESULTS
-    if results is None and not file.is_file():
+def _read_results(file: Path | None) -> dict[str, Any] | None:
+    if file is None:
         return None
     try:
         return check_results(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"`results` must be a JSON file of figures, got {str(file)!r}: {error}.") from error
 
 

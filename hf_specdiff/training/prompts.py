@@ -175,7 +175,7 @@ def _encode_chat(tokenizer: Any, chat: list[dict[str, str]], *, add_generation_p
 def _record_of(line: str, number: int, path: Path) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # numbers of thousands of digits, and brackets within brackets, are no JSON errors
         record = None
     if not isinstance(record, dict):
         raise ValueError(f"`prompts` must be one JSON object a line, got {line[:40]!r} in line {number} of {str(path)!r}.")

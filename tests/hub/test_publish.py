@@ -1,6 +1,7 @@
 """Publishing: figures and defaults, one commit or none, and what is refused before it."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,45 @@ def test_paths_of_this_machine_are_not_published(tmp_path: Path) -> None:
     with hub.staged(tmp_path, "org/x") as ready:
         assert json.loads((ready.folder / "config.json").read_text())["target_model"] is None
         assert str(PAIR) not in (ready.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["README.md", "results.json"])
+def test_a_link_out_of_the_folder_is_not_followed(name: str, tokens_folder: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("a key")
+    folder = tmp_path / "drafter"
+    shutil.copytree(tokens_folder, folder)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=f"`path` must hold its own {name}"), hub.staged(folder, "org/x"):
+        pytest.fail("it was staged")
+
+
+def test_a_link_within_the_folder_is_the_owners_own_card(tokens_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "drafter"
+    shutil.copytree(tokens_folder, folder)
+    (folder / "README.md").unlink()
+    (folder / "card.md").write_text("My own words.")
+    (folder / "README.md").symlink_to("card.md")
+    with hub.staged(folder, "org/x") as ready:
+        assert (ready.folder / "README.md").read_text() == "My own words."
+
+
+def test_notes_in_the_configurations_are_not_published(tmp_path: Path) -> None:
+    drafter = SpecDiffDrafter.from_pretrained(PAIR / "tokens")
+    drafter.generation_config.gamma = 3
+    drafter.generation_config.note_to_self = "secret-1"
+    drafter.config.api_key = "secret-2"
+    drafter.config.training = {"data": "100 sequences", "machine": "secret-3", "objective": "ce", "log": ["secret-4"]}
+    drafter.save_pretrained(tmp_path)
+    with hub.staged(tmp_path, "org/x") as ready:
+        texts = [file.read_text() for file in ready.folder.rglob("*.json")] + [(ready.folder / "README.md").read_text()]
+        assert not any("secret-" in text for text in texts)
+        assert json.loads((ready.folder / "config.json").read_text())["training"] == {
+            "data": "100 sequences",
+            "objective": "ce",
+        }
+        assert json.loads((ready.folder / "generation_config.json").read_text())["gamma"] == 3
 
 
 def test_no_token_and_a_read_only_token_are_refused_before_any_work(hub_here: Hub) -> None:
