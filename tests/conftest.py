@@ -28,17 +28,18 @@ SPECIAL_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 def make_target(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
     """Return a random Llama whose greedy text does not settle into one token at once."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.6,
-        **{**SPECIAL_IDS, **overrides},
-    )
-    return LlamaForCausalLM(config).eval()
+    fields = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "initializer_range": 0.6,
+        **SPECIAL_IDS,
+        **overrides,
+    }
+    return LlamaForCausalLM(LlamaConfig(**fields)).eval()
 
 
 def make_drafter(target_layer_ids: list[int] | None = None, seed: int = 0, **overrides: object) -> SpecDiffDrafter:

@@ -5,7 +5,9 @@ length, another target, special ids that differ. So what decides is laid side by
 is pointed out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,12 @@ from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import run_block
 from hf_specdiff.core.budget import Profile
+from hf_specdiff.core.checks import SPECIAL_IDS
+from hf_specdiff.core.checks import check_layers
 from hf_specdiff.core.checks import check_pair
+from hf_specdiff.core.checks import check_special_id
+from hf_specdiff.core.checks import check_vocabulary
+from hf_specdiff.core.checks import check_width
 from hf_specdiff.core.masked_target import why_not_masked
 from hf_specdiff.core.profiling import measure_profile
 from hf_specdiff.core.speculation import resolve_speculation
@@ -29,7 +36,6 @@ SUSPICIOUS_TOKENS_PER_ROUND = 1.3
 # By how much other layers must win to be pointed out, and on how many tokens that is found out.
 CLEARLY = 1.15
 SHIFT_TOKENS = 96
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +75,22 @@ def compare(target: Any, drafter: Any, tokenizer: Any) -> list[Finding]:
             f"`drafter` must be a SpecDiffDrafter, got {type(drafter).__name__}. The doctor knows no other drafters."
         )
     findings = [
-        _same("vocabulary", theirs.vocab_size, own.vocab_size, "the drafter was made for another target"),
+        Finding("vocabulary", str(theirs.vocab_size), str(own.vocab_size), _refusal(check_vocabulary, theirs, own)),
         *(
-            _same(name, getattr(theirs, name, None), getattr(own, name, None), "correct the drafter's config")
+            Finding(
+                name,
+                str(getattr(theirs, name, None)),
+                str(getattr(own, name, None)),
+                _refusal(partial(check_special_id, name), theirs, own),
+            )
             for name in SPECIAL_IDS
         ),
         _mask(own, tokenizer),
         _layers(theirs, own),
     ]
     if own.target_layer_ids is not None:
-        findings.append(_same("hidden size", theirs.hidden_size, own.hidden_size, "the drafter was made for another target"))
+        width = _refusal(check_width, theirs, own)
+        findings.append(Finding("hidden size", str(theirs.hidden_size), str(own.hidden_size), width))
     if own.target_model is not None:
         findings.append(Finding("made for", target.name_or_path, own.target_model))
     own_device, their_device = (
@@ -235,8 +247,13 @@ def verdict(rows: list[dict[str, Any]], profile: Profile, models: Models) -> lis
     return warnings
 
 
-def _same(name: str, theirs: Any, own: Any, hint: str) -> Finding:
-    return Finding(name, str(theirs), str(own), "" if theirs == own else f"must be the same: {hint}")
+def _refusal(check: Callable[[Any, Any], None], theirs: Any, own: Any) -> str:
+    """Return what the entry would say about two configurations; empty if nothing."""
+    try:
+        check(theirs, own)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _mask(own: Any, tokenizer: Any) -> Finding:
@@ -246,7 +263,7 @@ def _mask(own: Any, tokenizer: Any) -> Finding:
     token = tokenizer.convert_ids_to_tokens(own.mask_token_id) if own.mask_token_id < len(tokenizer) else None
     warning = ""
     if token is not None and own.mask_token_id not in tokenizer.all_special_ids:
-        warning = f"it is the ordinary token {token!r}: texts that hold it are refused"
+        warning = f"it is the ordinary token {token!r}, which is never drafted, and read as 'not known' in a text"
     return Finding("mask id", str(token), str(own.mask_token_id), warning)
 
 
@@ -255,9 +272,7 @@ def _layers(theirs: Any, own: Any) -> Finding:
     layers = f"{theirs.num_hidden_layers} layers"
     if own.target_layer_ids is None:
         return Finding("layers read", layers, "none (conditioned on tokens)")
-    warning = ""
-    if max(own.target_layer_ids) >= theirs.num_hidden_layers:
-        warning = "the target has no such layers: the drafter was made for another one"
-    elif own.num_target_layers not in (None, theirs.num_hidden_layers):
+    warning = _refusal(check_layers, theirs, own)
+    if not warning and own.num_target_layers not in (None, theirs.num_hidden_layers):
         warning = f"the drafter was made for a target of {own.num_target_layers} layers"
     return Finding("layers read", layers, str(own.target_layer_ids), warning)

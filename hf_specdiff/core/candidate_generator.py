@@ -66,7 +66,7 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
         self.drafter = make_drafter(assistant_model, target, settings, processors, self.max_length)
         if past_key_values is not None:
             self.drafter.cache = past_key_values
-        self.vocab_size = assistant_model.config.vocab_size
+        self.vocab_size = (assistant_model if target is None else target).config.get_text_config().vocab_size
         self.eos_token_ids = _end_tokens(generation_config)
         self.attention_mask = (model_kwargs or {}).get("attention_mask")
         self.requires_model_outputs = layer_ids is not None

@@ -29,6 +29,8 @@ BATCH_PROCESSORS = (
     PrefixConstrainedLogitsProcessor,
 )
 
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 def check_pair(model: Any, drafter: Any) -> None:
     """Refuse a drafter that was not made for this target.
@@ -50,23 +52,67 @@ def check_pair(model: Any, drafter: Any) -> None:
     if model.config.is_encoder_decoder:
         raise ValueError(f"`model` must be a decoder-only language model, got {type(model).__name__}.")
     target_config = model.config.get_text_config()
-    if config.vocab_size != target_config.vocab_size:
+    check_vocabulary(target_config, config)
+    for name in SPECIAL_IDS:
+        check_special_id(name, target_config, config)
+    check_layers(target_config, config)
+    check_width(target_config, config)
+    if config.target_layer_ids is not None and model.get_output_embeddings() is None:
+        raise ValueError(f"`model` must have a language-modelling head, got {type(model).__name__}.")
+
+
+def check_vocabulary(target_config: Any, config: Any) -> None:
+    """Refuse a drafter that could draft a token which the target does not have.
+
+    A target may have more: rows that only pad its embedding. A token that the drafter does not know is never drafted.
+
+    Args:
+        target_config (`PreTrainedConfig`): of the target's text model.
+        config (`SpecDiffConfig`): the drafter's.
+
+    Raises:
+        ValueError: if so.
+    """
+    if config.vocab_size > target_config.vocab_size:
         raise ValueError(
-            f"`assistant_model` must have the target's vocabulary of {target_config.vocab_size} tokens, got "
+            f"`assistant_model` must have no more than the target's vocabulary of {target_config.vocab_size} tokens, got "
             f"{config.vocab_size}. Use a drafter that was made for this target."
         )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        own, theirs = getattr(config, name, None), getattr(target_config, name, None)
-        if own != theirs:
-            raise ValueError(
-                f"`assistant_model` must have the target's `{name}` {theirs}, got {own}. Use a drafter that was made for this "
-                "target, or correct the drafter's config."
-            )
-    _check_layers(model, target_config, config)
 
 
-def _check_layers(model: Any, target_config: Any, config: Any) -> None:
-    """Refuse a feature-conditioned drafter whose layers or width the target does not have."""
+def check_special_id(name: str, target_config: Any, config: Any) -> None:
+    """Refuse a token-conditioned drafter with another special id: it was made for another tokenizer.
+
+    It decides nothing for a feature-conditioned one, which reads the target's states and borrows its embedding.
+
+    Args:
+        name (`str`): of `SPECIAL_IDS`.
+        target_config (`PreTrainedConfig`): of the target's text model.
+        config (`SpecDiffConfig`): the drafter's.
+
+    Raises:
+        ValueError: if so.
+    """
+    if config.target_layer_ids is not None:
+        return
+    own, theirs = getattr(config, name, None), getattr(target_config, name, None)
+    if own != theirs:
+        raise ValueError(
+            f"`assistant_model` must have the target's `{name}` {theirs}, got {own}. Use a drafter that was made for this "
+            "target, or correct the drafter's config."
+        )
+
+
+def check_layers(target_config: Any, config: Any) -> None:
+    """Refuse a feature-conditioned drafter that reads layers which the target does not have.
+
+    Args:
+        target_config (`PreTrainedConfig`): of the target's text model.
+        config (`SpecDiffConfig`): the drafter's.
+
+    Raises:
+        ValueError: if so.
+    """
     if config.target_layer_ids is None:
         return
     if max(config.target_layer_ids) >= target_config.num_hidden_layers:
@@ -74,21 +120,35 @@ def _check_layers(model: Any, target_config: Any, config: Any) -> None:
             f"`assistant_model` must read layers that the target has (0 to {target_config.num_hidden_layers - 1}), got "
             f"`target_layer_ids` {config.target_layer_ids}. Use a drafter that was made for this target."
         )
-    if config.hidden_size != target_config.hidden_size:
+
+
+def check_width(target_config: Any, config: Any) -> None:
+    """Refuse a feature-conditioned drafter that is not as wide as the target, whose embedding it borrows.
+
+    Args:
+        target_config (`PreTrainedConfig`): of the target's text model.
+        config (`SpecDiffConfig`): the drafter's.
+
+    Raises:
+        ValueError: if so.
+    """
+    if config.target_layer_ids is not None and config.hidden_size != target_config.hidden_size:
         raise ValueError(
             f"`assistant_model` must have the target's `hidden_size` {target_config.hidden_size} to borrow its embedding, got "
             f"{config.hidden_size}. Use a drafter that was made for this target."
         )
-    if model.get_output_embeddings() is None:
-        raise ValueError(f"`model` must have a language-modelling head, got {type(model).__name__}.")
 
 
-def check_prompt(input_ids: Any, mask_token_id: int | None) -> None:
-    """Refuse a prompt that is empty or holds the mask, and a drafter without a mask.
+def check_prompt(input_ids: Any, mask_token_id: int | None, vocab_size: int) -> None:
+    """Refuse a prompt that is empty or holds a mask which the target cannot read, and a drafter without a mask.
+
+    A mask inside the target's vocabulary is a token like others there: the target may have written it in an earlier turn. A
+    drafter reads it as "not known", which makes the draft poorer and nothing wrong.
 
     Args:
         input_ids (`torch.Tensor` of shape `(B, L)`, int64): the prompt.
         mask_token_id (`int`, *optional*): the drafter's.
+        vocab_size (`int`): the target's.
 
     Raises:
         ValueError: if so.
@@ -101,10 +161,31 @@ def check_prompt(input_ids: Any, mask_token_id: int | None) -> None:
         raise ValueError(
             "`input_ids` must hold at least one token, got an empty prompt. Pass the bos token to start from nothing."
         )
-    if bool((input_ids == mask_token_id).any()):
+    if mask_token_id >= vocab_size and bool((input_ids == mask_token_id).any()):
         raise ValueError(
-            f"`input_ids` must not hold the drafter's mask id {mask_token_id}, which means 'not yet known'. "
-            "Take it out of the prompt."
+            f"`input_ids` must hold tokens of the target's vocabulary of {vocab_size}, got the drafter's mask id "
+            f"{mask_token_id}, which means 'not yet known'. Take it out of the prompt."
+        )
+
+
+def check_cache_name(name: str | None) -> None:
+    """Refuse caches that the host cannot give us, before it fails on them.
+
+    Args:
+        name (`str`, *optional*): the call's `cache_implementation`.
+
+    Raises:
+        ValueError: for quantized caches, and for offloaded ones on a machine without an accelerator.
+    """
+    if name == "quantized":
+        raise ValueError(
+            "`cache_implementation` must be a cache whose tokens can be taken back, got 'quantized', which rounds them "
+            "together. Leave the argument out, or use plain model.generate."
+        )
+    if name is not None and name.startswith("offloaded") and not torch.accelerator.is_available():
+        raise ValueError(
+            f"`cache_implementation` must keep the cache where the model is, got {name!r}, and this machine has no "
+            "accelerator to offload from. Leave the argument out."
         )
 
 
@@ -150,6 +231,11 @@ def check_call(
     check_can_roll_back(cache)
     if config.output_attentions:
         raise ValueError("`output_attentions` must be False, got True. Use plain model.generate for it.")
+    if config.assistant_ensemble_weight is not None:
+        raise ValueError(
+            f"`assistant_ensemble_weight` must be None, got {config.assistant_ensemble_weight}: it would mix the drafter's law "
+            "into the target's. Leave it out."
+        )
     check_processors(processors)
 
 

@@ -24,8 +24,29 @@ FIRST_LAYER_INDEX = 1 if hasattr(output_capturing, "selected_hidden_states") els
 class TokenDrafter(DenoisingDrafter):
     """Draft from the committed tokens alone: they attend causally and are cached, the window attends to everything.
 
+    Args:
+        network (`SpecDiffDrafter`): the network.
+        speculation (`SpeculationConfig`): as `DenoisingDrafter`.
+        logits_processor (`LogitsProcessorList`): as `DenoisingDrafter`.
+        max_length (`int`, *optional*): as `DenoisingDrafter`.
+        target_vocab_size (`int`, *optional*): tokens of the target, which may have more than the network knows: they are read
+            as "not known", and have probability 0 in every draft.
+
     Source: arXiv:2408.05636.
     """
+
+    def __init__(
+        self,
+        network: Any,
+        speculation: SpeculationConfig,
+        logits_processor: LogitsProcessorList,
+        max_length: int | None = None,
+        *,
+        target_vocab_size: int | None = None,
+    ) -> None:
+        super().__init__(network, speculation, logits_processor, max_length)
+        self.vocab_size = network.config.vocab_size
+        self.num_unknown = max(0, (target_vocab_size or 0) - self.vocab_size)
 
     def _window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
         """Run the network over the uncached context and the window; see `DenoisingDrafter._window_logits`."""
@@ -34,8 +55,11 @@ class TokenDrafter(DenoisingDrafter):
         new_context = text.gather(self.rows.ends, max(counts))
         window_size = window.shape[1]
         position_ids, key_mask = self._layout(text, counts, window_size)
+        ids = torch.cat([new_context, window], dim=1)
+        if self.num_unknown:
+            ids = ids.masked_fill(ids >= self.vocab_size, self.mask_token_id)
         outputs = self.network(
-            input_ids=torch.cat([new_context, window], dim=1),
+            input_ids=ids,
             attention_mask=key_mask,
             position_ids=position_ids,
             past_key_values=self.cache,
@@ -43,7 +67,9 @@ class TokenDrafter(DenoisingDrafter):
             logits_to_keep=window_size - 1,
         )
         self._keep_context(counts)
-        return outputs.logits
+        logits = outputs.logits
+        # As wide as the target's, which its processors count on.
+        return torch.nn.functional.pad(logits, (0, self.num_unknown), value=-torch.inf) if self.num_unknown else logits
 
 
 class FeatureDrafter(DenoisingDrafter):
@@ -141,7 +167,8 @@ def make_drafter(
         `TokenDrafter` or `FeatureDrafter`: fresh, with an empty context cache.
     """
     if network.config.target_layer_ids is None:
-        return TokenDrafter(network, speculation, logits_processor, max_length)
+        theirs = None if target is None else target.config.get_text_config().vocab_size
+        return TokenDrafter(network, speculation, logits_processor, max_length, target_vocab_size=theirs)
     embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
     return FeatureDrafter(
         network,

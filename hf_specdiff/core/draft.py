@@ -87,16 +87,16 @@ class Draft:
         return replace(self, tokens=self.tokens.to(device), probs=probs)
 
     def dense_probs(self, vocab_size: int) -> torch.Tensor:
-        """Return `probs`, with a point mass written out.
+        """Return `probs`, with a point mass written out, and 0 for tokens that the drafter does not know.
 
         Args:
-            vocab_size (`int`): V.
+            vocab_size (`int`): V, at least the drafter's own.
 
         Returns:
             `torch.Tensor` of shape `(B, G, V)`, float32.
         """
         if self.probs is not None:
-            return self.probs
+            return torch.nn.functional.pad(self.probs, (0, vocab_size - self.probs.shape[-1]))
         return torch.nn.functional.one_hot(self.tokens, vocab_size).float()
 
     def scores(self, vocab_size: int) -> torch.Tensor:

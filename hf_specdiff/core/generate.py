@@ -20,6 +20,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .budget import Budget
 from .cache import cache_of
 from .checks import check_batch
+from .checks import check_cache_name
 from .checks import check_call
 from .checks import check_pair
 from .checks import check_profile
@@ -90,8 +91,9 @@ def generate(
     check_pair(model, assistant_model)
     prompt = inputs if inputs is not None else kwargs.get("input_ids")
     if prompt is not None:
-        check_prompt(prompt, assistant_model.config.mask_token_id)
+        check_prompt(prompt, assistant_model.config.mask_token_id, model.config.get_text_config().vocab_size)
     arguments = _pop_speculation(kwargs)
+    check_cache_name(_setting(model, kwargs, "cache_implementation"))
     profile = kwargs.pop("profile", None)
     own_cache = cache_of(kwargs)
     streamer = kwargs.pop("streamer", None)
@@ -157,6 +159,12 @@ def _pop_speculation(kwargs: dict[str, Any]) -> dict[str, Any]:
     config = kwargs.get("generation_config")
     found = {name: getattr(config, name, None) for name in SPECULATION_ARGUMENTS}
     return found | {name: kwargs.pop(name) for name in SPECULATION_ARGUMENTS if name in kwargs}
+
+
+def _setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """Return a setting as the host will merge it: of the call, of the config that was passed, of the model's own."""
+    configs = [kwargs.get("generation_config"), model.generation_config]
+    return next((value for value in [kwargs.get(name), *(getattr(c, name, None) for c in configs)] if value is not None), None)
 
 
 def _wants(config: GenerationConfig, name: str) -> bool:

@@ -397,7 +397,7 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         if input_ids is None or input_ids.shape[-1] == 0:
             raise ValueError("`input_ids` must hold at least one token, got none.")
         if past_key_values is None:
-            check_prompt(input_ids, self.config.mask_token_id)
+            check_prompt(input_ids, self.config.mask_token_id, self.config.vocab_size)
         generator = SpecDiffCandidateGenerator(
             self,
             generation_config or GenerationConfig(),

@@ -266,8 +266,8 @@ def _own_file(path: Path, name: str) -> Path | None:
         return None
     if not file.resolve().is_relative_to(path.resolve()):
         raise ValueError(
-            f"`path` must hold its own {name}, got a link to {str(file.resolve())!r}, which would be uploaded. Put a copy in its "
-            "place, or take it away."
+            f"`path` must hold its own {name}, got a link to {str(file.resolve())!r}, which would be uploaded. Put a copy in "
+            "its place, or take it away."
         )
     return file
 

@@ -33,19 +33,24 @@ def test_a_pair_that_fits_gets_no_warning(kind: str) -> None:
 def test_every_misfit_is_named() -> None:
     target, drafter, tokenizer = hf_specdiff.load_demo()
     drafter.config.vocab_size += 1
-    drafter.config.eos_token_id = 7
     drafter.config.mask_token_id = 40
     drafter.config.target_layer_ids = [1, 5, 9, 16]
     drafter.config.hidden_size = 64
     assert set(warnings_of(doctor.compare(target, drafter, tokenizer))) == {
         "vocabulary",
-        "eos_token_id",
         "mask id",
         "layers read",
         "hidden size",
     }
     with pytest.raises(ValueError, match="vocabulary"):
         doctor.costs(target, drafter)
+
+
+def test_special_ids_are_a_warning_for_token_conditioned_drafters_alone() -> None:
+    for kind, warned in (("tokens", {"eos_token_id", "pad_token_id"}), ("features", set())):
+        target, drafter, tokenizer = hf_specdiff.load_demo(kind)
+        drafter.config.eos_token_id, drafter.config.pad_token_id = [7, 8], None
+        assert set(warnings_of(doctor.compare(target, drafter, tokenizer))) == warned
 
 
 def test_a_drafter_for_a_deeper_target_is_pointed_out() -> None:

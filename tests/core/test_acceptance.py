@@ -114,6 +114,15 @@ def deterministic_drafts(vocab_size: int, gamma: int, seed: int) -> Drafts:
     return [(tuple(draft.tolist()), torch.nn.functional.one_hot(draft, vocab_size).double(), 1.0)]
 
 
+def narrow_drafts(vocab_size: int, gamma: int, seed: int) -> Drafts:
+    """Drafts of a drafter that does not know the last token, in the target's width."""
+    drafts = one_pass_drafts(vocab_size - 1, gamma, seed)
+    return [
+        (draft, Draft(torch.tensor([draft]), q[None], has_prefix_law=True).dense_probs(vocab_size)[0], weight)
+        for draft, q, weight in drafts
+    ]
+
+
 def output_law(target: TableTarget, drafts: Drafts, rule: RuleLaw, length: int) -> dict[Text, float]:
     """Return the law of the first `length` tokens: one round, then the target's own tokens until the text is long enough."""
     law: dict[Text, float] = dict.fromkeys(itertools.product(range(target.vocab_size), repeat=length), 0.0)
@@ -152,6 +161,23 @@ def test_rule_preserves_target_law(
 ) -> None:
     target = TableTarget(vocab_size, seed)
     assert distance_from_target(target, make_drafts(vocab_size, gamma, seed), RULES[rule], gamma) < TOLERANCE
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("vocab_size", "gamma"), [(2, 1), (3, 1), (3, 2), (3, 3)])
+@pytest.mark.parametrize("rule", ["ratio", "block", "match"])
+def test_a_drafter_that_knows_fewer_tokens_preserves_the_target_law(rule: str, vocab_size: int, gamma: int, seed: int) -> None:
+    """Its laws are padded with zeros, which is the truth: it never drafts what it does not know."""
+    target = TableTarget(vocab_size, seed)
+    drafts = narrow_drafts(vocab_size, gamma, seed)
+    assert drafts[0][1].shape == (gamma, vocab_size)
+    assert distance_from_target(target, drafts, RULES[rule], gamma) < TOLERANCE
+
+
+@pytest.mark.parametrize("rule", ["ratio", "block"])
+def test_control_laws_padded_with_anything_but_zeros_break(rule: str) -> None:
+    drafts = [(draft, (q + 0.1) / (q + 0.1).sum(-1, keepdim=True), weight) for draft, q, weight in narrow_drafts(3, 2, 5)]
+    assert distance_from_target(TableTarget(3, 5), drafts, RULES[rule], 2) > 1e-2
 
 
 @pytest.mark.parametrize("gamma", [2, 3])

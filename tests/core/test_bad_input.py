@@ -14,7 +14,6 @@ import hf_specdiff
 from hf_specdiff import SpecDiffCandidateGenerator
 from hf_specdiff import SpecDiffConfig
 from hf_specdiff import SpecDiffDrafter
-from tests.conftest import MASK_TOKEN_ID
 from tests.conftest import VOCAB_SIZE
 from tests.conftest import make_drafter
 from tests.conftest import make_target
@@ -56,6 +55,8 @@ def silent_target(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
         ({"draft_temperature": float("nan")}, ValueError, ["`draft_temperature`", "nan"]),
         ({"num_beams": 2}, ValueError, ["`num_beams`", "2", "beam search"]),
         ({"cache_implementation": "static"}, ValueError, ["`cache_implementation`", "Static"]),
+        ({"cache_implementation": "quantized"}, ValueError, ["`cache_implementation`", "taken back"]),
+        ({"assistant_ensemble_weight": 0.3}, ValueError, ["`assistant_ensemble_weight`", "law"]),
         ({"use_cache": False}, ValueError, ["`use_cache`", "False"]),
         ({"output_attentions": True, "return_dict_in_generate": True}, ValueError, ["`output_attentions`"]),
         ({"penalty_alpha": 0.6, "top_k": 4}, ValueError, ["`generation_config`", "contrastive"]),
@@ -116,10 +117,22 @@ def test_encoder_decoder_targets_are_refused(prompt: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", ["inputs", "input_ids"])
 def test_empty_prompts_and_masks_in_the_prompt_are_refused(silent_target: LlamaForCausalLM, name: str) -> None:
     empty = torch.zeros(1, 0, dtype=torch.long)
-    masked = torch.tensor([[1, MASK_TOKEN_ID, 4]])
-    for prompt, words in ((empty, "empty prompt"), (masked, f"mask id {MASK_TOKEN_ID}")):
+    masked = torch.tensor([[1, VOCAB_SIZE, 4]])
+    drafter = make_drafter(mask_token_id=VOCAB_SIZE)
+    for prompt, words in ((empty, "empty prompt"), (masked, f"mask id {VOCAB_SIZE}")):
         with pytest.raises(ValueError, match=words):
-            hf_specdiff.generate(silent_target, assistant_model=make_drafter(), max_new_tokens=4, **{name: prompt})
+            hf_specdiff.generate(silent_target, assistant_model=drafter, max_new_tokens=4, **{name: prompt})
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator to offload from")
+@pytest.mark.parametrize("name", ["offloaded", "offloaded_static"])
+def test_offloaded_caches_are_refused_where_there_is_nothing_to_offload_from(
+    name: str, silent_target: LlamaForCausalLM, prompt: torch.Tensor
+) -> None:
+    with pytest.raises(ValueError, match="`cache_implementation` must keep the cache"):
+        call(silent_target, prompt, make_drafter(), cache_implementation=name)
+    with pytest.raises(ValueError, match="`cache_implementation` must keep the cache"):
+        call(silent_target, prompt, make_drafter(), generation_config=GenerationConfig(cache_implementation=name))
 
 
 def test_way_one_refuses_settings_that_would_not_be_lossless(prompt: torch.Tensor) -> None:
@@ -130,8 +143,9 @@ def test_way_one_refuses_settings_that_would_not_be_lossless(prompt: torch.Tenso
 
 
 def test_way_one_refuses_a_mask_in_the_prompt_and_a_drafter_without_one() -> None:
+    drafter = make_drafter(mask_token_id=VOCAB_SIZE)
     with pytest.raises(ValueError, match="mask id"):
-        make_target().generate(torch.tensor([[1, MASK_TOKEN_ID]]), assistant_model=make_drafter(), max_new_tokens=4)
+        make_target().generate(torch.tensor([[1, VOCAB_SIZE]]), assistant_model=drafter, max_new_tokens=4)
     with pytest.raises(ValueError, match="`mask_token_id`"):
         make_target().generate(torch.tensor([[1, 4]]), assistant_model=make_drafter(mask_token_id=None), max_new_tokens=4)
 

@@ -3,9 +3,16 @@
 from typing import Any
 
 import pytest
+import torch
 
+import hf_specdiff
 from hf_specdiff.core.checks import check_rotary
+from tests.conftest import MASK_TOKEN_ID
+from tests.conftest import VOCAB_SIZE
+from tests.conftest import make_drafter
 from tests.conftest import make_target
+
+SHAPES = ("chain", "tree", "samples")
 
 
 @pytest.mark.parametrize(
@@ -33,3 +40,63 @@ def test_frequencies_that_follow_the_text_are_refused(rope: dict[str, Any], leng
         return check_rotary(config, 7, length)
     with pytest.raises(ValueError, match="rotary frequencies change"):
         check_rotary(config, 7, length)
+
+
+@pytest.mark.parametrize("ids", [{"eos_token_id": None}, {"bos_token_id": 9, "pad_token_id": 8}, {"eos_token_id": [2, 3]}])
+def test_special_ids_decide_nothing_for_feature_conditioned_drafters(ids: dict[str, Any], prompt: torch.Tensor) -> None:
+    target, drafter = make_target(), make_drafter([0, 2], **ids)
+    plain = target.generate(prompt, do_sample=False, max_new_tokens=20)
+    assert torch.equal(hf_specdiff.generate(target, prompt, assistant_model=drafter, do_sample=False, max_new_tokens=20), plain)
+    with pytest.raises(ValueError, match="must have the target's `"):
+        hf_specdiff.generate(target, prompt, assistant_model=make_drafter(**ids), do_sample=False, max_new_tokens=20)
+
+
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "settings", [{}, {"repetition_penalty": 1.3, "sequence_bias": [[[5], 2.0]]}], ids=["plain", "processed"]
+)
+def test_a_target_with_more_tokens_than_the_drafter_is_no_reason(
+    settings: dict[str, Any], shape: str, layers: list[int] | None, prompt: torch.Tensor
+) -> None:
+    """As where an embedding is padded; here the target even writes the tokens that the drafter does not know."""
+    target, drafter = make_target(vocab_size=VOCAB_SIZE + 10), make_drafter(layers)
+    unknown = 0
+    for ids in (prompt, torch.tensor([[1, VOCAB_SIZE + 3, 4, VOCAB_SIZE + 9]])):
+        plain = target.generate(ids, do_sample=False, max_new_tokens=24, eos_token_id=None, **settings)
+        unknown += int((plain >= VOCAB_SIZE).sum())
+        ours = hf_specdiff.generate(
+            target,
+            ids,
+            assistant_model=drafter,
+            draft_shape=shape,
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=None,
+            **settings,
+        )
+        assert torch.equal(ours, plain)
+    assert unknown > 2
+
+
+def test_a_drafter_with_more_tokens_than_the_target_is_refused(prompt: torch.Tensor) -> None:
+    for layers in (None, [0]):
+        with pytest.raises(ValueError, match="no more than the target's vocabulary"):
+            hf_specdiff.generate(make_target(), prompt, assistant_model=make_drafter(layers, vocab_size=VOCAB_SIZE + 1))
+
+
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+@pytest.mark.parametrize("shape", [*SHAPES, None])
+def test_a_mask_that_is_the_targets_own_text_is_taken(shape: str | None, layers: list[int] | None) -> None:
+    """A turn after one in which the target wrote it; the last case is the host's own loop."""
+    target, drafter = make_target(), make_drafter(layers)
+    for ids in ([[1, MASK_TOKEN_ID, 4]], [[1, 5, MASK_TOKEN_ID]], [[MASK_TOKEN_ID, MASK_TOKEN_ID]]):
+        text = torch.tensor(ids)
+        plain = target.generate(text, do_sample=False, max_new_tokens=16)
+        if shape is not None:
+            ours = hf_specdiff.generate(
+                target, text, assistant_model=drafter, draft_shape=shape, do_sample=False, max_new_tokens=16
+            )
+            assert torch.equal(ours, plain)
+        elif layers is None:
+            assert torch.equal(target.generate(text, assistant_model=drafter, do_sample=False, max_new_tokens=16), plain)

@@ -304,6 +304,33 @@ def test_rows_of_a_batch_keep_their_joint_law(scheme: dict, target: LlamaForCaus
     assert distance(law_of(joint(target.generate), monkeypatch), law_of(joint(ours, **scheme), monkeypatch)) < TOLERANCE
 
 
+NARROW = {
+    "ratio": {"acceptance": "ratio", "draft_shape": "chain"},
+    "block": {"acceptance": "block", "draft_shape": "chain"},
+    "match": {"acceptance": "match", "draft_shape": "chain", "gamma": 2},
+    **{name: MANY[name] for name in ("samples-match", "samples-self-selection", "tree-match", "tree-ratio")},
+}
+
+
+@pytest.mark.parametrize("scheme", NARROW)
+@pytest.mark.parametrize("processors", ["none", "all"])
+@pytest.mark.parametrize("vocab_size", [2, 3])
+def test_a_drafter_that_knows_fewer_tokens_preserves_the_law(
+    vocab_size: int, processors: str, scheme: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target writes tokens that the drafter has no embedding for; its mask stands where one of them does."""
+    drafter = make_drafter(
+        seed=5, vocab_size=vocab_size, mask_token_id=vocab_size, block_size=4, eos_token_id=0, pad_token_id=0
+    )
+    settings = {"max_new_tokens": 3, "do_sample": True, **PROCESSORS[processors]}
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    assert any(max(text) >= vocab_size for text in plain)
+    ours = law_of(
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, **settings, **NARROW[scheme]), monkeypatch
+    )
+    assert distance(plain, ours) < TOLERANCE
+
+
 @pytest.mark.parametrize("temperatures", [(0.3,), (2.5,), (0.3, 2.5)], ids=["colder", "warmer", "by-what-was-accepted"])
 def test_children_at_a_temperature_learnt_on_the_way_preserve_the_law(
     temperatures: tuple[float, ...],
