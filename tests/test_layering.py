@@ -25,13 +25,13 @@ ARROWS = {
 LEVELS = [
     {"attention", "cache", "calibration", "config_checks", "denoising", "draft", "files", "inference", "stopwatch", "text"}
     | {"tree", "weights"},
-    {"budget", "checks", "configuration_specdiff", "model_card", "sampling", "speculation"},
-    {"acceptance", "record", "shapes", "stopping"},
+    {"budget", "configuration_specdiff", "model_card", "sampling", "speculation"},
+    {"acceptance", "checks", "record", "shapes", "stopping"},
     {"drafters", "rules"},
     {"conditioning"},
     {"candidate_generator", "target"},
     {"masked_target", "stateful_target", "decoding"},
-    {"profiling"},
+    {"profiling", "trial"},
     {"generate"},
     {"repository"},
     {"modeling_specdiff"},

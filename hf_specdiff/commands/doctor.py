@@ -26,9 +26,9 @@ from hf_specdiff.core.checks import check_pair
 from hf_specdiff.core.checks import check_special_id
 from hf_specdiff.core.checks import check_vocabulary
 from hf_specdiff.core.checks import check_width
-from hf_specdiff.core.masked_target import why_not_masked
 from hf_specdiff.core.profiling import measure_profile
 from hf_specdiff.core.speculation import resolve_speculation
+from hf_specdiff.core.trial import why_not_masked
 from hf_specdiff.training.evaluation import decode_held_out
 
 # Below it a drafter is as good as untrained: the target's own token is one of them.

@@ -26,6 +26,38 @@ def cache_of(model_kwargs: dict[str, Any]) -> Any:
     return next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
 
 
+def check_takes_back(cache: Cache | None, name: str) -> None:
+    """Refuse what a prefill left behind, if tokens cannot be taken back from all of it.
+
+    Before a pass not every cache can tell: a convolution's layer does not know yet whether it will have a recurrent state.
+
+    Args:
+        cache (`transformers.Cache`, *optional*): what the model handed back; `None`: nothing.
+        name (`str`): of the model.
+
+    Raises:
+        ValueError: if so; also for layers that keep something else than the text, such as an image's keys.
+    """
+    if cache is None:
+        raise ValueError(f"`model` must hand back a cache, got none from {name}. Use plain model.generate for it.")
+    if not getattr(cache, "is_croppable", True):
+        raise ValueError(
+            f"`past_key_values` must be a cache whose tokens can be taken back, got a {type(cache).__name__} of {name} that "
+            "says it cannot. Use plain model.generate."
+        )
+    lengths = {layer.get_seq_length() for layer in filled_layers(cache)}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"`model` must keep keys of the text alone, got layers of {name} with {sorted(lengths)} tokens in the cache. "
+            "Use plain model.generate for it."
+        )
+
+
+def filled_layers(cache: Cache) -> list[Any]:
+    """Return the layers that hold keys and values; others belong to inputs that this text does not have, such as images."""
+    return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+
+
 def start_recording(cache: Cache) -> None:
     """Let sliding-window layers keep what a rollback needs; to be called once, after the prefill."""
     cache.activate_past_recording()
@@ -100,6 +132,10 @@ def _copied(layer: Any, name: str, value: Any) -> Any:
     return value
 
 
+# Keys and values `(heads, slots, width)` of one row, for each layer that holds some.
+Parted = list[tuple[torch.Tensor, torch.Tensor]]
+
+
 class RaggedCache:
     """A cache whose rows end at different slots, because they accepted differently.
 
@@ -114,6 +150,17 @@ class RaggedCache:
     def __init__(self, cache: Cache, num_rows: int) -> None:
         self.cache = cache
         self.ends = [cache.get_seq_length()] * num_rows
+        self._names = list(range(num_rows))
+        self._parted: dict[int, Parted] | None = None
+
+    @property
+    def keeps_parted(self) -> bool:
+        """Whether rows that leave can join again."""
+        return self._parted is not None
+
+    def keep_parted(self) -> None:
+        """Remember from now on what rows that leave held, for `rejoin`."""
+        self._parted = {}
 
     @property
     def length(self) -> int:
@@ -148,7 +195,7 @@ class RaggedCache:
         count, goal, source = len(kept) - first, start + first, start + kept[first]
         is_block = kept[first:] == list(range(kept[first], kept[first] + count)) and source >= goal + count
         index = None if is_block else torch.tensor(kept[first:]) + start
-        for layer in self.cache.layers:
+        for layer in filled_layers(self.cache):
             for states in (layer.keys, layer.values):
                 # One branch of a tree lies in one piece.
                 block = states.narrow(2, source, count) if index is None else states.index_select(2, index.to(states.device))
@@ -161,7 +208,7 @@ class RaggedCache:
         sources = torch.tensor([row + [0] * (most - len(row)) for row in kept], dtype=torch.long) + start
         goals = torch.tensor(self.ends)[:, None] + torch.arange(most)
         rows = torch.arange(len(kept))[:, None]
-        for layer in self.cache.layers:
+        for layer in filled_layers(self.cache):
             for states in (layer.keys, layer.values):
                 by_slot = states.transpose(1, 2)  # a view (B, slots, heads, dim)
                 by_slot[rows, goals] = by_slot[rows, sources]
@@ -169,6 +216,27 @@ class RaggedCache:
     def select(self, rows: list[int]) -> None:
         """Keep some rows only."""
         total = self.cache.get_seq_length()
+        if self._parted is not None:
+            for row in set(range(len(self.ends))) - set(rows):
+                self._parted[self._names[row]] = self._part(row)
         self.cache.batch_select_indices(torch.tensor(rows))
         self.ends = [self.ends[row] for row in rows]
+        self._names = [self._names[row] for row in rows]
         roll_back(self.cache, total - self.length)
+
+    def _part(self, row: int) -> "Parted":
+        """Return a copy of what a row holds."""
+        end = self.ends[row]
+        return [(layer.keys[row, :, :end].clone(), layer.values[row, :, :end].clone()) for layer in filled_layers(self.cache)]
+
+    def rejoin(self) -> None:
+        """Take the rows that have left in again, each at its place in the batch and with the slots it had."""
+        assert self._parted is not None
+        parts = self._parted | {name: self._part(row) for row, name in enumerate(self._names)}
+        self._names, self._parted = sorted(parts), {}
+        self.ends = [parts[name][0][0].shape[1] for name in self._names]
+        for index, layer in enumerate(filled_layers(self.cache)):
+            for which, name in enumerate(("keys", "values")):
+                rows = [parts[row][index][which] for row in self._names]
+                padded = [torch.nn.functional.pad(row, (0, 0, 0, self.length - row.shape[1])) for row in rows]
+                setattr(layer, name, torch.stack(padded))

@@ -18,6 +18,7 @@ from transformers.generation import SynthIDTextWatermarkLogitsProcessor
 from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from .cache import cache_of
+from .speculation import MAX_TREE_BUDGET
 from .text import Text
 
 # They carry a state from call to call that rejected tokens would spoil.
@@ -225,9 +226,17 @@ def check_call(
         raise ValueError(
             "`input_ids` must hold at least one token, got an empty prompt (`inputs_embeds` cannot be drafted from)."
         )
+    if not model_kwargs.get("use_cache", True):
+        raise ValueError(
+            "`use_cache` must be True, got False from this call or the model's own config. Rounds build on the keys and values "
+            "of the committed text: pass use_cache=True."
+        )
     cache = cache_of(model_kwargs)
-    if not model_kwargs.get("use_cache", True) or cache is None:
-        raise ValueError("`use_cache` must be True, got False. Rounds build on the keys and values of the committed text.")
+    if cache is None:
+        raise ValueError(
+            "`model` must keep a cache that `generate` prepares, got none: this one keeps its text in a form of its own, from "
+            "which no token can be taken back. Use plain model.generate for it."
+        )
     check_can_roll_back(cache)
     if config.output_attentions:
         raise ValueError("`output_attentions` must be False, got True. Use plain model.generate for it.")
@@ -298,9 +307,15 @@ def check_can_roll_back(cache: Cache) -> None:
         cache (`transformers.Cache`): the target's cache, as `generate` prepared it.
 
     Raises:
-        ValueError: if the cache is compiled or quantized. (A recurrent state is the model's to tell; see the entry's checks.)
+        ValueError: if the cache is compiled or quantized, or of a class that says so. (What a layer holds is seen after the
+            prefill only.)
     """
     name = type(cache).__name__
+    if getattr(type(cache), "is_croppable", True) is False:
+        raise ValueError(
+            f"`past_key_values` must be a cache whose tokens can be taken back, got a {name}, which says that it cannot. "
+            "Use plain model.generate for it."
+        )
     # A cache that holds nothing but running states always says that it can be compiled.
     is_all_state = all(isinstance(layer, LinearAttentionLayer) for layer in getattr(cache, "layers", []))
     if (getattr(cache, "is_compileable", False) and not is_all_state) or "Static" in name:
@@ -405,34 +420,61 @@ def check_state(obstacle: str | None, cache: Any) -> None:
         )
 
 
-def why_call_not_masked(model_kwargs: dict[str, Any], own_cache: Any | None) -> str | None:
-    """Return why a call cannot be verified with masks of ours, which trees and batches need, whatever its model.
+def check_chains(obstacle: str | None) -> None:
+    """Refuse a model that does not verify drafted tokens as it decodes them one by one.
 
     Args:
+        obstacle (`str`, *optional*): why it does not.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if obstacle is not None:
+        raise ValueError(
+            f"`model` must give drafted tokens in one pass the logits that it gives them one by one, but {obstacle}. "
+            "Use plain model.generate for it."
+        )
+
+
+def check_window(window: int, obstacle: str, max_length: int | None) -> None:
+    """Refuse a text longer than a window that exists by the cache's dropping alone, where no mask of ours can stand in.
+
+    Args:
+        window (`int`): tokens that the cache keeps.
+        obstacle (`str`): why there is no mask of ours.
+        max_length (`int`, *optional*): most tokens of the finished text.
+
+    Raises:
+        ValueError: if so.
+    """
+    if max_length is None or max_length > window:
+        raise ValueError(
+            f"`max_new_tokens` must end the text within {window} tokens for this model, whose window is only what its cache "
+            f"drops, got a limit of {max_length} in all: drafted tokens would see past it, and {obstacle}. Pass fewer, or use "
+            "plain model.generate."
+        )
+
+
+def why_call_not_masked(config: Any, model_kwargs: dict[str, Any], own_cache: Any | None, max_length: int | None) -> str | None:
+    """Return why a call cannot be verified with masks of ours, which trees and batches need, whatever its model can do.
+
+    Args:
+        config (`PreTrainedConfig`): of the text model.
         model_kwargs (`dict[str, Any]`): what `generate` prepared: cache, mask, positions.
         own_cache (`transformers.Cache`, *optional*): the caller's.
+        max_length (`int`, *optional*): most tokens of the finished text.
 
     Returns:
         `str`, *optional*: the reason.
     """
-    cache = model_kwargs["past_key_values"]
+    cache = cache_of(model_kwargs)
     if own_cache is not None and any(getattr(layer, "is_sliding", False) for layer in cache.layers):
         return "the `past_key_values` that were passed have sliding layers, which drop tokens by count"
     if getattr(cache, "offloading", False):
         return "the cache is offloaded"
-    if not _are_places(model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")):
-        return "its `position_ids` are not the tokens' places in the text"
+    # Llama 4 scales its queries by the slot of the cache, in steps (transformers 5.23): a branch stands in later slots than the
+    # text it stands for, so no slot of a tree may reach the first step.
+    step = getattr(config, "floor_scale", None) if getattr(config, "attn_temperature_tuning", False) else None
+    if step and (max_length is None or cache.get_seq_length() + max_length + MAX_TREE_BUDGET >= step):
+        return f"the model scales attention by slots of the cache, from {step} on, which branches may reach before the text"
     return None
-
-
-def _are_places(positions: torch.Tensor | None, mask: torch.Tensor | None) -> bool:
-    """Return whether positions `(B, n)` count the tokens of the text that are no padding, as they do by default."""
-    if positions is None:
-        return True
-    if positions.dim() != 2:
-        return False
-    if mask is None:
-        mask = torch.ones_like(positions)
-    num_new = positions.shape[1]
-    places = (mask.cumsum(dim=1) - 1)[:, -num_new:]
-    return bool(((positions == places) | (mask[:, -num_new:] == 0)).all())

@@ -129,6 +129,28 @@ def layer_output_indices(layer_ids: list[int]) -> list[int]:
     return [layer_id + FIRST_LAYER_INDEX for layer_id in layer_ids]
 
 
+def check_states(hidden_states: tuple[torch.Tensor, ...] | None, layer_ids: list[int], name: str) -> None:
+    """Refuse a target that does not hand back one state per layer and token.
+
+    Args:
+        hidden_states (`tuple[torch.Tensor, ...]`, *optional*): of a pass, asked for with `layer_output_indices`.
+        layer_ids (`list[int]`): K layers, counted from 0.
+        name (`str`): of the target.
+
+    Raises:
+        ValueError: if some layer read has none, or several for a token (Gemma 3n, HY v4).
+    """
+    states = hidden_states or ()
+    for layer_id, index in zip(layer_ids, layer_output_indices(layer_ids), strict=True):
+        state = states[index] if index < len(states) else None
+        if state is None or state.dim() != 3:
+            found = "none" if state is None else f"one of shape {tuple(state.shape)}"
+            raise ValueError(
+                f"`assistant_model` must read layers whose hidden states are (rows, tokens, width), got {found} from layer "
+                f"{layer_id} of {name}. Use a drafter that reads tokens (`target_layer_ids` None) or other layers."
+            )
+
+
 def target_features(hidden_states: tuple[torch.Tensor, ...], layer_ids: list[int], num_tokens: int) -> torch.Tensor:
     """Join the hidden states that condition a drafter.
 

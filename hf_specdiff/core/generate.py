@@ -5,6 +5,7 @@ loaded from the Hub is of another class than the installed one. This file is als
 `custom_generate/generate.py`.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -22,19 +23,21 @@ from .cache import cache_of
 from .checks import check_batch
 from .checks import check_cache_name
 from .checks import check_call
+from .checks import check_chains
 from .checks import check_pair
 from .checks import check_profile
 from .checks import check_prompt
 from .checks import check_rotary
 from .checks import check_state
 from .checks import check_stop_strings
+from .checks import check_window
 from .checks import why_call_not_masked
 from .conditioning import make_drafter
 from .decoding import run
 from .inference import inference
 from .inference import ordinary
 from .masked_target import MaskedTarget
-from .masked_target import why_not_masked
+from .masked_target import unmasked_window
 from .profiling import learn
 from .profiling import profile_of
 from .speculation import SPECULATION_ARGUMENTS
@@ -45,6 +48,8 @@ from .stateful_target import why_not_stateful
 from .stopping import StopCheck
 from .target import Target
 from .text import Text
+from .trial import why_not_chained
+from .trial import why_not_masked
 
 
 def generate(
@@ -74,7 +79,8 @@ def generate(
 
     Returns:
         What `model.generate` returns. With `return_dict_in_generate=True` the output also has `.speculation`, a
-        `SpeculationStats`. Batches return no `past_key_values`: rows leave the cache when they end.
+        `SpeculationStats`. Batches return no `past_key_values`: rows leave the cache when they end. One that
+        you pass in is left as `model.generate` leaves it.
 
     Raises:
         TypeError: if `assistant_model` is no drafter.
@@ -110,7 +116,9 @@ def generate(
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | torch.Tensor:
         check_call(input_ids, logits_processor, generation_config, model_kwargs, streamer)
-        check_rotary(model.config.get_text_config(), input_ids.shape[1], generation_config.max_length)
+        text_config, max_length = model.config.get_text_config(), generation_config.max_length
+        check_rotary(text_config, input_ids.shape[1], max_length)
+        text = Text.of_prompt(input_ids, model_kwargs.get("attention_mask"))
 
         if is_stateful(model):
             check_state(why_not_stateful(model, input_ids.device), cache_of(model_kwargs))
@@ -118,7 +126,9 @@ def generate(
         def why_no_masks() -> str | None:
             if is_stateful(model):
                 return f"{type(model).__name__} keeps a running state, which reads one text in order"
-            return why_call_not_masked(model_kwargs, own_cache) or why_not_masked(model, input_ids.device)
+            check_chains(why_not_chained(model, input_ids.device))  # where there is no chain, there is no tree
+            obstacle = why_call_not_masked(text_config, model_kwargs, own_cache, max_length)
+            return obstacle or why_not_masked(model, input_ids.device, has_padding=text.prompt_mask is not None)
 
         speculation = resolve_speculation(
             arguments,
@@ -127,14 +137,17 @@ def generate(
             why_no_tree=why_no_masks,
         )
         check_profile(profile, is_adaptive=speculation.is_adaptive)
-        text = Text.of_prompt(input_ids, model_kwargs.get("attention_mask"))
         stop = StopCheck(stopping_criteria, text.num_rows, keep_scores=_wants(generation_config, "output_scores"))
         obstacle = why_no_masks() if text.num_rows > 1 else None
         check_batch(text, obstacle, logits_processor, generation_config, rows_end_apart=bool(stop.others))
+        if not is_stateful(model):
+            check_chains(why_not_chained(model, input_ids.device))
         # A greedy target meets every draft by match, so there is nothing to draw for another rule.
         drafting = speculation if generation_config.do_sample else replace(speculation, acceptance="match")
         drafter = make_drafter(assistant_model, model, drafting, logits_processor, generation_config.max_length)
         needs_masks = text.num_rows > 1 or speculation.draft_shape != "chain"
+        if not needs_masks and not is_stateful(model):
+            needs_masks = _needs_masks_for_window(model, cache_of(model_kwargs), why_no_masks, max_length)
         target_class = StatefulTarget if is_stateful(model) else MaskedTarget if needs_masks else Target
         callbacks = [*logits_processor, *stopping_criteria, streamer]
         with inference([model, assistant_model], callbacks, own_cache):
@@ -143,6 +156,8 @@ def generate(
                 draws_children = drafting.draft_shape == "tree" and drafting.acceptance == "ratio"
                 drafter.budget = Budget(measured, text.num_rows, draws_children=draws_children)
             target = target_class(model, generation_config, model_kwargs, drafter.target_layer_ids)
+            if own_cache is not None:
+                target.keep_rows()
             output = run(target, drafter, speculation, stop, logits_processor, text, streamer)
             if own_cache is not None or generation_config.return_dict_in_generate:
                 target.finish(output.sequences)
@@ -152,6 +167,15 @@ def generate(
         return output if generation_config.return_dict_in_generate else output.sequences
 
     return GenerationMixin.generate(model, inputs, streamer=streamer, custom_generate=speculative_loop, **kwargs)
+
+
+def _needs_masks_for_window(model: Any, cache: Any, why_no_masks: Callable[[], str | None], max_length: int | None) -> bool:
+    """Return whether a chain needs masks of ours, because the model's window is only what its cache drops."""
+    window = unmasked_window(model, cache)
+    obstacle = None if window is None else why_no_masks()
+    if window is not None and obstacle is not None:
+        check_window(window, obstacle, max_length)
+    return window is not None and obstacle is None
 
 
 def _pop_speculation(kwargs: dict[str, Any]) -> dict[str, Any]:

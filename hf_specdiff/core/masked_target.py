@@ -4,9 +4,10 @@ Letters: B batch, N drafted nodes, C cached slots, V vocabulary, D hidden size. 
 no drafter and no rule.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import Cache
@@ -23,13 +24,8 @@ from .text import Text
 from .tree import DraftTree
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
-# Tokens in front of the tree that a model is tried with, and how many times the noise of a cached pass it may be off.
-CONTEXT = 6
-NOISE_MARGIN = 8.0
-# Windows that our masks know of, and settings about them that are no windows.
-KNOWN_WINDOWS = {"sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern"}
-# For each model that was asked: the state it was in, and why it cannot be masked (None: it can).
-_ANSWERS: WeakKeyDictionary[Any, tuple[Any, str | None]] = WeakKeyDictionary()
+# Functions of the host that mask sliding windows; a model's file imports the one it uses.
+WINDOW_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
 
 
 class MaskedTarget(Target):
@@ -38,6 +34,10 @@ class MaskedTarget(Target):
     Each drafted token sees the committed text of its row and its ancestors, and stands where its depth puts it: for the model
     that is the text it would have read, had the path to this token been written. What is accepted is moved to its row's end in
     the cache (`RaggedCache`); nothing is computed twice.
+
+    Two numbers say where a token stands. Its place is the slot that it would have in its row, had the path been written,
+    padding counted: windows are measured in places, as the host measures them in slots. Its position is what embeddings read:
+    the place less the row's lag, which is read off the positions that the model was really given with the prompt.
 
     Args:
         model (`transformers.PreTrainedModel`): a target for which `why_not_masked` returns `None`.
@@ -65,19 +65,32 @@ class MaskedTarget(Target):
         self.text_config = model.config.get_text_config()
         self.kinds = layer_kinds(self.text_config)
         self.dtype = model.dtype
+        self.masks_windows = self.kinds == [FULL] or masks_its_windows(model)
         self.rows: RaggedCache | None = None
-        self.prompt_positions: torch.Tensor | None = None  # (B, prompt slots), -1 on padding
+        self.prompt_mask: torch.Tensor | None = None  # (B, prompt slots) bool, False on padding
+        self.num_leading: torch.Tensor | int = 0  # (B, 1) or 0: padding in front of each row
+        self.lag: torch.Tensor | int = 0  # (B, 1), (planes, B, 1) or the same for all: place less position
         self.num_cached = 0  # tokens in the cache before the text begins
         self._reads_plain: bool | None = None  # `reads_plain_inputs`, asked once
+        self._keeps_rows = False
+        self._whole: tuple[Any, ...] = ()  # what `select_rows` cuts, as it was for the whole batch
 
     def prefill(self, text: Text) -> torch.Tensor:
         """Run the prompt; see `Target.prefill`."""
-        logits = super().prefill(text)
+        with _received(self.model) as inputs:
+            logits = super().prefill(text)
         self.rows = RaggedCache(self.cache, text.num_rows)
         self.num_cached = self.rows.length - text.prompt_length
         if text.prompt_mask is not None:
-            mask = text.prompt_mask.long()
-            self.prompt_positions = (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, -1)
+            self.prompt_mask = text.prompt_mask.bool()
+            self.num_leading = (self.prompt_mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
+        # None: the model counts slots itself.
+        if inputs.get("position_ids") is not None:
+            self.lag = _lag(inputs["position_ids"].to(text.tokens.device), self.rows.length - 1, text.num_rows)
+        if self._keeps_rows and text.num_rows > 1:
+            self.rows.keep_parted()
+            token_types = {name: self.model_kwargs[name] for name in TOKEN_TYPE_NAMES if name in self.model_kwargs}
+            self._whole = (text, self.prompt_mask, self.num_leading, self.lag, token_types)
         return logits
 
     def verify(self, text: Text, draft: Draft | DraftTree) -> torch.Tensor:
@@ -129,61 +142,95 @@ class MaskedTarget(Target):
         """Forget all but some rows of the batch."""
         assert self.rows is not None
         self.rows.select(rows)
-        if self.prompt_positions is not None:
-            self.prompt_positions = self.prompt_positions[rows]
+        if self.prompt_mask is not None:
+            self.prompt_mask = self.prompt_mask[rows]
+        if isinstance(self.num_leading, torch.Tensor):
+            self.num_leading = self.num_leading[rows]
+        if isinstance(self.lag, torch.Tensor):
+            self.lag = self.lag[..., rows, :]
         for name in TOKEN_TYPE_NAMES:
             if self.model_kwargs.get(name) is not None:
                 self.model_kwargs[name] = self.model_kwargs[name][rows]
 
+    def keep_rows(self) -> None:
+        """Let the cache hold all rows after `finish`, because it is the caller's; to be called before the prefill."""
+        self._keeps_rows = True
+
+    def finish(self, tokens: torch.Tensor) -> None:
+        """Bring the caller's cache to what plain decoding leaves behind; see `Target.finish`.
+
+        Rows that ended early have left; the host would have fed them padding until the last one ended, so they join again and
+        read it in one pass.
+        """
+        if self.rows is None or not self.rows.keeps_parted:
+            return
+        text, self.prompt_mask, self.num_leading, self.lag, token_types = self._whole
+        self.model_kwargs |= token_types
+        self.rows.rejoin()
+        missing = [self.num_cached + tokens.shape[1] - 1 - end for end in self.rows.ends]
+        if max(missing) == 0:
+            return
+        lengths = [end - self.num_cached + 1 for end in self.rows.ends]
+        text = Text(tokens, lengths, text.prompt_length, text.prompt_mask, text.rows)
+        self.verify(text, Draft(text.gather(lengths, max(missing) - 1), None, has_prefix_law=True))
+        self.rows.keep([list(range(count)) for count in missing])
+
     def _layout(self, text: Text, draft: Draft | DraftTree) -> tuple[torch.Tensor, Any]:
-        """Return positions of the nodes `(B, N + 1)`, and the mask that the model reads, if it needs one."""
+        """Return positions of the nodes `(B, N + 1)` or `(planes, B, N + 1)`, and the mask that the model reads, if any."""
         assert self.rows is not None
         device = text.tokens.device
-        if text.num_rows == 1 and text.prompt_mask is None and (isinstance(draft, Draft) or self.kinds == [FULL]):
+        if text.num_rows == 1 and text.prompt_mask is None:
             # All that is cached is seen; one row's chain is what the host's own causal mask is for.
-            positions = self.rows.length + draft.depths()
-            if isinstance(draft, Draft):
-                return positions, None
-            size = draft.num_tokens + 1
-            mask = torch.zeros(1, 1, size, self.rows.length + size, dtype=self.dtype, device=device)
-            mask[..., self.rows.length :].masked_fill_(~draft.ancestor_mask(), torch.finfo(self.dtype).min)
-            return positions, mask
-        positions, keys = self._positions(draft, device)
-        return positions, self._masks(self._visible(draft, keys), positions, keys)
+            places = self.rows.length + draft.depths()
+            if isinstance(draft, Draft) and self.masks_windows:
+                return places - self.lag, None
+            if self.kinds == [FULL]:
+                size = draft.num_tokens + 1
+                mask = torch.zeros(1, 1, size, self.rows.length + size, dtype=self.dtype, device=device)
+                mask[..., self.rows.length :].masked_fill_(~draft.ancestor_mask(), torch.finfo(self.dtype).min)
+                return places - self.lag, mask
+        places = self._places(draft, device)
+        return places - self.lag, self._masks(self._visible(draft, device), places)
 
-    def _positions(self, draft: Draft | DraftTree, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return positions of the nodes `(B, N + 1)`, and of all keys `(B or 1, C + N + 1)`, -1 where nobody may look."""
+    def _places(self, draft: Draft | DraftTree, device: torch.device) -> torch.Tensor:
+        """Return places of the nodes, `(B, N + 1)`."""
         assert self.rows is not None
-        cached = torch.arange(self.rows.length, device=device)[None]  # (1, C)
-        anchors = torch.tensor(self.rows.ends, device=device)[:, None]
-        if self.prompt_positions is not None:
-            prompt = self.prompt_positions.to(device)
-            num_padding = (prompt < 0).sum(dim=1, keepdim=True)
-            cached, anchors = cached - num_padding, anchors - num_padding
-            cached[:, : prompt.shape[1]] = prompt
-        owned = self.rows.is_owned(device)
-        if owned is not None:
-            cached = torch.where(owned, cached, -1)
-        positions = anchors + draft.depths()
+        places = torch.tensor(self.rows.ends, device=device)[:, None] + draft.depths()
         max_length = self.generation_config.max_length
         if max_length is not None and len(self.rows.ends) > 1:
             # A row near its end is drafted past it, since others are not; what stands there is never kept.
-            positions = positions.clamp(max=self.num_cached + max_length - 1)
-        keys = torch.cat([cached.expand(positions.shape[0], -1), positions], dim=1)
-        return positions, keys
+            places = places.clamp(max=self.num_cached + max_length - 1)
+        return places
 
-    def _visible(self, draft: Draft | DraftTree, keys: torch.Tensor) -> torch.Tensor:
+    def _visible(self, draft: Draft | DraftTree, device: torch.device) -> torch.Tensor:
         """Return which keys each node may see under full attention, `(B, N + 1, C + N + 1)` bool."""
-        size = draft.num_tokens + 1
-        cached = (keys[:, None, :-size] >= 0).expand(-1, size, -1)
-        return torch.cat([cached, draft.ancestor_mask().expand(keys.shape[0], -1, -1)], dim=2)
+        assert self.rows is not None
+        num_rows, size, length = len(self.rows.ends), draft.num_tokens + 1, self.rows.length
+        cached = self.rows.is_owned(device)
+        if cached is None:
+            cached = torch.ones(num_rows, length, dtype=torch.bool, device=device)
+        if self.prompt_mask is not None:
+            mask = self.prompt_mask.to(device)
+            cached[:, : mask.shape[1]] &= mask
+        nodes = draft.ancestor_mask().expand(num_rows, -1, -1)
+        return torch.cat([cached[:, None].expand(-1, size, -1), nodes], dim=2)
 
-    def _masks(self, visible: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor) -> Any:
+    def _masks(self, visible: torch.Tensor, places: torch.Tensor) -> Any:
         """Return the mask that the model reads, added to its scores: one, or one for each kind of layer."""
-        masks = {
-            kind: _additive(_narrowed(visible, positions, keys, kind, self.text_config), self.dtype) for kind in self.kinds
-        }
+        cached = torch.arange(visible.shape[2] - places.shape[1], device=places.device).expand(places.shape[0], -1)
+        keys = torch.cat([cached, places], dim=1)
+        masks = {kind: _additive(self._narrowed(visible, places, keys, kind), self.dtype) for kind in self.kinds}
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _narrowed(self, visible: torch.Tensor, places: torch.Tensor, keys: torch.Tensor, kind: str) -> torch.Tensor:
+        """Cut what a layer of some kind cannot see off what full attention sees."""
+        if kind == SLIDING:
+            return visible & (places[:, :, None] - keys[:, None] < self.text_config.sliding_window)
+        if kind == CHUNKED:
+            size = self.text_config.attention_chunk_size
+            places, keys = places - self.num_leading, keys - self.num_leading
+            return visible & (places[:, :, None] // size == keys[:, None] // size)
+        return visible
 
 
 def layer_kinds(config: Any) -> list[str]:
@@ -202,14 +249,48 @@ def layer_kinds(config: Any) -> list[str]:
     return [SLIDING if has_window else FULL]
 
 
-def _narrowed(visible: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, kind: str, config: Any) -> torch.Tensor:
-    """Cut what a layer of some kind cannot see off what full attention sees."""
-    if kind == SLIDING:
-        return visible & (positions[:, :, None] - keys[:, None] < config.sliding_window)
-    if kind == CHUNKED:
-        size = config.attention_chunk_size
-        return visible & (positions[:, :, None] // size == keys[:, None] // size)
-    return visible
+def masks_its_windows(model: Any) -> bool:
+    """Return whether a model masks its sliding windows itself, in a pass of several tokens.
+
+    Some (Moshi) mask nothing and see a window only because the cache drops what is older. One token at a time that is the
+    same; of a chain the later tokens would see more. A model whose code does not know the host's masks over windows is taken
+    for one of them.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target.
+    """
+    files = {type(part).__module__ for part in model.modules()}
+    return any(hasattr(sys.modules.get(file), name) for file in files for name in WINDOW_MASKS)
+
+
+def unmasked_window(model: Any, cache: Cache) -> int | None:
+    """Return the tokens of a window that exists by the cache's dropping alone, or `None` if there is no such window.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target.
+        cache (`transformers.Cache`): as `generate` prepared it.
+    """
+    sizes = [layer.sliding_window for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    return min(sizes) if sizes and not masks_its_windows(model) else None
+
+
+@contextmanager
+def _received(model: Any) -> Iterator[dict[str, Any]]:
+    """Yield a dictionary that holds, after a pass, the keyword arguments that the model was really given."""
+    inputs: dict[str, Any] = {}
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: inputs.update(kwargs), with_kwargs=True)
+    try:
+        yield inputs
+    finally:
+        hook.remove()
+
+
+def _lag(positions: torch.Tensor, last_place: int, num_rows: int) -> torch.Tensor | int:
+    """Return places less positions, from positions `(B or 1, n)` or `(planes, B or 1, n)` whose last column stands there."""
+    lag = last_place - positions[..., -1:]
+    if positions.dim() == 2 and bool((lag == lag[0]).all()):
+        return int(lag[0])
+    return lag.expand(*lag.shape[:-2], num_rows, 1)
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -228,77 +309,3 @@ def _with_full_layers(cache: Cache) -> Cache:
             "pass draft_shape='chain' and one prompt at a time."
         )
     return DynamicCache()
-
-
-def why_not_masked(model: Any, device: torch.device) -> str | None:
-    """Return why a model cannot verify with masks of our own, or `None` if it can; found by trying, once for each model.
-
-    A tree with siblings in the way must give the logits of the plain text along its path, as closely as the same text read
-    through the cache does.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the target.
-        device (`torch.device`): of the call's inputs.
-
-    Returns:
-        `str`, *optional*: the reason.
-    """
-    state = (model.config._attn_implementation, model.dtype, model.training, device)
-    asked_in, answer = _ANSWERS.get(model, (None, None))
-    if asked_in != state:
-        answer = _why_not_by_config(model) or _why_not_by_trying(model, device)
-        _ANSWERS[model] = (state, answer)
-    return answer
-
-
-def _why_not_by_config(model: Any) -> str | None:
-    """Return what a model's configuration says against masks of our own."""
-    config, name = model.config.get_text_config(), type(model).__name__
-    if model.config._attn_implementation not in ("eager", "sdpa"):
-        return f"{name} with attention implementation {model.config._attn_implementation!r} reads no mask of ours; use 'sdpa'"
-    unknown = [kind for kind in layer_kinds(config) if kind not in (FULL, SLIDING, CHUNKED)]
-    if unknown:
-        return f"{name} has layers of the kind {unknown[0]!r}, which read the text in order"
-    attention = getattr(config, "attn_config", None)
-    if getattr(config, "alibi", False) or getattr(attention, "alibi", False):
-        return f"{name} places tokens by their order (ALiBi)"
-    # A window that the model measures inside its layers, by slots of the cache and not by positions.
-    windows = [key for key, value in config.to_dict().items() if "window" in key and type(value) is int]
-    strange = sorted(set(windows) - KNOWN_WINDOWS)
-    if strange or getattr(config, "attention_types", None):
-        return f"{name} has a window of its own kind (`{(strange or ['attention_types'])[0]}`)"
-    return None
-
-
-@torch.no_grad()
-def _why_not_by_trying(model: Any, device: torch.device) -> str | None:
-    name, vocab_size = type(model).__name__, model.config.get_text_config().vocab_size
-    # Context, anchor, nine siblings in the way, and a path of three under the last of ten children.
-    ids = ((torch.arange(CONTEXT + 13, device=device) * 7 + 3) % vocab_size)[None]
-    text = Text.of_prompt(ids[:, : CONTEXT + 1])
-    tree = DraftTree(ids[:, CONTEXT + 1 :], [[0] * 10 + [10, 11]])
-    path = [0, 10, 11, 12]
-    try:
-        plain_ids = torch.cat([ids[:, :CONTEXT], ids[:, CONTEXT:][:, path]], dim=1)
-        plain = model(plain_ids, use_cache=False).logits[:, CONTEXT:]
-        chain = Draft(plain_ids[:, CONTEXT + 1 :], None, has_prefix_law=True)
-        masked = _after_context(model, ids, lambda target: target.verify(text, tree))[:, path]
-        cached = _after_context(model, ids, lambda target: target.verify(text, chain))
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-        return f"{name} does not take a mask over draft trees ({type(error).__name__}: {str(error)[:80]})"
-    rounding = max(1e-6, torch.finfo(plain.dtype).eps / 2) * float(plain.abs().max().clamp(min=1))
-    noise = max(float((cached - plain).abs().max()), rounding)
-    if float((masked - plain).abs().max()) > NOISE_MARGIN * noise:
-        return f"{name} gives other logits under a mask over draft trees"
-    return None
-
-
-def _after_context(model: Any, ids: torch.Tensor, verify: Callable[[MaskedTarget], torch.Tensor]) -> torch.Tensor:
-    """Return a pass's logits behind the first tokens of `ids` `(1, n)`."""
-    model_kwargs = {"past_key_values": DynamicCache(), "use_cache": True}
-    target = MaskedTarget(model, GenerationConfig(), model_kwargs, None)
-    target._run({"input_ids": ids[:, :CONTEXT], "past_key_values": target.cache, "use_cache": True}, 1, ids.device)
-    target.rows = RaggedCache(target.cache, 1)
-    return verify(target)

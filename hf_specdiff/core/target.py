@@ -17,9 +17,11 @@ from .attention import grouped_heads
 from .attention import is_on_cpu
 from .cache import CACHE_NAMES
 from .cache import cache_of
+from .cache import check_takes_back
 from .cache import roll_back
 from .cache import start_recording
 from .conditioning import FIRST_LAYER_INDEX
+from .conditioning import check_states
 from .conditioning import layer_output_indices
 from .conditioning import target_features
 from .draft import Draft
@@ -110,18 +112,21 @@ class Target:
             `torch.Tensor` of shape `(B, 1, V)`: raw logits of the token that follows.
 
         Raises:
-            ValueError: for more rows than this target keeps apart.
+            ValueError: for more rows than this target keeps apart; for a cache or hidden states that rounds cannot build on.
         """
         if text.num_rows > 1 and not self.takes_trees_and_batches:
             raise ValueError(f"`text` must be one row for a Target, got {text.num_rows}. Use a MaskedTarget.")
         self._outputs = self.model._prefill(text.tokens, self.generation_config, self.model_kwargs)
         logits = self._outputs.logits[:, -1:].to(text.tokens.device)
+        if self.layer_ids is not None:
+            check_states(self._layer_states(), self.layer_ids, type(self.model).__name__)
         self._start_keeping()
         self._place = self._plain_place(text)
         return logits
 
     def _start_keeping(self) -> None:
         """Let the cache keep what taking tokens back needs. Sliding layers that do so from the start keep the whole prompt."""
+        check_takes_back(getattr(self._outputs, "past_key_values", None), type(self.model).__name__)
         start_recording(self.cache)
 
     def _plain_place(self, text: Text) -> PlainPlace | None:
@@ -213,8 +218,11 @@ class Target:
         """Bring the cache to what plain decoding leaves behind: nothing to do here.
 
         Args:
-            tokens (`torch.Tensor` of shape `(1, L)`, int64): the finished text.
+            tokens (`torch.Tensor` of shape `(B, L)`, int64): the finished text, as it is given back.
         """
+
+    def keep_rows(self) -> None:
+        """Let the cache hold all rows after `finish`, because it is the caller's: nothing to do for a single one."""
 
     def forget(self, num_tokens: int) -> None:
         """Take back the whole last pass of some number of tokens."""

@@ -19,11 +19,11 @@ from transformers.generation import BaseStreamer
 
 import hf_specdiff
 from hf_specdiff import SpecDiffDrafter
-from hf_specdiff.core import masked_target
-from hf_specdiff.core.masked_target import why_not_masked
+from hf_specdiff.core import trial
 from hf_specdiff.core.target import Target
 from hf_specdiff.core.text import Text
 from hf_specdiff.core.tree import DraftTree
+from hf_specdiff.core.trial import why_not_masked
 from tests.conftest import SPECIAL_IDS
 from tests.conftest import VOCAB_SIZE
 from tests.conftest import make_drafter
@@ -231,7 +231,7 @@ def test_a_model_that_reads_the_text_in_order_is_found_out(prompt: torch.Tensor)
 def test_models_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     target = make_target(5)
     assert why_not_masked(target, CPU) is None
-    monkeypatch.setattr(masked_target, "_why_not_by_trying", lambda model, device: "asked again")
+    monkeypatch.setattr(trial, "_why_not_by_trying", lambda *args, **kwargs: "asked again")
     assert why_not_masked(target, CPU) is None
     target.set_attn_implementation("eager")
     assert why_not_masked(target, CPU) == "asked again"
@@ -325,13 +325,14 @@ def test_a_batch_goes_on_from_a_filled_cache(is_whole: bool, shape: str, drafter
     assert torch.equal(turns[0], turns[1])
 
 
-def test_positions_of_the_calls_own_are_drafted_for_by_chains(token_drafter: SpecDiffDrafter, prompt: torch.Tensor) -> None:
+@pytest.mark.parametrize("shape", SHAPES)
+def test_positions_of_the_calls_own_are_gone_on_from(shape: str, token_drafter: SpecDiffDrafter, prompt: torch.Tensor) -> None:
     target = make_target()
     settings = {"do_sample": False, "max_new_tokens": 15, "position_ids": torch.tensor([[0, 1, 2, 30, 31, 32, 33]])}
     expected = target.generate(prompt, **settings)
-    assert torch.equal(hf_specdiff.generate(target, prompt, assistant_model=token_drafter, **settings), expected)
-    with pytest.raises(ValueError, match="`position_ids`"):
-        hf_specdiff.generate(target, prompt, assistant_model=token_drafter, draft_shape="tree", **settings)
+    assert not torch.equal(expected, target.generate(prompt, do_sample=False, max_new_tokens=15))
+    result = hf_specdiff.generate(target, prompt, assistant_model=token_drafter, **settings, **SHAPES[shape])
+    assert torch.equal(result, expected)
 
 
 def test_self_selection_meets_the_same_obstacles_as_samples(token_drafter: SpecDiffDrafter, prompt: torch.Tensor) -> None:
