@@ -10,10 +10,10 @@ from hf_specdiff import load_demo
 from hf_specdiff import load_prompts
 from hf_specdiff.core.decoding import run
 from hf_specdiff.core.draft import Draft
+from hf_specdiff.core.features import Features
 from hf_specdiff.core.speculation import SpeculationConfig
 from hf_specdiff.core.stopping import StopCheck
 from hf_specdiff.core.target import Target
-from hf_specdiff.core.text import Features
 from hf_specdiff.core.text import Text
 
 

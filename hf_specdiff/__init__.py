@@ -12,9 +12,9 @@ from hf_specdiff.attach import detach
 from hf_specdiff.core.budget import Profile
 from hf_specdiff.core.candidate_generator import SpecDiffCandidateGenerator
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
-from hf_specdiff.core.draft import SpeculationStats
 from hf_specdiff.core.generate import generate
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
+from hf_specdiff.core.stats import SpeculationStats
 from hf_specdiff.demo.bundle import load_demo
 from hf_specdiff.demo.bundle import load_prompts
 

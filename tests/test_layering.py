@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -21,23 +22,7 @@ ARROWS = {
     "commands": {"", "core", "formats", "hub", "training", "demo", "benchmarks"},
     "": {"core", "formats", "demo"},
 }
-# A file may import files of lower levels only.
-LEVELS = [
-    {"attention", "cache", "calibration", "config_checks", "denoising", "draft", "files", "inference", "stopwatch", "text"}
-    | {"tree", "weights"},
-    {"budget", "configuration_specdiff", "model_card", "sampling", "speculation"},
-    {"acceptance", "checks", "record", "shapes", "stopping"},
-    {"drafters", "rules"},
-    {"conditioning"},
-    {"candidate_generator", "target"},
-    {"masked_target", "stateful_target", "decoding"},
-    {"profiling", "trial"},
-    {"generate"},
-    {"repository"},
-    {"modeling_specdiff"},
-]
-LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-HUB_FILES = [CORE / f"{name}.py" for name in sorted(LEVEL_OF)]
+CORE_FILES = sorted(path for path in CORE.glob("*.py") if path.stem != "__init__")
 # safetensors and huggingface_hub are always there where transformers is.
 ALLOWED = {"torch", "transformers", "safetensors", "huggingface_hub"} | set(sys.stdlib_module_names)
 
@@ -52,10 +37,6 @@ def folder_of(parts: tuple[str, ...] | list[str]) -> str:
     return parts[0] if parts and parts[0] in ARROWS else ""
 
 
-def test_every_file_of_the_core_has_its_level() -> None:
-    assert {path.stem for path in CORE.glob("*.py")} - {"__init__"} == set(LEVEL_OF)
-
-
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_folders_import_one_way_only(path: Path) -> None:
     folder = folder_of(path.relative_to(PACKAGE).parts)
@@ -68,12 +49,33 @@ def test_folders_import_one_way_only(path: Path) -> None:
                 assert reached == folder or reached in ARROWS[folder], f"{folder or 'the front'} imports {name}"
 
 
-@pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.stem)
-def test_hub_file_imports_only_lower_levels_and_what_the_hub_has(path: Path) -> None:
+def siblings_of(path: Path) -> set[str]:
+    """Return the files beside `path` that it imports."""
+    return {str(node.module) for node in imports_of(path) if isinstance(node, ast.ImportFrom) and node.level}
+
+
+def closure_of(name: str) -> set[str]:
+    """Return a file of the core and all that it reaches."""
+    reached: set[str] = set()
+    queue = [name]
+    while queue:
+        name = queue.pop()
+        if name not in reached:
+            reached.add(name)
+            queue += siblings_of(CORE / f"{name}.py")
+    return reached
+
+
+def test_files_of_the_core_import_one_way_only() -> None:
+    TopologicalSorter({path.stem: siblings_of(path) for path in CORE_FILES}).prepare()  # a circle is an error
+
+
+@pytest.mark.parametrize("path", CORE_FILES, ids=lambda path: path.stem)
+def test_a_file_of_the_core_imports_siblings_and_what_the_hub_has(path: Path) -> None:
     for node in imports_of(path):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1, f"line {node.lineno}"
-            assert LEVEL_OF[str(node.module)] < LEVEL_OF[path.stem], f"{path.stem} imports {node.module}"
+            assert (CORE / f"{node.module}.py").is_file()
             continue
         names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
         assert {str(name).split(".")[0] for name in names} <= ALLOWED
@@ -85,20 +87,15 @@ def test_nothing_is_imported_inside_a_function(path: Path) -> None:
     assert len(imports_of(path)) == sum(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body)
 
 
-@pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CORE_FILES, ids=lambda path: path.stem)
 def test_the_hub_loader_finds_the_imports_that_python_finds(path: Path) -> None:
     """The loader reads raw text: an import it misses, or one it sees in a docstring, breaks a published drafter."""
-    relative = {str(node.module) for node in imports_of(path) if isinstance(node, ast.ImportFrom) and node.level}
-    assert set(get_relative_imports(str(path))) == relative
+    assert set(get_relative_imports(str(path))) == siblings_of(path)
     for node in imports_of(path):
         assert len(node.names) == 1
 
 
-def test_the_entry_never_reaches_the_modelling_file() -> None:
-    reached, queue = set(), ["generate"]
-    while queue:
-        name = queue.pop()
-        if name not in reached:
-            reached.add(name)
-            queue += [str(node.module) for node in imports_of(CORE / f"{name}.py") if getattr(node, "level", 0)]
-    assert "modeling_specdiff" not in reached
+def test_what_lies_in_front_never_reaches_back() -> None:
+    assert "modeling_specdiff" not in closure_of("generate")
+    assert closure_of("features") == {"features"}
+    assert not closure_of("target") & {"drafters", "conditioning", "rules"}

@@ -6,8 +6,8 @@ import inspect
 import pytest
 
 import hf_specdiff
-from hf_specdiff.core.draft import SpeculationStats
 from hf_specdiff.core.speculation import SPECULATION_ARGUMENTS
+from hf_specdiff.core.stats import SpeculationStats
 
 
 def test_public_names() -> None:

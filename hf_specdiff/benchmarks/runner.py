@@ -20,7 +20,7 @@ from hf_specdiff.benchmarks.journal import Journal
 from hf_specdiff.benchmarks.methods import PLAIN
 from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
-from hf_specdiff.core.draft import SpeculationStats
+from hf_specdiff.core.stats import SpeculationStats
 
 # Kinds of a journal's records.
 CALL, DETAIL, REFUSAL = "call", "detail", "refusal"

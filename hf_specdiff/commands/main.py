@@ -28,9 +28,9 @@ from hf_specdiff.commands import doctor
 from hf_specdiff.commands.demo import run_demo
 from hf_specdiff.commands.loading import load_model
 from hf_specdiff.commands.loading import load_tokenizer
-from hf_specdiff.core.draft import SpeculationStats
 from hf_specdiff.core.generate import generate
 from hf_specdiff.core.repository import full_name
+from hf_specdiff.core.stats import SpeculationStats
 from hf_specdiff.hub import publish as hub
 from hf_specdiff.training.disk import is_full
 from hf_specdiff.training.prompts import Prompt

@@ -9,14 +9,49 @@ all that the public function adds.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import field
 
 import torch
 
-from .draft import Acceptance
 from .draft import Draft
+from .draft import DraftTree
 from .sampling import draw
 from .sampling import residual
-from .tree import DraftTree
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What a rule decided about a draft.
+
+    Attributes:
+        num_accepted (`torch.Tensor` of shape `(B,)`, int64): drafted tokens accepted, 0 to G; the bonus is not counted.
+        bonus_token (`torch.Tensor` of shape `(B,)`, int64): the token that the target adds after them.
+        paths (`list[list[int]]`, *optional*): of a tree, for each row the accepted nodes, root to leaf. `None`: a chain, whose
+            nodes are 1, 2, ...
+        target_laws (`dict[tuple[int, int], torch.Tensor]`): see `Outcome`.
+    """
+
+    num_accepted: torch.Tensor
+    bonus_token: torch.Tensor
+    paths: list[list[int]] | None = None
+    target_laws: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    def new_tokens(self, draft_tokens: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """Return what the round would add.
+
+        Args:
+            draft_tokens (`torch.Tensor` of shape `(B, G)`, int64): the draft, or a tree's nodes.
+
+        Returns:
+            `tuple`: for each row its new tokens, the accepted ones and then the bonus token; and the nodes that lead there, the
+            anchor (0) first, so that node `i` is the one whose logits token `i` was taken from.
+        """
+        # One device sync for all that the host side of the round needs to know.
+        table = torch.cat([self.num_accepted[:, None], self.bonus_token[:, None], draft_tokens], dim=1).tolist()
+        paths = self.paths or [list(range(1, row[0] + 1)) for row in table]
+        tokens = [[*(row[node + 1] for node in path), row[1]] for row, path in zip(table, paths, strict=True)]
+        return tokens, [[0, *path] for path in paths]
 
 
 def accept_by_match(draft_tokens: torch.Tensor, target_tokens: torch.Tensor) -> Acceptance:

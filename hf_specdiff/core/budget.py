@@ -14,7 +14,10 @@ from itertools import zip_longest
 
 from .calibration import NUM_CLASSES
 from .calibration import Calibration
+from .draft import DraftTree
+from .draft import Outcome
 from .tree import TreeShape
+from .tree import last_children
 
 # Memory of the running means, per round: of what a time usually brings, and of whether drafting pays at present.
 DECAY = 0.97
@@ -94,7 +97,7 @@ class Budget:
         self._cost = cache(profile.target_cost)
         self._pause = FIRST_PAUSE
         self._rounds_left = 0
-        self._last: tuple[list[int], float] | None = None  # lengths and seconds of the open round
+        self._open_seconds: float | None = None  # what the open round was expected to take
 
     @property
     def plain_rate(self) -> float:
@@ -113,28 +116,26 @@ class Budget:
         slope = (self.profile.target_seconds[-1] - self.profile.target_seconds[0]) / span
         return 0.5 * self.rate * slope / max(1.0, *self.calibration.factors)
 
-    def wants_draft(self, lengths: list[int]) -> bool:
+    def wants_draft(self, num_rows: int) -> bool:
         """Return whether this round shall draft at all.
 
         Args:
-            lengths (`list[int]`): of the committed rows.
+            num_rows (`int`): rows that are still running.
         """
-        self._close_round(lengths)
         self.calibration.forget()
-        if len(lengths) != self.num_rows:
+        if num_rows != self.num_rows:
             # What so many rows brought together says nothing about fewer.
-            self.num_rows = len(lengths)
+            self.num_rows = num_rows
             self.tokens = self.seconds = self._recent_tokens = self._recent_seconds = 0.0
         if self._rounds_left == 0:
             return True
         self._rounds_left -= 1
         return False
 
-    def choose(self, lengths: list[int], shapes: list[TreeShape]) -> int:
+    def choose(self, shapes: list[TreeShape]) -> int:
         """Return how many nodes to verify in each row.
 
         Args:
-            lengths (`list[int]`): of the committed rows.
             shapes (`list[TreeShape]`): what there is to choose from in each row, likeliest nodes first.
 
         Returns:
@@ -152,7 +153,7 @@ class Budget:
         fewest = 1 if self._pause > FIRST_PAUSE and len(sums) > 1 else 0
         best = max(range(fewest, len(sums)), key=lambda count: sums[count] - rate * costs[count])
         seconds = drafting + costs[best]
-        self._last = (list(lengths), seconds)
+        self._open_seconds = seconds
         tokens = num_rows + sums[best]
         if (self._recent_tokens + tokens) / (self._recent_seconds + seconds) < self.plain_rate:
             self._rounds_left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
@@ -177,14 +178,17 @@ class Budget:
             gains.append(gain)
         return gains
 
-    def _close_round(self, lengths: list[int]) -> None:
-        """Count the last drafted round; rows that have ended since are left out of it."""
-        if self._last is None:
-            return
-        earlier, seconds = self._last
-        self._last = None
-        if len(earlier) == len(lengths):
-            written = sum(lengths) - sum(earlier)
+    def observe(self, outcome: Outcome) -> None:
+        """Take in what became of the last draft; rows that have ended say nothing about it."""
+        draft = outcome.draft
+        sampled_tree = draft if isinstance(draft, DraftTree) and draft.sampled is not None else None
+        for row, (values, stands) in enumerate(zip(draft.values or [], outcome.stands(), strict=False)):
+            drawn = [False] * len(values) if sampled_tree is None else last_children(sampled_tree.parents[row])
+            if not outcome.is_done[row]:
+                self.calibration.learn(values, drawn, stands)
+        seconds, self._open_seconds = self._open_seconds, None
+        if seconds is not None and not any(outcome.is_done):
+            written = sum(map(len, outcome.tokens))
             self.tokens, self.seconds = DECAY * self.tokens + written, DECAY * self.seconds + seconds
             self._recent_tokens = RECENT_DECAY * self._recent_tokens + written
             self._recent_seconds = RECENT_DECAY * self._recent_seconds + seconds

@@ -13,12 +13,12 @@ from transformers import GenerationConfig
 from transformers import LogitsProcessorList
 from transformers.generation import CandidateGenerator
 
-from .conditioning import layer_output_indices
 from .conditioning import make_drafter
-from .conditioning import target_features
 from .draft import Draft
+from .features import Features
+from .features import layer_output_indices
+from .features import target_features
 from .speculation import resolve_speculation
-from .text import Features
 from .text import Text
 
 

@@ -9,16 +9,11 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
-from transformers.utils import output_capturing
 
 from .drafters import DenoisingDrafter
+from .features import Features
 from .speculation import SpeculationConfig
-from .text import Features
 from .text import Text
-
-# A list given as `output_hidden_states` selects among all hidden states, the embedding's first, in transformers 5.23; in 5.17
-# it selects among the layers' outputs. What comes back is indexed alike.
-FIRST_LAYER_INDEX = 1 if hasattr(output_capturing, "selected_hidden_states") else 0
 
 
 class TokenDrafter(DenoisingDrafter):
@@ -115,57 +110,6 @@ class FeatureDrafter(DenoisingDrafter):
         )
         self._keep_context(counts)
         return self.head(outputs.last_hidden_state[:, 1:]).to(device)
-
-
-def layer_output_indices(layer_ids: list[int]) -> list[int]:
-    """Return what to pass as `output_hidden_states` so that the host keeps just these layers' outputs.
-
-    Args:
-        layer_ids (`list[int]`): layers, counted from 0.
-
-    Returns:
-        `list[int]`: their indices in the hidden states that come back.
-    """
-    return [layer_id + FIRST_LAYER_INDEX for layer_id in layer_ids]
-
-
-def check_states(hidden_states: tuple[torch.Tensor, ...] | None, layer_ids: list[int], name: str) -> None:
-    """Refuse a target that does not hand back one state per layer and token.
-
-    Args:
-        hidden_states (`tuple[torch.Tensor, ...]`, *optional*): of a pass, asked for with `layer_output_indices`.
-        layer_ids (`list[int]`): K layers, counted from 0.
-        name (`str`): of the target.
-
-    Raises:
-        ValueError: if some layer read has none, or several for a token (Gemma 3n, HY v4).
-    """
-    states = hidden_states or ()
-    for layer_id, index in zip(layer_ids, layer_output_indices(layer_ids), strict=True):
-        state = states[index] if index < len(states) else None
-        if state is None or state.dim() != 3:
-            found = "none" if state is None else f"one of shape {tuple(state.shape)}"
-            raise ValueError(
-                f"`assistant_model` must read layers whose hidden states are (rows, tokens, width), got {found} from layer "
-                f"{layer_id} of {name}. Use a drafter that reads tokens (`target_layer_ids` None) or other layers."
-            )
-
-
-def target_features(hidden_states: tuple[torch.Tensor, ...], layer_ids: list[int], num_tokens: int) -> torch.Tensor:
-    """Join the hidden states that condition a drafter.
-
-    Args:
-        hidden_states (`tuple[torch.Tensor, ...]`): of the target's last pass, asked for with `layer_output_indices`; each
-            `(B, at least num_tokens, D)`. Entries that are not read may be `None`.
-        layer_ids (`list[int]`): K layers, counted from 0.
-        num_tokens (`int`): tokens of the pass that were committed; the rest were rejected.
-
-    Returns:
-        `torch.Tensor` of shape `(B, num_tokens, K * D)`, on the device of the last layer read.
-    """
-    states = [hidden_states[index][:, :num_tokens] for index in layer_output_indices(layer_ids)]
-    # A sharded target leaves its layers' outputs on several devices.
-    return torch.cat([state.to(states[-1].device) for state in states], dim=-1)
 
 
 def make_drafter(

@@ -1,4 +1,4 @@
-"""The loop: draft, verify, accept, commit.
+"""The loop: draft, verify, settle.
 
 Letters: B batch, V vocabulary. Knows drafters through the `Drafter` protocol only.
 """
@@ -13,8 +13,10 @@ from transformers import LogitsProcessorList
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .draft import Draft
-from .draft import SpeculationStats
+from .draft import DraftTree
+from .draft import Outcome
 from .drafters import Drafter
+from .features import Features
 from .record import Record
 from .record import Round
 from .record import stack_steps
@@ -22,12 +24,11 @@ from .rules import AcceptanceRule
 from .rules import make_rule
 from .sampling import Scores
 from .speculation import SpeculationConfig
+from .stats import SpeculationStats
 from .stopping import StopCheck
 from .stopwatch import Stopwatch
 from .target import Target
-from .text import Features
 from .text import Text
-from .tree import DraftTree
 
 
 @dataclass
@@ -65,24 +66,26 @@ def decode(
     Lossless when: `accept` is lossless for the drafter's drafts. Every token is what `accept` makes of the target's processed
     logits given the text before it; nothing else reaches the text.
     """
-    draft: Draft | DraftTree = Draft.nothing(text.tokens)
-    logits = target.prefill(text)
-    features: Features | None = None
-    while True:
-        # Accept: as much of the draft as the rule lets stand, then one token of the target's own.
+
+    def settle(draft: Draft | DraftTree, logits: torch.Tensor) -> tuple[Round, Features | None]:
+        # Accept: as much of the draft as the rule lets stand, then one token of the target's own, cut where the text ends.
         scores = Scores(processors, text, draft.tokens, logits)
-        tokens, nodes = accept(draft, scores).new_tokens(draft.tokens)
+        acceptance = accept(draft, scores)
+        tokens, nodes = acceptance.new_tokens(draft.tokens)
         counts, is_done = stop.cut(text, tokens, nodes, scores)
         tokens = [row[:count] for row, count in zip(tokens, counts, strict=True)]
         nodes = [row[:count] for row, count in zip(nodes, counts, strict=True)]
-        # Commit: keep the accepted keys and values in place, forget the rest; rows that have ended leave.
+        outcome = Outcome(draft, tokens, nodes, is_done, acceptance.target_laws)
+        # Commit: keep the accepted keys and values in place, forget the rest.
         features = target.commit(nodes, draft.num_tokens)
-        yield Round(text.rows, tokens, nodes, scores, draft.num_drafted(), draft.deepest(), target.hidden_states)
-        if all(is_done):
-            return
-        text = text.extended(tokens)
-        if any(is_done):
-            going = [index for index, done in enumerate(is_done) if not done]
+        return Round(text.rows, outcome, scores, target.hidden_states), features
+
+    added, features = settle(Draft.nothing(text.tokens), target.prefill(text))
+    yield added
+    while not all(added.outcome.is_done):
+        text = text.extended(added.outcome.tokens)
+        if any(added.outcome.is_done):
+            going = [index for index, done in enumerate(added.outcome.is_done) if not done]
             text = text.select(going)
             features = None if features is None else features.select(going)
             target.select_rows(going)
@@ -91,7 +94,9 @@ def decode(
         draft = drafter.draft(text, features) if target.has_room(text) else Draft.nothing(text.tokens)
         draft = draft.to(text.tokens.device)
         # Verify: the target's logits after the anchor and after each drafted token, in one pass.
-        logits = target.verify(text, draft)
+        added, features = settle(draft, target.verify(text, draft))
+        drafter.observe(added.outcome)
+        yield added
 
 
 def run(
@@ -128,12 +133,13 @@ def run(
     accept = make_rule(speculation.acceptance, do_sample=config.do_sample)
     for step, addition in enumerate(decode(target, drafter, accept, stop, processors, text)):
         record.add(addition)
+        outcome = addition.outcome
         if step > 0:
-            stats.num_drafted.append(addition.num_drafted)
-            stats.num_accepted.append([len(tokens) - 1 for tokens in addition.tokens])
-            stats.draft_depths.append(addition.draft_depths)
+            stats.num_drafted.append(outcome.draft.num_drafted())
+            stats.num_accepted.append([len(tokens) - 1 for tokens in outcome.tokens])
+            stats.draft_depths.append(outcome.draft.deepest())
         if streamer is not None:
-            for token in addition.tokens[0]:
+            for token in outcome.tokens[0]:
                 streamer.put(torch.tensor([token]))
     if streamer is not None:
         streamer.end()

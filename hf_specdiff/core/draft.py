@@ -1,6 +1,7 @@
-"""The value objects that pass between drafter, rule and loop.
+"""What passes between drafter, rule and loop: drafted tokens as a chain or a tree, and what became of them.
 
-Letters: B batch, G drafted tokens (gamma), V vocabulary. Knows no model and draws nothing.
+Letters: B batch, G drafted tokens of a chain (gamma), N nodes of a tree, V vocabulary. Node 0 is the anchor, and parents come
+before children. Knows no model and draws nothing.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Draft:
         return cls(tokens[:, :0], None, has_prefix_law=True)
 
     def first(self, count: int) -> "Draft":
-        """Return the first so many tokens."""
+        """Return the first `count` tokens of every row."""
         probs = None if self.probs is None else self.probs[:, :count]
         values = None if self.values is None else [row[:count] for row in self.values]
         return Draft(self.tokens[:, :count], probs, self.has_prefix_law, values)
@@ -53,22 +54,6 @@ class Draft:
     def deepest(self) -> list[int]:
         """Return how far ahead each row's draft reaches."""
         return self.num_drafted()
-
-    def outcome(self, additions: list[list[int]]) -> list[list[bool]]:
-        """Return, for each row, which drafted tokens stand in the text.
-
-        Args:
-            additions (`list[list[int]]`): what has been added to each row since.
-        """
-        rows = []
-        for drafted, added in zip(self.tokens.tolist(), additions, strict=True):
-            count = next((i for i, pair in enumerate(zip(drafted, added, strict=False)) if pair[0] != pair[1]), len(added))
-            rows.append([i < count for i in range(len(drafted))])
-        return rows
-
-    def drawn(self) -> list[list[bool]]:
-        """Return, for each row, which tokens were drawn beside others that were not: none in a chain."""
-        return [[False] * self.num_tokens] * self.tokens.shape[0]
 
     def depths(self) -> torch.Tensor:
         """Return how far behind the anchor each token stands, `(1, G + 1)` int64; the anchor is the first."""
@@ -112,104 +97,137 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
-class Acceptance:
-    """What a rule decided about a draft.
+class SampledChildren:
+    """The children that were drawn, where a tree has one such child under each inner node.
 
     Attributes:
-        num_accepted (`torch.Tensor` of shape `(B,)`, int64): drafted tokens accepted, 0 to G; the bonus is not counted.
-        bonus_token (`torch.Tensor` of shape `(B,)`, int64): the token that the target adds after them.
-        paths (`list[list[int]]`, *optional*): of a tree, for each row the accepted nodes, root to leaf. `None`: a chain, whose
-            nodes are 1, 2, ...
+        laws (`torch.Tensor` of shape `(n, V)`, float32): what each was drawn from: its position's marginal without the tokens
+            of its siblings, normalised.
+        row_of (`list[dict[int, int]]`): for each batch row, from inner node to its row in `laws`.
+        token_of (`list[dict[int, int]]`): for each batch row, from inner node to the token that was drawn under it.
+        marginals (`torch.Tensor` of shape `(n, V)`, float32, *optional*): what `laws` are at temperature 1, if at another.
     """
 
-    num_accepted: torch.Tensor
-    bonus_token: torch.Tensor
-    paths: list[list[int]] | None = None
-
-    def new_tokens(self, draft_tokens: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
-        """Return what the round would add.
-
-        Args:
-            draft_tokens (`torch.Tensor` of shape `(B, G)`, int64): the draft, or a tree's nodes.
-
-        Returns:
-            `tuple`: for each row its new tokens, the accepted ones and then the bonus token; and the nodes that lead there, the
-            anchor (0) first, so that node `i` is the one whose logits token `i` was taken from.
-        """
-        # One device sync for all that the host side of the round needs to know.
-        table = torch.cat([self.num_accepted[:, None], self.bonus_token[:, None], draft_tokens], dim=1).tolist()
-        paths = self.paths or [list(range(1, row[0] + 1)) for row in table]
-        tokens = [[*(row[node + 1] for node in path), row[1]] for row, path in zip(table, paths, strict=True)]
-        return tokens, [[0, *path] for path in paths]
+    laws: torch.Tensor
+    row_of: list[dict[int, int]]
+    token_of: list[dict[int, int]]
+    marginals: torch.Tensor | None = None
 
 
-@dataclass(slots=True)
-class SpeculationStats:
-    """What a call to `generate` did, round by round.
-
-    A round's `num_accepted` is the number of tokens that it added to the text less one: the last of them counts as the bonus
-    token, also where an end of the text fell inside the accepted window.
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """Drafted tokens as a tree for every row of a batch; siblings differ.
 
     Attributes:
-        draft_shape (`str`): the shape that was used.
-        acceptance (`str`): the rule that was used.
-        num_drafted (`list[list[int]]`): for each round and sequence, tokens drafted.
-        num_accepted (`list[list[int]]`): for each round and sequence, drafted tokens kept; a row that has ended takes no part.
-        prefill_seconds (`float`): the target's pass over the prompt.
-        drafter_seconds (`float`): all drafter passes.
-        target_seconds (`float`): all target passes after the prefill.
-        total_seconds (`float`): the whole decoding, prefill included.
-        draft_depths (`list[list[int]]`): for each round and sequence, how far ahead the draft reached: the drafted tokens of a
-            chain, the longest path of a tree. Empty: that of chains.
+        tokens (`torch.Tensor` of shape `(B, N)`, int64): of nodes 1 to N; rows with fewer nodes end in filler.
+        parents (`list[list[int]]`): for each row, the parents of its nodes 1, 2, ...; filler has none.
+        drafts (`list[list[list[int]]]`, *optional*): for each row, the nodes of each joint draft, root to leaf.
+        sampled (`SampledChildren`, *optional*): `None`: every node is a function of the committed text, or the rule does not
+            ask what it was drawn from.
+        values (`list[list[float]]`, *optional*): for each row, the path probabilities of its nodes by their ranks.
     """
 
-    draft_shape: str
-    acceptance: str
-    num_drafted: list[list[int]]
-    num_accepted: list[list[int]]
-    prefill_seconds: float = 0.0
-    drafter_seconds: float = 0.0
-    target_seconds: float = 0.0
-    total_seconds: float = 0.0
-    draft_depths: list[list[int]] = field(default_factory=list)
+    tokens: torch.Tensor
+    parents: list[list[int]]
+    drafts: list[list[list[int]]] | None = None
+    sampled: SampledChildren | None = None
+    values: list[list[float]] | None = None
+
+    @classmethod
+    def of_rows(
+        cls,
+        tokens: list[list[int]],
+        parents: list[list[int]],
+        device: torch.device,
+        drafts: list[list[list[int]]] | None = None,
+        sampled: SampledChildren | None = None,
+        values: list[list[float]] | None = None,
+    ) -> "DraftTree":
+        """Join rows of different sizes."""
+        most = max(map(len, tokens))
+        padded = [row + [0] * (most - len(row)) for row in tokens]
+        return cls(torch.tensor(padded, device=device).view(len(tokens), most), parents, drafts, sampled, values)
 
     @property
-    def num_rounds(self) -> int:
-        """Rounds: one draft and one target pass each."""
-        return len(self.num_accepted)
+    def num_tokens(self) -> int:
+        """N, the nodes of the largest row."""
+        return self.tokens.shape[1]
 
-    @property
-    def num_drafted_tokens(self) -> int:
-        """Drafted tokens over all rounds and sequences."""
-        return sum(map(sum, self.num_drafted))
+    def to(self, device: torch.device) -> "DraftTree":
+        """Return the tree with its tokens on another device."""
+        if self.tokens.device == device:
+            return self
+        return replace(self, tokens=self.tokens.to(device))
 
-    @property
-    def tokens_per_round(self) -> float:
-        """Mean tokens that a round adds, the bonus included (tau, block efficiency); 0 without rounds."""
-        accepted = [count for row in self.num_accepted for count in row]
-        return sum(accepted) / len(accepted) + 1 if accepted else 0.0
+    def num_drafted(self) -> list[int]:
+        """Return the nodes of each row."""
+        return [len(parents) for parents in self.parents]
 
-    @property
-    def acceptance_rate(self) -> float:
-        """Accepted over drafted tokens, all of a tree's nodes counted; 0 without drafts."""
-        return sum(map(sum, self.num_accepted)) / max(self.num_drafted_tokens, 1)
+    def deepest(self) -> list[int]:
+        """Return the longest path of each row."""
+        return [max(row) for row in self._depth_rows()]
 
-    @property
-    def acceptance_per_position(self) -> list[float]:
-        """For each window position, the share of the drafts reaching so far in which it was accepted."""
-        pairs = [
-            pair
-            for drafted, accepted in zip(self.draft_depths or self.num_drafted, self.num_accepted, strict=True)
-            for pair in zip(drafted, accepted, strict=True)
+    def children(self) -> list[dict[tuple[int, int], int]]:
+        """Return, for each row, from (node, token) to the child of that node with that token."""
+        return [
+            {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens, strict=False), 1)}
+            for parents, tokens in zip(self.parents, self.tokens.tolist(), strict=True)
         ]
-        longest = max((drafted for drafted, _ in pairs), default=0)
-        shares = []
-        for position in range(longest):
-            reached = [accepted > position for drafted, accepted in pairs if drafted > position]
-            shares.append(sum(reached) / len(reached))
-        return shares
 
-    @property
-    def other_seconds(self) -> float:
-        """Time that was spent neither in the drafter nor in the target."""
-        return self.total_seconds - self.prefill_seconds - self.drafter_seconds - self.target_seconds
+    def depths(self) -> torch.Tensor:
+        """Return how far behind the anchor each node stands, `(B, N + 1)` int64: 0 for the anchor and for filler."""
+        size = self.num_tokens + 1
+        rows = [row + [0] * (size - len(row)) for row in self._depth_rows()]
+        return torch.tensor(rows, device=self.tokens.device)
+
+    def _depth_rows(self) -> list[list[int]]:
+        rows = []
+        for parents in self.parents:
+            depths = [0]
+            for parent in parents:
+                depths.append(depths[parent] + 1)
+            rows.append(depths)
+        return rows
+
+    def ancestor_mask(self) -> torch.Tensor:
+        """Return who sees whom, `(B, N + 1, N + 1)` bool: true at [i, j] if j is i or an ancestor of i; filler sees itself."""
+        size = self.num_tokens + 1
+        table = bytearray()
+        for parents in self.parents:
+            rows = [bytearray(size)]
+            rows[0][0] = True
+            for node, parent in enumerate([*parents, *[None] * (size - 1 - len(parents))], 1):
+                row = bytearray(size) if parent is None else rows[parent][:]  # what its parent sees, and itself
+                row[node] = True
+                rows.append(row)
+            table += b"".join(rows)
+        mask = torch.frombuffer(table, dtype=torch.bool)
+        return mask.view(len(self.parents), size, size).to(self.tokens.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a draft: what the loop tells the drafter once a round.
+
+    Attributes:
+        draft (`Draft` or `DraftTree`): as it was verified.
+        tokens (`list[list[int]]`): for each row what the round has added to the text: the accepted tokens, then one of the
+            target's own, cut where the text ends.
+        nodes (`list[list[int]]`): for each row and new token the drafted token behind whose logits it stands: the anchor (0),
+            then those that were accepted (of a chain 1, 2, ...).
+        is_done (`list[bool]`): whether each row's text ends here. What was cut off with it says nothing about the draft.
+        target_laws (`dict[tuple[int, int], torch.Tensor]`): where a child was drawn, the target's law `(V,)`, float32, at its
+            parent, by row and parent; only at those that the walk reached.
+    """
+
+    draft: Draft | DraftTree
+    tokens: list[list[int]]
+    nodes: list[list[int]]
+    is_done: list[bool]
+    target_laws: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    def stands(self) -> list[list[bool]]:
+        """Return, for each row, which of the nodes 1, 2, ... stand in the text."""
+        accepted = [set(path[1:]) for path in self.nodes]
+        sizes = self.draft.num_drafted()
+        return [[node in kept for node in range(1, size + 1)] for kept, size in zip(accepted, sizes, strict=True)]

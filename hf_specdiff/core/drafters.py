@@ -18,6 +18,9 @@ from .denoising import reveal_by_confidence
 from .denoising import reveal_counts
 from .denoising import reveal_left_to_right
 from .draft import Draft
+from .draft import DraftTree
+from .draft import Outcome
+from .features import Features
 from .sampling import draw_from_scores
 from .sampling import is_prefix_free
 from .sampling import prefix_free_part
@@ -30,9 +33,7 @@ from .shapes import chain_shapes
 from .shapes import draft_samples
 from .shapes import draft_tree
 from .speculation import SpeculationConfig
-from .text import Features
 from .text import Text
-from .tree import DraftTree
 
 
 class Drafter(Protocol):
@@ -58,6 +59,10 @@ class Drafter(Protocol):
         Lossless when: any draft is lossless under the match rule; `Draft.has_prefix_law` says whether the other rules may
         be used.
         """
+        ...
+
+    def observe(self, outcome: Outcome) -> None:
+        """Take in what became of the last draft, once a round; what is learnt may change later drafts."""
         ...
 
     def select_rows(self, rows: list[int]) -> None:
@@ -96,7 +101,6 @@ class DenoisingDrafter:
         self.rows: RaggedCache | None = None  # from the first draft on, which tells how many rows there are
         self.child_temperature = ChildTemperature() if speculation.is_tempered else None
         self.budget: Budget | None = None  # set where the draft's size is to follow the machine
-        self._open: tuple[Draft | DraftTree, list[int]] | None = None  # the last draft, and the lengths it was made for
         self._unseen: list[Features] = []
         self.device = network.device  # read once: the host goes through the weights for it
         self._home = network.device  # where the target's processors hold their tensors
@@ -109,10 +113,8 @@ class DenoisingDrafter:
         """Draft one window; see `Drafter.draft`."""
         if features is not None:
             self._unseen.append(features)
-        if self.budget is not None:
-            self._learn(self.budget, text)
-            if not self.budget.wants_draft(text.lengths):
-                return Draft.nothing(text.tokens)
+        if self.budget is not None and not self.budget.wants_draft(text.num_rows):
+            return Draft.nothing(text.tokens)
         self._home = text.tokens.device
         text = text.to(self.device)
         if self.rows is None:
@@ -123,29 +125,19 @@ class DenoisingDrafter:
         unseen, self._unseen = self._unseen, []
         with grouped_heads(self.device.type == "cpu", gamma + 1):
             logits = self._window_logits(window, text, Features.join(unseen) if unseen else None)
-        draft = self._shaped(text, window, logits)
-        if self.budget is not None:
-            self._open = (draft, text.lengths)
-        return draft
+        return self._shaped(text, window, logits)
 
-    def _learn(self, budget: Budget, text: Text) -> None:
-        """Tell the budget what became of the last draft."""
-        if self._open is None:
-            return
-        draft, lengths = self._open
-        self._open = None
-        if draft.values is not None and draft.num_tokens > 0:
-            start = min(lengths)
-            tails = text.tokens[:, start:].tolist()  # one device sync for all rows
-            ends = zip(tails, lengths, text.lengths, strict=True)
-            written = [tail[length - start : end - start] for tail, length, end in ends]
-            for columns in zip(draft.values, draft.drawn(), draft.outcome(written), strict=True):
-                budget.calibration.learn(*columns)
+    def observe(self, outcome: Outcome) -> None:
+        """Hand on what became of the last draft; see `Drafter.observe`."""
+        if self.child_temperature is not None:
+            self.child_temperature.observe(outcome)
+        if self.budget is not None:
+            self.budget.observe(outcome)
 
     def _shaped(self, text: Text, window: torch.Tensor, logits: torch.Tensor) -> Draft | DraftTree:
         """Turn the first pass into a draft of the shape that was asked for."""
         budget, speculation = self.budget, self.speculation
-        choose = None if budget is None else lambda shapes: budget.choose(text.lengths, shapes)
+        choose = None if budget is None else budget.choose
         if speculation.draft_shape == "samples":
             return draft_samples(self._free_scores(logits), speculation)
         if speculation.draft_shape == "tree":
@@ -162,7 +154,6 @@ class DenoisingDrafter:
     def select_rows(self, rows: list[int]) -> None:
         """Keep some rows; see `Drafter.select_rows`."""
         self._unseen = [features.select(rows) for features in self._unseen]
-        self._open = None  # rows that have ended are gone from the text, and what they kept of it with them
         if self.rows is not None:
             self.rows.select(rows)
 

@@ -15,13 +15,13 @@ from transformers import DynamicCache
 from transformers import GenerationConfig
 
 from .cache import RaggedCache
-from .conditioning import target_features
 from .draft import Draft
+from .draft import DraftTree
+from .features import Features
+from .features import target_features
 from .target import TOKEN_TYPE_NAMES
 from .target import Target
-from .text import Features
 from .text import Text
-from .tree import DraftTree
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 # Functions of the host that mask sliding windows; a model's file imports the one it uses.

@@ -30,6 +30,7 @@ from transformers.utils import logging
 from .budget import Profile
 from .conditioning import make_drafter
 from .draft import Draft
+from .draft import DraftTree
 from .masked_target import MaskedTarget
 from .speculation import SpeculationConfig
 from .stateful_target import StatefulTarget
@@ -37,7 +38,6 @@ from .stateful_target import is_stateful
 from .target import Target
 from .target import fresh_kwargs
 from .text import Text
-from .tree import DraftTree
 
 logger = logging.get_logger(__name__)
 

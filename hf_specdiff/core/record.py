@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .draft import Outcome
 from .sampling import Scores
 from .text import Text
 
@@ -17,21 +18,14 @@ class Round:
 
     Attributes:
         rows (`list[int]`): which rows of the batch these are.
-        tokens (`list[list[int]]`): for each of them, accepted tokens and the bonus token, cut where the text ends.
-        nodes (`list[list[int]]`): for each of them, the drafted tokens behind whose logits each new token stands; 0 is the
-            anchor.
+        outcome (`Outcome`): what became of the draft; of the prompt's own round an empty one.
         scores (`Scores`): the target's logits of the pass.
-        num_drafted (`list[int]`): tokens that were drafted for each of them; 0 for the prefill.
-        draft_depths (`list[int]`): how far ahead the drafts reached.
         hidden_states (`tuple[torch.Tensor, ...]`, *optional*): of the pass, if the call wants them.
     """
 
     rows: list[int]
-    tokens: list[list[int]]
-    nodes: list[list[int]]
+    outcome: Outcome
     scores: Scores
-    num_drafted: list[int]
-    draft_depths: list[int]
     hidden_states: tuple[torch.Tensor, ...] | None
 
 
@@ -52,21 +46,19 @@ class Record:
 
     def add(self, addition: Round) -> None:
         """Take in what a round added."""
+        tokens, nodes = addition.outcome.tokens, addition.outcome.nodes
         for index, row in enumerate(addition.rows):
-            self.tokens[row] += addition.tokens[index]
+            self.tokens[row] += tokens[index]
             if self.logits is not None:
-                self.logits[row] += addition.scores.logits[index, addition.nodes[index]].float().unbind()
+                self.logits[row] += addition.scores.logits[index, nodes[index]].float().unbind()
         if addition.hidden_states is None:
             return
         if self.prompt_states is None:
             self.prompt_states = addition.hidden_states
             return
         for index, row in enumerate(addition.rows):
-            # (layers, tokens, D), by token
-            # A sharded target's layers are on several devices.
-            states = torch.stack(
-                [layer[index, addition.nodes[index]].to(self.prompt.device) for layer in addition.hidden_states]
-            )
+            # (layers, tokens, D); a sharded target's layers are on several devices.
+            states = torch.stack([layer[index, nodes[index]].to(self.prompt.device) for layer in addition.hidden_states])
             self.states[row] += states.unbind(dim=1)
 
     def steps_of_states(self) -> tuple[tuple[torch.Tensor, ...], ...]:

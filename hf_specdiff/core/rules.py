@@ -9,18 +9,18 @@ from dataclasses import replace
 
 import torch
 
+from .acceptance import Acceptance
 from .acceptance import accept_by_block
 from .acceptance import accept_by_match
 from .acceptance import accept_by_ratio
 from .acceptance import accept_by_walk
 from .acceptance import sampled_child_law
 from .acceptance import select_draft
-from .draft import Acceptance
 from .draft import Draft
+from .draft import DraftTree
 from .sampling import Scores
 from .sampling import draw
 from .sampling import to_probs
-from .tree import DraftTree
 
 # From a draft and the target's scores after it to what stands of the draft.
 AcceptanceRule = Callable[[Draft | DraftTree, Scores], Acceptance]
@@ -40,7 +40,9 @@ def make_rule(acceptance: str, *, do_sample: bool) -> AcceptanceRule:
     def accept(draft: Draft | DraftTree, scores: Scores) -> Acceptance:
         if isinstance(draft, DraftTree):
             tree = _selected(draft, scores, do_sample=do_sample) if acceptance == "self_selection" else draft
-            return accept_by_walk(tree, next_token_at(tree, scores, do_sample=do_sample))
+            target_laws: dict[tuple[int, int], torch.Tensor] = {}
+            walked = accept_by_walk(tree, next_token_at(tree, scores, target_laws, do_sample=do_sample))
+            return replace(walked, target_laws=target_laws)
         window = scores.window()
         if not do_sample:
             return accept_by_match(draft.tokens, window.argmax(dim=-1))
@@ -56,12 +58,15 @@ def make_rule(acceptance: str, *, do_sample: bool) -> AcceptanceRule:
     return accept
 
 
-def next_token_at(tree: DraftTree, scores: Scores, *, do_sample: bool) -> Callable[[int, list[int]], int]:
+def next_token_at(
+    tree: DraftTree, scores: Scores, target_laws: dict[tuple[int, int], torch.Tensor], *, do_sample: bool
+) -> Callable[[int, list[int]], int]:
     """Return how the target writes its next token along a path of a tree; see `accept_by_walk`.
 
     Args:
         tree (`DraftTree`): where a child of the path's end was drawn, the token's law is coupled with that draw.
         scores (`Scores`): of the target's pass over the tree; only those on the path are processed.
+        target_laws (`dict[tuple[int, int], torch.Tensor]`): filled with what `Outcome` says of them.
         do_sample (`bool`): false: the most probable token.
 
     Returns:
@@ -78,8 +83,7 @@ def next_token_at(tree: DraftTree, scores: Scores, *, do_sample: bool) -> Callab
         sampled = tree.sampled
         if sampled is not None and path[-1] in sampled.row_of[row]:
             place = sampled.row_of[row][path[-1]]
-            if sampled.on_visit is not None:
-                sampled.on_visit(place, law)
+            target_laws[row, path[-1]] = law
             draft_law = sampled.laws[place].to(law.device)
             law = sampled_child_law(law, draft_law, sampled.token_of[row][path[-1]])
         return int(draw(law[None]))

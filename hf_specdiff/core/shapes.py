@@ -9,11 +9,12 @@ from collections.abc import Callable
 import torch
 
 from .draft import Draft
+from .draft import DraftTree
+from .draft import Outcome
+from .draft import SampledChildren
 from .sampling import draw
 from .sampling import to_probs
 from .speculation import SpeculationConfig
-from .tree import DraftTree
-from .tree import SampledChildren
 from .tree import TreeShape
 from .tree import best_first
 from .tree import merge_drafts
@@ -42,8 +43,6 @@ class ChildTemperature:
         self.value = 1.0
         self._num_rounds = 0
         self._overlaps = [0.0] * len(TEMPERATURES)
-        self._marginals: torch.Tensor | None = None
-        self._seen: list[tuple[int, torch.Tensor]] = []
 
     def law(self, marginals: torch.Tensor) -> torch.Tensor:
         """Return what to draw this round's children from.
@@ -55,27 +54,23 @@ class ChildTemperature:
         Returns:
             `torch.Tensor` of shape `(n, V)`, float32.
         """
-        self._learn()
-        self._marginals = marginals
-        self._num_rounds += 1
         return _tempered(marginals, self.value)
 
-    def visit(self, place: int, target_law: torch.Tensor) -> None:
-        """Note the target's law `(V,)` where a child was drawn; see `SampledChildren.on_visit`."""
-        # A text changes slowly, and comparing costs time: after the first rounds one in four tells enough.
-        if self._num_rounds <= 4 or self._num_rounds % 4 == 0:
-            self._seen.append((place, target_law))
-
-    def _learn(self) -> None:
-        if self._marginals is None or not self._seen:
+    def observe(self, outcome: Outcome) -> None:
+        """Compare what was drawn from with the target's law, wherever the walk came; see `Outcome.target_laws`."""
+        sampled = None if isinstance(outcome.draft, Draft) else outcome.draft.sampled
+        if sampled is None or sampled.marginals is None:
             return
-        places = [place for place, _ in self._seen]
-        target_laws = torch.stack([law for _, law in self._seen]).to(self._marginals.device)
-        marginals = self._marginals[places]
+        self._num_rounds += 1
+        # A text changes slowly, and comparing costs time: after the first rounds one in four tells enough.
+        if not outcome.target_laws or (self._num_rounds > 4 and self._num_rounds % 4 != 0):
+            return
+        places = [sampled.row_of[row][node] for row, node in outcome.target_laws]
+        marginals = sampled.marginals[places]
+        target_laws = torch.stack(list(outcome.target_laws.values())).to(marginals.device)
         found = torch.stack([torch.minimum(target_laws, _tempered(marginals, t)).sum() for t in TEMPERATURES]).tolist()
         self._overlaps = [DECAY * old + new for old, new in zip(self._overlaps, found, strict=True)]
         self.value = TEMPERATURES[self._overlaps.index(max(self._overlaps))]
-        self._seen = []
 
 
 def _tempered(laws: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -201,18 +196,17 @@ def draw_last_children(
             rows.append(row)
             positions.append(shape.depths[last - 1] - 1)
             places.append((row, parent, last))
-    laws = marginals[rows, positions]
+    laws = marginals[rows, positions]  # (n, V)
     if siblings:
         index = torch.tensor(siblings, device=laws.device)
         laws[index[:, 0], index[:, 1]] = 0.0
     # The last child's own rank has a positive probability, so something is left to draw.
-    laws = laws / laws.sum(dim=-1, keepdim=True)
-    if temperature is not None:
-        laws = temperature.law(laws)
+    natural = laws / laws.sum(dim=-1, keepdim=True)
+    laws = natural if temperature is None else temperature.law(natural)
     row_of: list[dict[int, int]] = [{} for _ in shapes]
     token_of: list[dict[int, int]] = [{} for _ in shapes]
     for place, ((row, parent, last), token) in enumerate(zip(places, draw(laws).tolist(), strict=True)):
         tokens[row][last - 1] = token
         row_of[row][parent] = place
         token_of[row][parent] = token
-    return SampledChildren(laws, row_of, token_of, None if temperature is None else temperature.visit)
+    return SampledChildren(laws, row_of, token_of, None if temperature is None else natural)

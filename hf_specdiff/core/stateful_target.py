@@ -15,11 +15,11 @@ from transformers import GenerationConfig
 
 from .cache import Snapshot
 from .draft import Draft
+from .draft import DraftTree
+from .features import Features
 from .target import Target
 from .target import fresh_kwargs
-from .text import Features
 from .text import Text
-from .tree import DraftTree
 
 # Committed tokens that are read once more; when there are more of them, a short pass of their own moves the state up. A pass
 # over 40 tokens costs little more than one over 8, and a pass of its own as much as a round: with this many it is one in ten.

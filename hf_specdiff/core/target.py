@@ -20,14 +20,14 @@ from .cache import cache_of
 from .cache import check_takes_back
 from .cache import roll_back
 from .cache import start_recording
-from .conditioning import FIRST_LAYER_INDEX
-from .conditioning import check_states
-from .conditioning import layer_output_indices
-from .conditioning import target_features
 from .draft import Draft
-from .text import Features
+from .draft import DraftTree
+from .features import FIRST_LAYER_INDEX
+from .features import Features
+from .features import check_states
+from .features import layer_output_indices
+from .features import target_features
 from .text import Text
-from .tree import DraftTree
 
 TOKEN_TYPE_NAMES = ("token_type_ids", "mm_token_type_ids")
 # What a model reads whose inputs the host's general preparation would only slice.

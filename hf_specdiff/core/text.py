@@ -105,34 +105,3 @@ class Text:
             return self
         mask = None if self.prompt_mask is None else self.prompt_mask.to(device)
         return replace(self, tokens=self.tokens.to(device), prompt_mask=mask)
-
-
-@dataclass(frozen=True, slots=True)
-class Features:
-    """Hidden states of the tokens that the target has processed since the drafter last looked.
-
-    Attributes:
-        states (`torch.Tensor` of shape `(B, n, K * D)`): of K target layers, joined, in the order of the text.
-        counts (`list[int]`): how many of each row are real; the rest is filler.
-    """
-
-    states: torch.Tensor
-    counts: list[int]
-
-    def select(self, rows: list[int]) -> "Features":
-        """Return some of the rows."""
-        counts = [self.counts[row] for row in rows]
-        return Features(self.states[rows, : max(counts)], counts)
-
-    @classmethod
-    def join(cls, parts: list["Features"]) -> "Features":
-        """Return the features of consecutive rounds as those of one."""
-        if len(parts) == 1:
-            return parts[0]
-        num_rows = len(parts[0].counts)
-        counts = [sum(part.counts[row] for part in parts) for row in range(num_rows)]
-        states = parts[0].states.new_zeros(num_rows, max(counts), parts[0].states.shape[-1])
-        for row in range(num_rows):
-            own = torch.cat([part.states[row, : part.counts[row]] for part in parts])
-            states[row, : len(own)] = own
-        return cls(states, counts)

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from transformers import GenerationMixin
 
 from .draft import Draft
+from .draft import DraftTree
 from .masked_target import CHUNKED
 from .masked_target import FULL
 from .masked_target import SLIDING
@@ -21,7 +22,6 @@ from .masked_target import MaskedTarget
 from .masked_target import layer_kinds
 from .target import Target
 from .text import Text
-from .tree import DraftTree
 
 # Tokens of the prompt, and of the text behind it that is decoded one by one: the anchor and three that are drafted.
 PROMPT_LENGTH, NUM_STEPS = 6, 4

@@ -19,9 +19,9 @@ from transformers import TrainerState
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_specdiff.core.conditioning import layer_output_indices
-from hf_specdiff.core.conditioning import target_features
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
+from hf_specdiff.core.features import layer_output_indices
+from hf_specdiff.core.features import target_features
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.core.repository import cached_revision
 from hf_specdiff.training.data import Windows

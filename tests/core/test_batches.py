@@ -20,9 +20,9 @@ from transformers.generation import BaseStreamer
 import hf_specdiff
 from hf_specdiff import SpecDiffDrafter
 from hf_specdiff.core import trial
+from hf_specdiff.core.draft import DraftTree
 from hf_specdiff.core.target import Target
 from hf_specdiff.core.text import Text
-from hf_specdiff.core.tree import DraftTree
 from hf_specdiff.core.trial import why_not_masked
 from tests.conftest import SPECIAL_IDS
 from tests.conftest import VOCAB_SIZE

@@ -21,10 +21,11 @@ from hf_specdiff.core.calibration import LARGEST_FACTOR
 from hf_specdiff.core.calibration import NUM_CLASSES
 from hf_specdiff.core.calibration import Calibration
 from hf_specdiff.core.draft import Draft
+from hf_specdiff.core.draft import DraftTree
+from hf_specdiff.core.draft import Outcome
 from hf_specdiff.core.speculation import SpeculationConfig
-from hf_specdiff.core.tree import DraftTree
-from hf_specdiff.core.tree import SampledChildren
 from hf_specdiff.core.tree import TreeShape
+from hf_specdiff.core.tree import last_children
 from tests.conftest import SPECIAL_IDS
 from tests.conftest import make_drafter
 from tests.conftest import make_target
@@ -45,6 +46,12 @@ def chain(values: list[float]) -> TreeShape:
     return TreeShape(list(range(size)), list(range(1, size + 1)), [0] * size, values)
 
 
+def written(count: int, num_rows: int = 1) -> Outcome:
+    """Return a round that added `count` tokens to each row and tells nothing of its nodes."""
+    draft = Draft.nothing(torch.zeros(num_rows, 1, dtype=torch.long))
+    return Outcome(draft, [[5] * count] * num_rows, [list(range(count))] * num_rows, [False] * num_rows)
+
+
 def test_costs_are_interpolated_and_extrapolated() -> None:
     profile = Profile([1, 3, 5], [1.0, 2.0, 6.0], 0.5)
     assert [profile.target_cost(n) for n in (1, 2, 3, 4, 5, 6)] == pytest.approx([1.0, 1.5, 2.0, 4.0, 6.0, 8.0])
@@ -56,7 +63,7 @@ def test_costs_are_interpolated_and_extrapolated() -> None:
 def test_more_is_drafted_where_tokens_are_cheap_and_likely() -> None:
     likely, unlikely = [0.9**i for i in range(1, 31)], [0.3**i for i in range(1, 31)]
     counts = {
-        (name, kind): Budget(profile, 1).choose([10], [chain(values)])
+        (name, kind): Budget(profile, 1).choose([chain(values)])
         for name, profile in (("free", FREE), ("steep", STEEP))
         for kind, values in (("likely", likely), ("unlikely", unlikely))
     }
@@ -68,12 +75,13 @@ def test_the_choice_is_the_best_of_all() -> None:
     budget = Budget(STEEP, 1)
     values = [0.95, 0.9, 0.85, 0.8, 0.75, 0.1]
     rates = [(1 + sum(values[:n])) / (STEEP.drafter_seconds + STEEP.target_cost(n + 1)) for n in range(7)]
-    first = budget.choose([10], [chain(values)])
+    first = budget.choose([chain(values)])
     assert first == max(range(7), key=rates.__getitem__)
     # From then on, the most over what such a time has brought of late.
-    budget.wants_draft([11])
+    budget.observe(written(1))
+    budget.wants_draft(1)
     gains = [sum(values[:n]) - budget.rate * STEEP.target_cost(n + 1) for n in range(7)]
-    assert budget.choose([11], [chain(values)]) == max(range(7), key=gains.__getitem__)
+    assert budget.choose([chain(values)]) == max(range(7), key=gains.__getitem__)
 
 
 def test_nodes_that_are_worth_more_than_they_say_are_not_left_out() -> None:
@@ -85,7 +93,7 @@ def test_nodes_that_are_worth_more_than_they_say_are_not_left_out() -> None:
 def test_a_pass_is_filled_to_where_the_next_tile_begins() -> None:
     tiles = Profile([1, 8, 9, 16, 17, 32], [0.010, 0.0101, 0.020, 0.0201, 0.040, 0.0401], drafter_seconds=0.001)
     values = [0.8**i for i in range(1, 31)]
-    assert Budget(tiles, 1).choose([10], [chain(values)]) == 7
+    assert Budget(tiles, 1).choose([chain(values)]) == 7
 
 
 def test_factors_follow_what_was_accepted_class_by_class() -> None:
@@ -125,27 +133,36 @@ def test_what_was_learnt_is_forgotten_and_no_rate_exceeds_one() -> None:
 def test_a_drafter_that_failed_is_tried_again_and_can_recover() -> None:
     """Also where an earlier call has left so little trust that no node seems worth its cost."""
     profile = Profile([1, 65], [0.010, 0.090], 0.003, factors=[0.31] * len(NEUTRAL))
-    budget, length, drafted = Budget(profile, 1), 10, []
+    budget, drafted = Budget(profile, 1), []
     shape = chain([0.9**i for i in range(1, 16)])
     for _ in range(1500):
-        count = budget.choose([length], [shape]) if budget.wants_draft([length]) else 0
+        count = budget.choose([shape]) if budget.wants_draft(1) else 0
         if count:
             budget.calibration.learn(shape.values[:count], [False] * count, [True] * count)
-        length += 1 + count
+        budget.observe(written(1 + count))
         drafted.append(count)
     assert sum(count > 0 for count in drafted[-300:]) > 200
 
 
-def test_outcomes_and_drawn_nodes_of_unequal_rows() -> None:
-    sampled = SampledChildren(torch.ones(1, 4), [{}, {}], [{}, {}])
-    tree = DraftTree(torch.tensor([[5, 6, 7, 8], [5, 9, 0, 0]]), [[0, 0, 2, 3], [0, 1]], sampled=sampled)
-    assert tree.outcome([[6, 7, 3], [4]]) == [[False, True, True, False], [False, False]]
-    assert tree.outcome([[1], [5, 9, 2]]) == [[False] * 4, [True, True]]
-    assert tree.drawn() == [[False, True, True, True], [True, True]]
-    assert DraftTree(tree.tokens, tree.parents).drawn() == [[False] * 4, [False] * 2]
+def test_what_stands_of_unequal_rows() -> None:
+    tree = DraftTree(torch.tensor([[5, 6, 7, 8], [5, 9, 0, 0]]), [[0, 0, 2, 3], [0, 1]])
+    outcome = Outcome(tree, [[6, 7, 3], [4]], [[0, 2, 3], [0]], [False, False])
+    assert outcome.stands() == [[False, True, True, False], [False, False]]
     chains = Draft(torch.tensor([[1, 2, 3], [4, 5, 6]]), None, has_prefix_law=True)
-    assert chains.outcome([[1, 2, 9], [4, 5, 6, 7]]) == [[True, True, False], [True] * 3]
-    assert chains.outcome([[1], [7]]) == [[True, False, False], [False] * 3]
+    outcome = Outcome(chains, [[1, 2, 9], [4, 5, 6, 7]], [[0, 1, 2], [0, 1, 2, 3]], [False, False])
+    assert outcome.stands() == [[True, True, False], [True] * 3]
+    assert last_children([0, 0, 2, 3]) == [False, True, True, True]
+    assert last_children([0, 1]) == [True, True]
+
+
+def test_a_row_that_has_ended_teaches_nothing() -> None:
+    """What was cut off with its end may have been accepted."""
+    budget = Budget(FREE, 2)
+    chains = Draft(torch.tensor([[1, 2], [4, 5]]), None, has_prefix_law=True, values=[[0.9, 0.8], [0.9, 0.8]])
+    budget.observe(Outcome(chains, [[1], [4]], [[0], [0]], [True, True]))
+    assert budget.calibration.factors == NEUTRAL
+    budget.observe(Outcome(chains, [[1], [4]], [[0], [0]], [True, False]))
+    assert budget.calibration.factors != NEUTRAL
 
 
 def test_what_a_call_learns_goes_half_way_and_no_further(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -202,37 +219,37 @@ def test_the_outcome_that_is_learnt_from_is_what_was_accepted(
     output = hf_specdiff.generate(target, ids, assistant_model=drafter, **(settings | AUTO[shape] | rule), profile=FREE)
     stats = output.speculation
     accepted = [row[0] for row, size in zip(stats.num_accepted, stats.num_drafted, strict=True) if size[0] > 0]
-    # The last rounds are never asked about: no draft follows them, or only a bonus token still fits.
+    # The last round says nothing: what it accepted may have been cut off with the end of the text.
     assert learnt == accepted[: len(learnt)]
-    assert len(learnt) >= max(len(accepted) - 2, 1)
+    assert len(learnt) >= max(len(accepted) - 1, 1)
     assert kinds == {do_sample and shape == "tree"}
 
 
 def test_one_place_that_is_hard_to_foresee_is_no_reason_to_pause() -> None:
     profile = Profile([1, 65], [0.010, 0.020], drafter_seconds=0.005)
     sure, unsure = chain([0.99] * 15), chain([0.05, 0.01])
-    budget, length = Budget(profile, 1), 10
+    budget = Budget(profile, 1)
     for _ in range(3):
-        assert budget.wants_draft([length])
-        budget.choose([length], [sure])
-        length += 16
+        assert budget.wants_draft(1)
+        budget.choose([sure])
+        budget.observe(written(16))
     pauses = []
     for _ in range(40):
-        pauses.append(not budget.wants_draft([length]))
+        pauses.append(not budget.wants_draft(1))
         if not pauses[-1]:
-            budget.choose([length], [unsure])
-        length += 1
+            budget.choose([unsure])
+        budget.observe(written(1))
     assert not any(pauses[:4])
     assert any(pauses)  # but many of them are
 
 
 def test_drafting_pauses_where_it_does_not_pay_and_tries_again() -> None:
-    budget, length, drafted = Budget(DEAR, 1), 10, []
+    budget, drafted = Budget(DEAR, 1), []
     for step in range(40):
-        if budget.wants_draft([length]):
+        if budget.wants_draft(1):
             drafted.append(step)
-            budget.choose([length], [chain([0.9, 0.8])])
-        length += 1
+            budget.choose([chain([0.9, 0.8])])
+        budget.observe(written(1))
     assert drafted == [0, FIRST_PAUSE + 1, 3 * FIRST_PAUSE + 2, 7 * FIRST_PAUSE + 3]
 
 
@@ -356,11 +373,12 @@ def test_the_rate_to_beat_is_that_of_the_rows_that_are_left() -> None:
     steep = Profile([1, 65], [0.0057, 0.0133], drafter_seconds=0.002)
     values = chain([0.8**i for i in range(1, 16)])
     shrunk = Budget(steep, 16)
-    for length in (10, 15, 20):
-        shrunk.wants_draft([length] * 16)
-        shrunk.choose([length] * 16, [values] * 16)
-    shrunk.wants_draft([15])
-    assert shrunk.choose([15], [values]) == Budget(steep, 1).choose([15], [values])
+    for _ in range(3):
+        shrunk.wants_draft(16)
+        shrunk.choose([values] * 16)
+        shrunk.observe(written(5, num_rows=16))
+    shrunk.wants_draft(1)
+    assert shrunk.choose([values]) == Budget(steep, 1).choose([values])
 
 
 @pytest.mark.parametrize("mask_token_id", [0, 30])

@@ -17,8 +17,8 @@ from hf_specdiff import SpecDiffCandidateGenerator
 from hf_specdiff import SpecDiffDrafter
 from hf_specdiff.core.cache import RaggedCache
 from hf_specdiff.core.conditioning import make_drafter as put_around
+from hf_specdiff.core.features import Features
 from hf_specdiff.core.speculation import SpeculationConfig
-from hf_specdiff.core.text import Features
 from hf_specdiff.core.text import Text
 from tests.conftest import MASK_TOKEN_ID
 from tests.conftest import SPECIAL_IDS

@@ -24,6 +24,8 @@ from hf_specdiff.core import shapes
 from hf_specdiff.core.calibration import Calibration
 from hf_specdiff.core.decoding import run
 from hf_specdiff.core.draft import Draft
+from hf_specdiff.core.draft import Outcome
+from hf_specdiff.core.features import Features
 from hf_specdiff.core.rules import make_rule
 from hf_specdiff.core.sampling import Scores
 from hf_specdiff.core.sampling import draw
@@ -31,7 +33,6 @@ from hf_specdiff.core.sampling import draw_from_scores
 from hf_specdiff.core.speculation import SpeculationConfig
 from hf_specdiff.core.stopping import StopCheck
 from hf_specdiff.core.target import Target
-from hf_specdiff.core.text import Features
 from hf_specdiff.core.text import Text
 from tests.conftest import make_drafter
 
@@ -339,13 +340,12 @@ def test_children_at_a_temperature_learnt_on_the_way_preserve_the_law(
     """From the second round on they are drawn at another temperature than 1, even one that hangs on how much was accepted."""
     used = set()
 
-    def choose(self: shapes.ChildTemperature) -> None:
-        if self._seen:
-            self.value = temperatures[len(self._seen) % len(temperatures)]
-            self._seen = []
+    def choose(self: shapes.ChildTemperature, outcome: Outcome) -> None:
         used.add(self.value)
+        if outcome.target_laws:
+            self.value = temperatures[len(outcome.target_laws) % len(temperatures)]
 
-    monkeypatch.setattr(shapes.ChildTemperature, "_learn", choose)
+    monkeypatch.setattr(shapes.ChildTemperature, "observe", choose)
     settings = {"max_new_tokens": 5, "do_sample": True, "top_k": 2, **PROCESSED}
     scheme = {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": 3, "gamma": 2}
     plain = plain_law(settings)

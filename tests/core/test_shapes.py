@@ -6,6 +6,9 @@ from transformers import DynamicCache
 
 import hf_specdiff
 from hf_specdiff.core.cache import RaggedCache
+from hf_specdiff.core.draft import DraftTree
+from hf_specdiff.core.draft import Outcome
+from hf_specdiff.core.draft import SampledChildren
 from hf_specdiff.core.shapes import TEMPERATURES
 from hf_specdiff.core.shapes import ChildTemperature
 from hf_specdiff.core.shapes import _most_probable
@@ -14,13 +17,17 @@ from hf_specdiff.core.tree import best_first
 MARGINALS = torch.tensor([[0.6, 0.3, 0.1, 0.0], [0.1, 0.2, 0.7, 0.0]])
 
 
+def outcome_of(target_laws: torch.Tensor) -> Outcome:
+    """Return a round that drew a child under node 0 and one under node 1, and reached both nodes."""
+    sampled = SampledChildren(MARGINALS, [{0: 0, 1: 1}], [{0: 0, 1: 2}], MARGINALS)
+    tree = DraftTree(torch.tensor([[0, 2]]), [[0, 1]], sampled=sampled)
+    return Outcome(tree, [[0, 2, 1]], [[0, 1, 2]], [False], {(0, node): law for node, law in enumerate(target_laws)})
+
+
 def taught(target_laws: torch.Tensor, rounds: int = 3) -> ChildTemperature:
     temperature = ChildTemperature()
     for _ in range(rounds):
-        temperature.law(MARGINALS)
-        for place, law in enumerate(target_laws):
-            temperature.visit(place, law)
-    temperature.law(MARGINALS)
+        temperature.observe(outcome_of(target_laws))
     return temperature
 
 
@@ -51,9 +58,7 @@ def test_a_text_that_changes_is_followed() -> None:
     certain = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
     temperature = taught(certain)
     for _ in range(120):
-        temperature.law(MARGINALS)
-        for place, law in enumerate(MARGINALS):
-            temperature.visit(place, law)
+        temperature.observe(outcome_of(MARGINALS))
     assert temperature.value == 1.0
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hf_specdiff.core.acceptance import accept_by_walk
 from hf_specdiff.core.acceptance import sampled_child_law
 from hf_specdiff.core.acceptance import select_draft
-from hf_specdiff.core.tree import DraftTree
+from hf_specdiff.core.draft import DraftTree
 from hf_specdiff.core.tree import TreeShape
 from hf_specdiff.core.tree import best_first
 from hf_specdiff.core.tree import merge_drafts

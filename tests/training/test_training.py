@@ -18,8 +18,8 @@ import hf_specdiff
 from hf_specdiff import SpecDiffDrafter
 from hf_specdiff.core.cache import RaggedCache
 from hf_specdiff.core.conditioning import make_drafter as put_around
+from hf_specdiff.core.features import Features
 from hf_specdiff.core.speculation import SpeculationConfig
-from hf_specdiff.core.text import Features
 from hf_specdiff.core.text import Text
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences

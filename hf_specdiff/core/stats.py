@@ -1,0 +1,79 @@
+"""What a call did, round by round, and the figures that follow from it.
+
+Knows no tensors.
+"""
+
+from dataclasses import dataclass
+from dataclasses import field
+
+
+@dataclass(slots=True)
+class SpeculationStats:
+    """What a call to `generate` did, round by round.
+
+    A round's `num_accepted` is the number of tokens that it added to the text less one: the last of them counts as the bonus
+    token, also where an end of the text fell inside the accepted window.
+
+    Attributes:
+        draft_shape (`str`): the shape that was used.
+        acceptance (`str`): the rule that was used.
+        num_drafted (`list[list[int]]`): for each round and sequence, tokens drafted.
+        num_accepted (`list[list[int]]`): for each round and sequence, drafted tokens kept; a row that has ended takes no part.
+        prefill_seconds (`float`): the target's pass over the prompt.
+        drafter_seconds (`float`): all drafter passes.
+        target_seconds (`float`): all target passes after the prefill.
+        total_seconds (`float`): the whole decoding, prefill included.
+        draft_depths (`list[list[int]]`): for each round and sequence, how far ahead the draft reached: the drafted tokens of a
+            chain, the longest path of a tree. Empty: that of chains.
+    """
+
+    draft_shape: str
+    acceptance: str
+    num_drafted: list[list[int]]
+    num_accepted: list[list[int]]
+    prefill_seconds: float = 0.0
+    drafter_seconds: float = 0.0
+    target_seconds: float = 0.0
+    total_seconds: float = 0.0
+    draft_depths: list[list[int]] = field(default_factory=list)
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds: one draft and one target pass each."""
+        return len(self.num_accepted)
+
+    @property
+    def num_drafted_tokens(self) -> int:
+        """Drafted tokens over all rounds and sequences."""
+        return sum(map(sum, self.num_drafted))
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Mean tokens that a round adds, the bonus included (tau, block efficiency); 0 without rounds."""
+        accepted = [count for row in self.num_accepted for count in row]
+        return sum(accepted) / len(accepted) + 1 if accepted else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over drafted tokens, all of a tree's nodes counted; 0 without drafts."""
+        return sum(map(sum, self.num_accepted)) / max(self.num_drafted_tokens, 1)
+
+    @property
+    def acceptance_per_position(self) -> list[float]:
+        """For each window position, the share of the drafts reaching so far in which it was accepted."""
+        pairs = [
+            pair
+            for drafted, accepted in zip(self.draft_depths or self.num_drafted, self.num_accepted, strict=True)
+            for pair in zip(drafted, accepted, strict=True)
+        ]
+        longest = max((drafted for drafted, _ in pairs), default=0)
+        shares = []
+        for position in range(longest):
+            reached = [accepted > position for drafted, accepted in pairs if drafted > position]
+            shares.append(sum(reached) / len(reached))
+        return shares
+
+    @property
+    def other_seconds(self) -> float:
+        """Time that was spent neither in the drafter nor in the target."""
+        return self.total_seconds - self.prefill_seconds - self.drafter_seconds - self.target_seconds
