@@ -11,6 +11,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from .drafters import DenoisingDrafter
+from .drafters import Shaper
 from .features import Features
 from .speculation import SpeculationConfig
 from .text import Text
@@ -24,6 +25,7 @@ class TokenDrafter(DenoisingDrafter):
         speculation (`SpeculationConfig`): as `DenoisingDrafter`.
         logits_processor (`LogitsProcessorList`): as `DenoisingDrafter`.
         max_length (`int`, *optional*): as `DenoisingDrafter`.
+        shaper (`Shaper`, *optional*): as `DenoisingDrafter`.
         target_vocab_size (`int`, *optional*): tokens of the target, which may have more than the network knows: they are read
             as "not known", and have probability 0 in every draft.
 
@@ -36,20 +38,21 @@ class TokenDrafter(DenoisingDrafter):
         speculation: SpeculationConfig,
         logits_processor: LogitsProcessorList,
         max_length: int | None = None,
+        shaper: Shaper | None = None,
         *,
         target_vocab_size: int | None = None,
     ) -> None:
-        super().__init__(network, speculation, logits_processor, max_length)
+        super().__init__(network, speculation, logits_processor, max_length, shaper)
         self.vocab_size = network.config.vocab_size
         self.num_unknown = max(0, (target_vocab_size or 0) - self.vocab_size)
 
-    def _window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
-        """Run the network over the uncached context and the window; see `DenoisingDrafter._window_logits`."""
+    def window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
+        """Run the network over the uncached context and the window; see `DenoisingDrafter.window_logits`."""
         assert self.rows is not None
         counts = [length - 1 - end for length, end in zip(text.lengths, self.rows.ends, strict=True)]
         new_context = text.gather(self.rows.ends, max(counts))
         window_size = window.shape[1]
-        position_ids, key_mask = self._layout(text, counts, window_size)
+        position_ids, key_mask = self.layout(text, counts, window_size)
         ids = torch.cat([new_context, window], dim=1)
         if self.num_unknown:
             ids = ids.masked_fill(ids >= self.vocab_size, self.mask_token_id)
@@ -61,7 +64,7 @@ class TokenDrafter(DenoisingDrafter):
             window_size=window_size,
             logits_to_keep=window_size - 1,
         )
-        self._keep_context(counts)
+        self.keep_context(counts)
         logits = outputs.logits
         # As wide as the target's, which its processors count on.
         return torch.nn.functional.pad(logits, (0, self.num_unknown), value=-torch.inf) if self.num_unknown else logits
@@ -75,6 +78,7 @@ class FeatureDrafter(DenoisingDrafter):
         speculation (`SpeculationConfig`): as `DenoisingDrafter`.
         logits_processor (`LogitsProcessorList`): as `DenoisingDrafter`.
         max_length (`int`, *optional*): as `DenoisingDrafter`.
+        shaper (`Shaper`, *optional*): as `DenoisingDrafter`.
         embed (`Callable`): the target's input embedding, ids to vectors.
         head (`Callable`): the target's output embedding, hidden states to logits.
 
@@ -87,20 +91,21 @@ class FeatureDrafter(DenoisingDrafter):
         speculation: SpeculationConfig,
         logits_processor: LogitsProcessorList,
         max_length: int | None = None,
+        shaper: Shaper | None = None,
         *,
         embed: Callable[[torch.Tensor], torch.Tensor],
         head: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        super().__init__(network, speculation, logits_processor, max_length)
+        super().__init__(network, speculation, logits_processor, max_length, shaper)
         self.embed = embed
         self.head = head
         self.dtype = network.dtype
 
-    def _window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
-        """Run the network over the new features and the window; see `DenoisingDrafter._window_logits`."""
+    def window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
+        """Run the network over the new features and the window; see `DenoisingDrafter.window_logits`."""
         device, dtype = self.device, self.dtype
         counts = [0] * text.num_rows if features is None else features.counts
-        position_ids, key_mask = self._layout(text, counts, window.shape[1])
+        position_ids, key_mask = self.layout(text, counts, window.shape[1])
         outputs = self.network(
             noise_embeds=self.embed(window).to(device=device, dtype=dtype),
             context_hidden_states=None if features is None else features.states.to(device=device, dtype=dtype),
@@ -108,7 +113,7 @@ class FeatureDrafter(DenoisingDrafter):
             position_ids=position_ids,
             past_key_values=self.cache,
         )
-        self._keep_context(counts)
+        self.keep_context(counts)
         return self.head(outputs.last_hidden_state[:, 1:]).to(device)
 
 
@@ -118,6 +123,7 @@ def make_drafter(
     speculation: SpeculationConfig,
     logits_processor: LogitsProcessorList,
     max_length: int | None = None,
+    shaper: Shaper | None = None,
 ) -> TokenDrafter | FeatureDrafter:
     """Put the drafter that fits a network's conditioning around it.
 
@@ -128,19 +134,21 @@ def make_drafter(
         speculation (`SpeculationConfig`): how to draft.
         logits_processor (`LogitsProcessorList`): the target's.
         max_length (`int`, *optional*): most tokens of the finished text.
+        shaper (`Shaper`, *optional*): how much to draft and in which shape; by default chains of the whole window.
 
     Returns:
         `TokenDrafter` or `FeatureDrafter`: fresh, with an empty context cache.
     """
     if network.config.target_layer_ids is None:
         theirs = None if target is None else target.config.get_text_config().vocab_size
-        return TokenDrafter(network, speculation, logits_processor, max_length, target_vocab_size=theirs)
+        return TokenDrafter(network, speculation, logits_processor, max_length, shaper, target_vocab_size=theirs)
     embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
     return FeatureDrafter(
         network,
         speculation,
         logits_processor,
         max_length,
+        shaper,
         embed=lambda ids: embedding(_beside(ids, embedding.weight)),
         head=lambda states: head(_beside(states, head.weight).to(head.weight.dtype)),
     )

@@ -80,6 +80,8 @@ def decode(
         features = target.commit(nodes, draft.num_tokens)
         return Round(text.rows, outcome, scores, target.hidden_states), features
 
+    # A drafter may do without these two; see `Drafter`.
+    observe, select_rows = (getattr(drafter, name, lambda _: None) for name in ("observe", "select_rows"))
     added, features = settle(Draft.nothing(text.tokens), target.prefill(text))
     yield added
     while not all(added.outcome.is_done):
@@ -89,13 +91,13 @@ def decode(
             text = text.select(going)
             features = None if features is None else features.select(going)
             target.select_rows(going)
-            drafter.select_rows(going)
+            select_rows(going)
         # Draft: what may follow, in parallel; nothing where only the target's own token still fits.
         draft = drafter.draft(text, features) if target.has_room(text) else Draft.nothing(text.tokens)
         draft = draft.to(text.tokens.device)
         # Verify: the target's logits after the anchor and after each drafted token, in one pass.
         added, features = settle(draft, target.verify(text, draft))
-        drafter.observe(added.outcome)
+        observe(added.outcome)
         yield added
 
 

@@ -12,7 +12,6 @@ from transformers import DynamicCache
 from transformers import LogitsProcessorList
 
 from .attention import grouped_heads
-from .budget import Budget
 from .cache import RaggedCache
 from .denoising import reveal_by_confidence
 from .denoising import reveal_counts
@@ -28,16 +27,16 @@ from .sampling import process_without_prefix
 from .sampling import processors_of_row
 from .sampling import to_float
 from .sampling import to_probs
-from .shapes import ChildTemperature
-from .shapes import chain_shapes
-from .shapes import draft_samples
-from .shapes import draft_tree
 from .speculation import SpeculationConfig
 from .text import Text
 
 
 class Drafter(Protocol):
     """Proposes tokens that follow a committed text. Nothing it does can change what is generated, only how fast.
+
+    These two names are all that an object needs to be given to `generate` as `assistant_model`. Where it has them too, the loop
+    calls `observe(outcome)` with what became of each draft (an `Outcome`), once a round; and, in batches, `select_rows(rows)`
+    before the next draft when rows have ended: with the places, counted from 0, of those that go on.
 
     Attributes:
         target_layer_ids (`list[int]`, *optional*): target layers whose hidden states `draft` wants; `None` for none.
@@ -54,32 +53,45 @@ class Drafter(Protocol):
                 the anchor, the last token, is never among them.
 
         Returns:
-            `Draft` or `DraftTree`: at least one token for each row.
+            `Draft` or `DraftTree`: a draft of nothing (`Draft.nothing(text.tokens)`) where nothing is worth verifying.
 
         Lossless when: any draft is lossless under the match rule; `Draft.has_prefix_law` says whether the other rules may
         be used.
         """
         ...
 
-    def observe(self, outcome: Outcome) -> None:
-        """Take in what became of the last draft, once a round; what is learnt may change later drafts."""
+
+class Shaper(Protocol):
+    """Decides how much of a pass is drafted and in which shape; see `DraftShaper`."""
+
+    def wants_draft(self, num_rows: int) -> bool:
+        """Return whether this round shall draft at all."""
         ...
 
-    def select_rows(self, rows: list[int]) -> None:
-        """Forget all but some rows of the batch: the others have ended. Never called for a single row."""
+    def chain_length(self, scores: torch.Tensor) -> tuple[int, list[list[float]] | None]:
+        """Return how many tokens of a chain to verify, and what the budget goes by."""
+        ...
+
+    def draft(self, scores: torch.Tensor) -> Draft | DraftTree:
+        """Return many drafts from the marginals of one pass."""
+        ...
+
+    def observe(self, outcome: Outcome) -> None:
+        """Take in what became of the last draft."""
         ...
 
 
 class DenoisingDrafter:
     """Draft with a masked-diffusion network: a window [anchor, mask x gamma], revealed in T passes.
 
-    Subclasses say how the committed text conditions the window.
+    Subclasses say how the committed text conditions the window: `window_logits`. A drafter serves one generation.
 
     Args:
         network (`SpecDiffDrafter`): the network.
         speculation (`SpeculationConfig`): gamma, denoising steps, reveal order, draft temperature.
         logits_processor (`LogitsProcessorList`): the target's; applied to the draft law as well, so that it stays close.
         max_length (`int`, *optional*): most tokens of the finished text; no draft reaches past it.
+        shaper (`Shaper`, *optional*): how much to draft and in which shape; by default chains of the whole window.
 
     Lossless when: see `Draft.has_prefix_law`; drawn tokens revealed by confidence in several steps have no prefix law.
     Source: arXiv:2408.05636, section 4.
@@ -91,16 +103,16 @@ class DenoisingDrafter:
         speculation: SpeculationConfig,
         logits_processor: LogitsProcessorList,
         max_length: int | None = None,
+        shaper: Shaper | None = None,
     ) -> None:
         self.network = network
         self.speculation = speculation
         self.max_length = max_length
+        self.shaper = shaper
         self.target_layer_ids = network.config.target_layer_ids
         self.mask_token_id = network.config.mask_token_id
         self.cache = DynamicCache(config=network.config)
         self.rows: RaggedCache | None = None  # from the first draft on, which tells how many rows there are
-        self.child_temperature = ChildTemperature() if speculation.is_tempered else None
-        self.budget: Budget | None = None  # set where the draft's size is to follow the machine
         self._unseen: list[Features] = []
         self.device = network.device  # read once: the host goes through the weights for it
         self._home = network.device  # where the target's processors hold their tensors
@@ -113,7 +125,7 @@ class DenoisingDrafter:
         """Draft one window; see `Drafter.draft`."""
         if features is not None:
             self._unseen.append(features)
-        if self.budget is not None and not self.budget.wants_draft(text.num_rows):
+        if self.shaper is not None and not self.shaper.wants_draft(text.num_rows):
             return Draft.nothing(text.tokens)
         self._home = text.tokens.device
         text = text.to(self.device)
@@ -124,35 +136,29 @@ class DenoisingDrafter:
         window[:, :1] = text.anchors()
         unseen, self._unseen = self._unseen, []
         with grouped_heads(self.device.type == "cpu", gamma + 1):
-            logits = self._window_logits(window, text, Features.join(unseen) if unseen else None)
+            logits = self.window_logits(window, text, Features.join(unseen) if unseen else None)
         return self._shaped(text, window, logits)
 
     def observe(self, outcome: Outcome) -> None:
-        """Hand on what became of the last draft; see `Drafter.observe`."""
-        if self.child_temperature is not None:
-            self.child_temperature.observe(outcome)
-        if self.budget is not None:
-            self.budget.observe(outcome)
+        """Hand on what became of the last draft; see `Drafter`."""
+        if self.shaper is not None:
+            self.shaper.observe(outcome)
 
     def _shaped(self, text: Text, window: torch.Tensor, logits: torch.Tensor) -> Draft | DraftTree:
         """Turn the first pass into a draft of the shape that was asked for."""
-        budget, speculation = self.budget, self.speculation
-        choose = None if budget is None else budget.choose
-        if speculation.draft_shape == "samples":
-            return draft_samples(self._free_scores(logits), speculation)
-        if speculation.draft_shape == "tree":
-            smallest = 0.0 if budget is None else budget.smallest_value
-            return draft_tree(self._free_scores(logits), speculation, choose, smallest, self.child_temperature)
+        shaper, speculation = self.shaper, self.speculation
+        if speculation.draft_shape != "chain":
+            assert shaper is not None
+            return shaper.draft(self._free_scores(logits))
         steps = reveal_counts(window.shape[1] - 1, speculation.num_denoising_steps)
         if len(steps) > 1:
             return self._denoise(text, window, logits, steps)
-        shapes = [] if choose is None else chain_shapes(self._without_mask(logits))
-        count = logits.shape[1] if choose is None else choose(shapes)
+        count, values = (logits.shape[1], None) if shaper is None else shaper.chain_length(self._without_mask(logits))
         tokens, probs = self._draw_in_order(text, window[:, 1:1], logits)
-        return Draft(tokens, probs, speculation.has_prefix_law, [shape.values for shape in shapes] or None).first(count)
+        return Draft(tokens, probs, speculation.has_prefix_law, values).first(count)
 
     def select_rows(self, rows: list[int]) -> None:
-        """Keep some rows; see `Drafter.select_rows`."""
+        """Keep some rows; see `Drafter`."""
         self._unseen = [features.select(rows) for features in self._unseen]
         if self.rows is not None:
             self.rows.select(rows)
@@ -180,7 +186,7 @@ class DenoisingDrafter:
         is_drawn = self.speculation.draft_temperature > 0
         for step, count in enumerate(steps):
             if step > 0:
-                logits = self._window_logits(window, text, None)
+                logits = self.window_logits(window, text, None)
             proposed, probs, chosen = self._reveal(text, tokens, logits, revealed, count)
             tokens.masked_scatter_(chosen, proposed[chosen])
             if probs is not None:
@@ -245,7 +251,7 @@ class DenoisingDrafter:
             logits[..., self.mask_token_id] = -torch.inf  # in place: they are the drafter's own, fresh from a pass
         return logits
 
-    def _window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
+    def window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
         """Take new context into the cache, run one pass over the window and forget the window again.
 
         Args:
@@ -258,7 +264,7 @@ class DenoisingDrafter:
         """
         raise NotImplementedError
 
-    def _layout(self, text: Text, counts: list[int], window_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def layout(self, text: Text, counts: list[int], window_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return where a pass stands in the text: positions of its tokens and the mask of its keys.
 
         The keys of a pass are the cached context, the new context, and the window, whose slot 0 is the anchor, the text's last
@@ -296,7 +302,7 @@ class DenoisingDrafter:
         window = torch.ones(text.num_rows, window_size, dtype=torch.bool, device=device)
         return (positions - text.num_padding()).clamp(min=0), torch.cat([is_context, is_new, window], dim=1)
 
-    def _keep_context(self, counts: list[int]) -> None:
+    def keep_context(self, counts: list[int]) -> None:
         """Keep the new context of the last pass in the cache, forget its window."""
         assert self.rows is not None
         self.rows.keep([list(range(count)) for count in counts])

@@ -40,6 +40,7 @@ from .masked_target import MaskedTarget
 from .masked_target import unmasked_window
 from .profiling import learn
 from .profiling import profile_of
+from .shapes import DraftShaper
 from .speculation import SPECULATION_ARGUMENTS
 from .speculation import resolve_speculation
 from .stateful_target import StatefulTarget
@@ -144,25 +145,28 @@ def generate(
             check_chains(why_not_chained(model, input_ids.device))
         # A greedy target meets every draft by match, so there is nothing to draw for another rule.
         drafting = speculation if generation_config.do_sample else replace(speculation, acceptance="match")
-        drafter = make_drafter(assistant_model, model, drafting, logits_processor, generation_config.max_length)
         needs_masks = text.num_rows > 1 or speculation.draft_shape != "chain"
         if not needs_masks and not is_stateful(model):
             needs_masks = _needs_masks_for_window(model, cache_of(model_kwargs), why_no_masks, max_length)
         target_class = StatefulTarget if is_stateful(model) else MaskedTarget if needs_masks else Target
         callbacks = [*logits_processor, *stopping_criteria, streamer]
         with inference([model, assistant_model], callbacks, own_cache):
+            budget = None
             if speculation.is_adaptive:
                 measured = profile_of(model, assistant_model, speculation, input_ids.device, profile)
                 draws_children = drafting.draft_shape == "tree" and drafting.acceptance == "ratio"
-                drafter.budget = Budget(measured, text.num_rows, draws_children=draws_children)
+                budget = Budget(measured, text.num_rows, draws_children=draws_children)
+            shaper = DraftShaper(drafting, budget)
+            max_length = generation_config.max_length
+            drafter = make_drafter(assistant_model, model, drafting, logits_processor, max_length, shaper)
             target = target_class(model, generation_config, model_kwargs, drafter.target_layer_ids)
             if own_cache is not None:
                 target.keep_rows()
             output = run(target, drafter, speculation, stop, logits_processor, text, streamer)
             if own_cache is not None or generation_config.return_dict_in_generate:
                 target.finish(output.sequences)
-        if drafter.budget is not None and profile is None:
-            learn(model, assistant_model, speculation, drafter.budget.calibration.factors)
+        if budget is not None and profile is None:
+            learn(model, assistant_model, speculation, budget.calibration.factors)
         output = ordinary(output)
         return output if generation_config.return_dict_in_generate else output.sequences
 

@@ -1,4 +1,4 @@
-"""From the marginals of one drafter pass to many drafts: joint samples, or the best-first tree.
+"""From the marginals of one drafter pass to many drafts, and how many of their tokens are verified.
 
 Letters: B batch, G drafted positions (gamma), V vocabulary, N nodes, K drafts. Draws through `sampling` only. One pass
 gives a law for every position, whatever stands at the others, so many drafts cost no more passes than one.
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from .budget import Budget
 from .draft import Draft
 from .draft import DraftTree
 from .draft import Outcome
@@ -71,6 +72,64 @@ class ChildTemperature:
         found = torch.stack([torch.minimum(target_laws, _tempered(marginals, t)).sum() for t in TEMPERATURES]).tolist()
         self._overlaps = [DECAY * old + new for old, new in zip(self._overlaps, found, strict=True)]
         self.value = TEMPERATURES[self._overlaps.index(max(self._overlaps))]
+
+
+class DraftShaper:
+    """Make drafts of the shape that was asked for from one pass's marginals, as large as pays where a budget says so.
+
+    Args:
+        speculation (`SpeculationConfig`): the shape and its settings.
+        budget (`Budget`, *optional*): where the size is to follow the machine.
+    """
+
+    def __init__(self, speculation: SpeculationConfig, budget: Budget | None = None) -> None:
+        self.speculation = speculation
+        self.budget = budget
+        self.child_temperature = ChildTemperature() if speculation.is_tempered else None
+
+    def wants_draft(self, num_rows: int) -> bool:
+        """Return whether this round shall draft at all, with as many rows as are left."""
+        return self.budget is None or self.budget.wants_draft(num_rows)
+
+    def chain_length(self, scores: torch.Tensor) -> tuple[int, list[list[float]] | None]:
+        """Return how much of a chain to verify.
+
+        It reads the marginals alone, not the tokens that are drawn: a draft that is cut because of a token it holds does not
+        have the law that the ratio and the block rule count on.
+
+        Args:
+            scores (`torch.Tensor` of shape `(B, G, V)`, float32): logits of one pass.
+
+        Returns:
+            `tuple`: tokens, 0 to G; and `Draft.values`, where a budget reads them.
+        """
+        if self.budget is None:
+            return scores.shape[1], None
+        shapes = chain_shapes(scores)
+        return self.budget.choose(shapes), [shape.values for shape in shapes]
+
+    def draft(self, scores: torch.Tensor) -> Draft | DraftTree:
+        """Return joint samples or a tree.
+
+        Args:
+            scores (`torch.Tensor` of shape `(B, G, V)`, float32): processed logits of one pass.
+
+        Returns:
+            `DraftTree`; or a `Draft` of nothing, where no node is worth it.
+        """
+        if self.speculation.draft_shape == "samples":
+            return draft_samples(scores, self.speculation)
+        if self.budget is None:
+            return draft_tree(scores, self.speculation, temperature=self.child_temperature)
+        budget = self.budget
+        return draft_tree(scores, self.speculation, budget.choose, budget.smallest_value, self.child_temperature)
+
+    def observe(self, outcome: Outcome) -> None:
+        """Take in what became of the last draft; what is learnt may change later ones."""
+        if self.child_temperature is not None:
+            self.child_temperature.observe(outcome)
+        if self.budget is not None:
+            self.budget.observe(outcome)
 
 
 def _tempered(laws: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -149,9 +208,6 @@ def _most_probable(marginals: torch.Tensor, budget: int, smallest: float) -> tup
 
 def chain_shapes(scores: torch.Tensor) -> list[TreeShape]:
     """Return each row's chain as a tree, with the probability that it is right so far, position by position.
-
-    It reads the marginals alone, not the tokens that were drawn: a draft that is cut because of a token it holds does not have
-    the law that the ratio and the block rule count on.
 
     Args:
         scores (`torch.Tensor` of shape `(B, G, V)`, float32): processed logits of one pass.

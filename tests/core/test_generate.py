@@ -40,7 +40,7 @@ class PerfectDrafter:
             return 50.0 * torch.nn.functional.one_hot(tokens, VOCAB_SIZE).float()[None]
 
         for name in ("TokenDrafter", "FeatureDrafter"):
-            monkeypatch.setattr(f"hf_specdiff.core.conditioning.{name}._window_logits", logits_of)
+            monkeypatch.setattr(f"hf_specdiff.core.conditioning.{name}.window_logits", logits_of)
 
 
 def features_of(states: torch.Tensor | None) -> Features | None:
@@ -168,8 +168,8 @@ def test_the_drafter_does_not_see_padding(layers: list[int] | None, prompt: torc
         put.rows = RaggedCache(put.cache, 1)
         text = Text.of_prompt(ids, key_mask)
         with torch.no_grad():
-            put._window_logits(window, text, features_of(states))
-            logits.append(put._window_logits(window, text, None))
+            put.window_logits(window, text, features_of(states))
+            logits.append(put.window_logits(window, text, None))
     torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-4)
 
 

@@ -93,7 +93,7 @@ def test_training_windows_give_the_logits_of_decoding(layers: list[int] | None, 
             given = None if features is None else Features(features, [anchor])
             decoding.rows = RaggedCache(decoding.cache, 1)
             with torch.no_grad():
-                logits = decoding._window_logits(window, Text.of_prompt(text), given)
+                logits = decoding.window_logits(window, Text.of_prompt(text), given)
             torch.testing.assert_close(outputs["log_probs"][row * 3 + column], logits[0].log_softmax(-1), atol=1e-4, rtol=1e-4)
 
 
