@@ -346,10 +346,12 @@ def check_rotary(config: Any, prompt_length: int, max_length: int | None) -> Non
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters] if "rope_type" in parameters else [value for value in parameters.values() if isinstance(value, dict)]
     for kind in kinds:
+        if kind.get("rope_type") not in ("dynamic", "longrope"):
+            continue  # such a model need not even have a limit
         limit = kind.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
         limit = limit or config.max_position_embeddings
         # "longrope" changes once, "dynamic" with every token past the limit.
-        changes = kind.get("rope_type") == "dynamic" or (kind.get("rope_type") == "longrope" and prompt_length <= limit)
+        changes = kind["rope_type"] == "dynamic" or prompt_length <= limit
         if changes and (max_length is None or max_length > limit):
             raise ValueError(
                 f"`max_new_tokens` must end the text within {limit} tokens for a model whose rotary frequencies change there "

@@ -7,6 +7,7 @@ multiplies their probabilities lets a test walk through all runs of a call, so i
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from hf_specdiff import SpecDiffCandidateGenerator
 from hf_specdiff import SpecDiffDrafter
 from hf_specdiff.core import drafters
 from hf_specdiff.core import shapes
+from hf_specdiff.core.cache import Snapshot
 from hf_specdiff.core.calibration import Calibration
 from hf_specdiff.core.decoding import run
 from hf_specdiff.core.draft import Draft
@@ -35,6 +37,7 @@ from hf_specdiff.core.stopping import StopCheck
 from hf_specdiff.core.target import Target
 from hf_specdiff.core.text import Text
 from tests.conftest import make_drafter
+from tests.core.tiny_models import make_model
 
 Ids = tuple[int, ...]
 # Plain decoding works in float32, so that is how closely the two laws can agree.
@@ -129,10 +132,11 @@ def plain_law(target: LlamaForCausalLM) -> Callable[[dict], Counter]:
     return law
 
 
-def drafter_for(layers: list[int] | None) -> SpecDiffDrafter:
+def drafter_for(layers: list[int] | None, model: Any | None = None) -> SpecDiffDrafter:
     return make_drafter(
         layers,
         seed=5,
+        hidden_size=16 if model is None else model.config.hidden_size,
         vocab_size=4,
         mask_token_id=3,
         block_size=4,
@@ -499,3 +503,28 @@ def test_way_one_sampling_has_the_law_of_plain_generate(
 
     assert excess(exact) < 6
     assert excess(other) > 6
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> Any:
+    """Layers of attention and of a delta rule, whose state runs on; vocabulary and end token as `target`'s."""
+    return make_model("qwen3_5_text", vocab_size=4, eos_token_id=0)
+
+
+@pytest.mark.parametrize(("rule", "layers"), [("match", None), ("block", [0, 3])])
+def test_replays_preserve_the_law(rule: str, layers: list[int] | None, hybrid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that may differ is rounding between kernels for several tokens and those for one; the control differs by more."""
+    settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 2}
+    plain = law_of(lambda: hybrid.generate(PROMPT, **settings), monkeypatch)
+
+    def ours() -> Counter:
+        drafting = {"draft_shape": "chain", "acceptance": rule, "gamma": 2}
+        drafter = drafter_for(layers, hybrid)
+        return law_of(
+            lambda: hf_specdiff.generate(hybrid, PROMPT, assistant_model=drafter, **drafting, **settings), monkeypatch
+        )
+
+    assert distance(plain, ours()) < 10 * TOLERANCE
+    if rule == "match":
+        monkeypatch.setattr(Snapshot, "put_back", lambda self, num_tokens: self.cache.layers[3].crop(-num_tokens))
+        assert distance(plain, ours()) > 1e-3
