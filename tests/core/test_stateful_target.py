@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import hf_specdiff
 from hf_specdiff.core import stateful_target
 from hf_specdiff.core.cache import Snapshot
 from hf_specdiff.core.cache import cache_of
+from hf_specdiff.core.checks import check_state
 from hf_specdiff.core.draft import Draft
 from hf_specdiff.core.stateful_target import StatefulTarget
 from hf_specdiff.core.stateful_target import unlimited_steps
@@ -279,7 +281,7 @@ def test_trees_and_batches_are_refused_with_the_reason() -> None:
             Text.of_prompt(PROMPT), DraftTree(PROMPT[:, :1], [[0]])
         )
     with pytest.raises(ValueError, match="must not be 'offloaded'"):
-        ours(model, cache_implementation="offloaded")
+        check_state(None, SimpleNamespace(offloading=True))
 
 
 def test_a_state_that_cannot_be_copied_is_refused() -> None:
