@@ -7,29 +7,44 @@ import typer
 
 from hf_specdiff.commands.loading import load_model
 from hf_specdiff.commands.loading import load_tokenizer
+from hf_specdiff.commands.regenerate import INTERRUPTED
+from hf_specdiff.commands.regenerate import read_sources
+from hf_specdiff.commands.regenerate import share_lines
 from hf_specdiff.training.corpus import read_corpus
+from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import processes
 from hf_specdiff.training.losses import LOSSES
 from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import train_drafter
+from hf_specdiff.training.prompts import Prompt
+from hf_specdiff.training.regeneration import load_sequences
+from hf_specdiff.training.regeneration import num_missing
 from hf_specdiff.training.trainer import spread_layers
-
-INTERRUPTED = 130
 
 
 def train_command(
     target: Annotated[str, typer.Argument(help="the target: a folder or a Hub repository")],
-    prompts: Annotated[
-        str,
-        typer.Option(
-            help="a text file, one a line; JSON lines with 'prompt', 'text' or 'messages'; a data set's folder, or its "
-            "org/name or org/name:split on the Hub"
-        ),
-    ],
     output: Annotated[Path, typer.Option(help="folder of the drafter; the same command resumes an interrupted run")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="several times: a text file, one a line; JSON lines with 'prompt', 'text' or 'messages'; a data set's folder, "
+            "or its org/name or org/name:split on the Hub; self:N lets an instruct model write N prompts itself"
+        ),
+    ] = None,
+    sequences: Annotated[
+        list[Path] | None, typer.Option(help="several times: a folder of hf-specdiff regenerate, in place of --prompts")
+    ] = None,
+    prompt_field: Annotated[str | None, typer.Option(help="the field or column to read, question for one")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="each text is a user's turn: put it into the chat template")] = False,
+    init: Annotated[Path | None, typer.Option(help="a drafter of the same shape to go on from")] = None,
+    cache_features: Annotated[
+        Path | None,
+        typer.Option(help="folder for the target's states: it runs once, later epochs and runs cost the drafter alone"),
+    ] = None,
     conditioning: Annotated[str, typer.Option(help="features or tokens")] = "features",
     num_target_layers: Annotated[int, typer.Option(help="target layers to read, for features")] = 5,
-    mask_token_id: Annotated[int | None, typer.Option(help="by default the tokenizer's mask token")] = None,
+    mask_token_id: Annotated[int | None, typer.Option(help="by default an id that is never written")] = None,
     num_layers: Annotated[int, typer.Option(min=1)] = 3,
     block_size: Annotated[int, typer.Option(min=2)] = 16,
     max_length: Annotated[int, typer.Option(min=4, help="tokens of a training sequence")] = 512,
@@ -42,7 +57,9 @@ def train_command(
     loss_decay: Annotated[float, typer.Option(help="positions after which a position's weight has fallen by e")] = 7.0,
     seed: Annotated[int, typer.Option()] = 0,
     save_steps: Annotated[int, typer.Option(min=1)] = 250,
-    eval_prompts: Annotated[int, typer.Option(min=0, help="prompts kept out and decoded; a tenth of all at most")] = 32,
+    eval_prompts: Annotated[int, typer.Option(min=0, help="prompts kept out and decoded; a tenth of all at most")] = 16,
+    eval_tokens: Annotated[int, typer.Option(min=2, help="tokens to write after each of them")] = 64,
+    warmup: Annotated[float, typer.Option(min=0, max=0.99, help="share of the steps until the peak learning rate")] = 0.05,
     regenerate_at: Annotated[
         float | None, typer.Option(min=0, help="temperature of the target's continuations; by default 0: greedy")
     ] = None,
@@ -51,26 +68,29 @@ def train_command(
     ] = False,
     regenerate_batch_size: Annotated[int, typer.Option(min=1, help="texts that the target writes together")] = 32,
     patience: Annotated[int, typer.Option(min=0, help="evaluations without a better one before stopping; 0: never stop")] = 0,
+    dtype: Annotated[str, typer.Option(help="of the target: float32, bfloat16, float16 or auto")] = "float32",
     bf16: Annotated[bool, typer.Option("--bf16/--float32")] = True,
 ) -> None:
-    """Train a drafter for a target on the target's own continuations of the prompts; Ctrl-C saves, the same command resumes."""
+    """Train a drafter for a target on the text that the target writes; Ctrl-C saves, the same command resumes."""
     if conditioning not in ("features", "tokens"):
         raise ValueError(f"`--conditioning` must be features or tokens, got {conditioning!r}.")
     if as_is and regenerate_at is not None:
         raise ValueError(
             f"`--regenerate-at` must be left out with `--as-is`, got {regenerate_at:g}. Nothing is continued then."
         )
-    texts = read_corpus(prompts, as_is=as_is)
+    if (prompts is None) == (sequences is None):
+        got = "none" if prompts is None else "both"
+        raise ValueError(f"`--prompts` or `--sequences` must be given, one of them, got {got}.")
+    if sequences and (as_is or regenerate_at is not None):
+        raise ValueError(
+            "`--as-is` and `--regenerate-at` must be left out with `--sequences`, got one of them: that text is written."
+        )
+    documents = [read_corpus(name, as_is=True, field=prompt_field) for name in prompts or []] if as_is else []
     state = processes()
     # With several processes (accelerate launch) each has a target of its own beside its share of the drafter's work.
     device_map = "auto" if state.num_processes == 1 else {"": state.device}
-    model = load_model("target", target, dtype="float32", device_map=device_map).eval()
+    model = load_model("target", target, dtype=dtype, device_map=device_map).eval()
     tokenizer = load_tokenizer("target", target)
-    mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
-    if mask is None:
-        raise ValueError(
-            "`--mask-token-id` must be given where the tokenizer has no mask token, got none. Name an id never written."
-        )
     num_available = model.config.get_text_config().num_hidden_layers
     plan = TrainingPlan(
         target_layer_ids=spread_layers(num_available, num_target_layers) if conditioning == "features" else None,
@@ -88,19 +108,51 @@ def train_command(
         bf16=bf16,
         save_steps=save_steps,
         num_eval_prompts=eval_prompts,
+        eval_tokens=eval_tokens,
+        warmup=warmup,
         patience=patience,
         temperature=regenerate_at or 0.0,
         as_is=as_is,
     )
-    if not train_drafter(
-        model, tokenizer, texts, output, plan, mask_token_id=mask, regenerate_batch_size=regenerate_batch_size
-    ):
+    corpus: Sequences | list[Prompt] = [text for texts in documents for text in texts]
+    try:
+        if sequences:
+            corpus = Sequences.concatenate([load_sequences(folder, model) for folder in sequences])
+            if state.is_main_process:
+                typer.echo("\n".join(line for folder in sequences for line in told(folder)), err=True)
+        elif not as_is:
+            sources = read_sources(
+                prompts or [], model, tokenizer, output / "work", prompt_field, chat, regenerate_batch_size, seed
+            )
+            corpus = [prompt for texts in sources.values() for prompt in texts]
+        is_finished = train_drafter(
+            model,
+            tokenizer,
+            corpus,
+            output,
+            plan,
+            mask_token_id=mask_token_id,
+            regenerate_batch_size=regenerate_batch_size,
+            start_from=init,
+            cache_features=cache_features,
+        )
+    except KeyboardInterrupt as error:
+        typer.echo("Interrupted before training began; what was written is kept. The same command goes on from it.", err=True)
+        raise typer.Exit(INTERRUPTED) from error
+    if not is_finished:
         typer.echo(
             f"Interrupted; a checkpoint is in {output / 'work' / 'checkpoints'}. The same command goes on from it.", err=True
         )
         raise typer.Exit(INTERRUPTED)
     if state.is_main_process:
         typer.echo(f"The drafter is in {output}, with pictures of the run.")
+
+
+def told(folder: Path) -> list[str]:
+    """Return what a folder of text holds, and whether some of it is still to be written."""
+    missing = num_missing(folder)
+    note = f" ({missing:,} texts are still to be written)" if missing else ""
+    return [f"{folder}{note}:", share_lines(folder)]
 
 
 def read_loss_weights(terms: list[str]) -> dict[str, float]:

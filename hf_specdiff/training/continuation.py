@@ -6,6 +6,7 @@ what lies in front of a row's own tokens is masked. Knows no files.
 
 import inspect
 import random
+from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,15 @@ class Continued:
 
 
 def continue_prompts(
-    target: Any, prompts: list[Prompted], *, max_length: int, batch_size: int, temperature: float = 0.0, seed: int = 0
+    target: Any,
+    prompts: list[Prompted],
+    *,
+    max_length: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    unfinished: dict[int, list[int]] | None = None,
+    after_pass: Callable[[], None] | None = None,
 ) -> Iterator[Continued]:
     """Continue prompts, many at once, and hand each over as soon as it has ended.
 
@@ -68,6 +77,9 @@ def continue_prompts(
         batch_size (`int`): rows that are written together.
         temperature (`float`): 0: greedily; else the target samples as its `generate` would at this temperature.
         seed (`int`): of sampling. A prompt's draws depend on it and on the prompt's index, not on the rows beside it.
+        unfinished (`dict[int, list[int]]`, *optional*): by index the token ids, the prompt's first, of texts in progress. It is
+            kept up to date, and what it holds at first is gone on with (not by models that write batch by batch).
+        after_pass (`Callable`, *optional*): called after each pass over the rows, when `unfinished` can be read.
 
     Yields:
         `Continued`: in the order in which they end. Up to rounding, which depends on the shape of a batch, the text is what
@@ -76,7 +88,9 @@ def continue_prompts(
     ordered = in_order(prompts, GROUP * batch_size)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     if all(type(layer) is DynamicLayer for layer in _empty_cache(target).layers) and _empty_cache(target).layers:
-        yield from _Rows(target, ordered, max_length, batch_size, sampling, seed).run()
+        rows = _Rows(target, ordered, max_length, batch_size, sampling, seed)
+        rows.unfinished = {} if unfinished is None else unfinished
+        yield from rows.run(after_pass or (lambda: None))
         return
     # Windows and recurrent states cannot be moved from row to row; these models write batch by batch.
     for start in range(0, len(ordered), batch_size):
@@ -173,16 +187,19 @@ class _Rows:
         self.does_sample = sampling["do_sample"]
         self.processors = _processors_of(target, sampling)
         self.accepts = set(inspect.signature(target.forward).parameters)
+        self.unfinished: dict[int, list[int]] = {}
         self.rows: list[_Row | None] = []
         self.cache = _empty_cache(target)
 
     @torch.inference_mode()
-    def run(self) -> Iterator[Continued]:
-        """Write until nothing waits and no row is left."""
+    def run(self, after_pass: Callable[[], None]) -> Iterator[Continued]:
+        """Write until nothing waits and no row is left; what is in progress goes first."""
+        self.waiting.sort(key=lambda prompt: prompt.index in self.unfinished)
         while self.waiting or any(self.rows):
             yield from self._fill()
             if any(self.rows):
                 yield from self._step()
+            after_pass()
 
     def _fill(self) -> Iterator[Continued]:
         """Give idle places to waiting prompts, where enough are idle; without waiting prompts, give the places up."""
@@ -209,7 +226,7 @@ class _Rows:
     def _read(self, places: list[int], cache: DynamicCache) -> Iterator[Continued]:
         """Read one waiting prompt for each place, and write its first token."""
         prompts = [self.waiting.pop() for _ in places]
-        rows = [_Row(p.index, list(p.ids), len(p.ids), random.Random(f"{self.seed} {p.index}")) for p in prompts]
+        rows = [self._row(prompt) for prompt in prompts]
         tokens = self._pass(rows, cache, max(len(row.ids) for row in rows))
         if cache is self.cache:
             self.rows = [None] * len(rows)
@@ -222,6 +239,14 @@ class _Rows:
                     count = len(row.ids)
                     layer.put(place, read.keys[number, :, -count:], read.values[number, :, -count:])
         yield from self._append(places, rows, tokens)
+
+    def _row(self, prompt: Prompted) -> _Row:
+        """Return the row of a prompt, as far as it has come: as many draws as it has taken are taken."""
+        ids = self.unfinished.setdefault(prompt.index, list(prompt.ids))
+        draws = random.Random(f"{self.seed} {prompt.index}")
+        for _ in ids[len(prompt.ids) :]:
+            draws.random()
+        return _Row(prompt.index, ids, len(prompt.ids), draws)
 
     def _step(self) -> Iterator[Continued]:
         """Write one token of every row."""
@@ -242,6 +267,7 @@ class _Rows:
             has_ended = token in self.end_tokens or len(row.ids) >= self.max_length
             self.rows[place] = None if has_ended else row
             if has_ended:
+                del self.unfinished[row.index]
                 yield Continued(row.index, row.ids, row.num_prompt)
 
     def _pass(self, rows: list[_Row], cache: DynamicCache, width: int) -> list[int]:

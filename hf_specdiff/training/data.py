@@ -151,6 +151,9 @@ class SequenceDataset(Dataset):
         sequences (`Sequences`): prompts and continuations.
         max_length (`int`): tokens at most of a sequence; the rest is cut off.
 
+    Attributes:
+        features (`FeatureCache`, *optional*): what the target makes of each sequence; items hold it where it is set.
+
     Raises:
         ValueError: if no sequence has two tokens of an answer.
     """
@@ -165,10 +168,22 @@ class SequenceDataset(Dataset):
                 "sequences. Are the prompts longer than the context?"
             )
 
+        self.max_length = max_length
+        self.features: Any = None
+
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.sequence(index)
+        return item if self.features is None else {**item, "features": self.features[index]}
+
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits that tell this data set from others."""
+        return hashlib.sha256(f"{self.sequences.digest()} {self.max_length}".encode()).hexdigest()[:16]
+
+    def sequence(self, index: int) -> dict[str, Any]:
+        """Return an item without features."""
         start, length = int(self.starts[index]), int(self.lengths[index])
         ids = self.sequences.tokens[start : start + length].long()
         return {"input_ids": ids, "is_answer": self.sequences.is_answer[start : start + length], "index": index}
@@ -182,10 +197,12 @@ def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
     Returns:
         `dict`: `input_ids` `(B, S)` int64, `is_answer` `(B, S)` bool, false on padding, `lengths` and `indices`, each `(B,)`
-            int64.
+            int64; `features` `(B, S, K * D)` bfloat16 where the items hold them.
     """
     pad = torch.nn.utils.rnn.pad_sequence
+    features = {"features": pad([item["features"] for item in items], batch_first=True)} if "features" in items[0] else {}
     return {
+        **features,
         "input_ids": pad([item["input_ids"] for item in items], batch_first=True),
         "is_answer": pad([item["is_answer"] for item in items], batch_first=True),
         "lengths": torch.tensor([len(item["input_ids"]) for item in items]),

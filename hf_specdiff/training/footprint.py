@@ -37,8 +37,8 @@ def peak_memory(device: torch.device) -> int | None:
 class Footprint(TrainerCallback):
     """Count a trainer's steps and the seconds between their beginnings and ends.
 
-    Evaluations, checkpoints and the reading of data lie between steps and do not count; nor does anything before a resumed run
-    was taken up.
+    Evaluations, checkpoints and the reading of data lie between steps and do not count. A resumed run counts on from what its
+    checkpoint's log tells of the earlier parts.
 
     Args:
         device (`torch.device`): of the drafter.
@@ -50,7 +50,12 @@ class Footprint(TrainerCallback):
         self.seconds = self._seconds_logged = self._start = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Forget what came before: the target's continuations of the prompts take memory too."""
+        """Forget the memory that came before, the target's continuations' for one, and take up what earlier parts logged."""
+        for entry in state.log_history:
+            if "loss" in entry and "seconds_per_step" in entry:
+                self.seconds += (entry["step"] - self.num_steps) * entry["seconds_per_step"]
+                self.num_steps = entry["step"]
+        self._num_logged, self._seconds_logged = self.num_steps, self.seconds
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 

@@ -7,6 +7,7 @@ Most objectives read the target's tokens alone. Those in `DISTILLATION` read its
 and, for token-conditioned drafters, of the target.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 
 import torch
@@ -30,6 +31,24 @@ def position_weights(gamma: int, decay: float, device: torch.device | None = Non
     return torch.exp(-torch.arange(gamma, dtype=torch.float32, device=device) / decay)
 
 
+def weighted_ce(
+    log_probs: torch.Tensor, labels: torch.Tensor, weigh: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Return -sum_j w_j log q_j / sum_j w_j over all positions of all windows: what the cross-entropies differ in is w.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.
+        labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens.
+        weigh (`Callable`): from log q_j, held fixed and 0 where there is no label, and from where there is one, both `(N, G)`,
+            to w, 0 where there is no label.
+
+    Returns:
+        `torch.Tensor`: a scalar, in nats; 0 if no position has a label.
+    """
+    picked, has_label = _picked(log_probs, labels)
+    return -_mean(picked, weigh(picked.detach(), has_label).to(picked.dtype))
+
+
 def cross_entropy(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) -> torch.Tensor:
     """Return -mean_j log q_j over all positions that have a label.
 
@@ -41,8 +60,7 @@ def cross_entropy(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 
     Returns:
         `torch.Tensor`: a scalar, in nats; 0 if no position has a label.
     """
-    picked, has_label = _picked(log_probs, labels)
-    return -_mean(picked, has_label.to(picked.dtype))
+    return weighted_ce(log_probs, labels, lambda picked, has_label: has_label)
 
 
 def decayed_cross_entropy(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) -> torch.Tensor:
@@ -58,8 +76,8 @@ def decayed_cross_entropy(log_probs: torch.Tensor, labels: torch.Tensor, decay: 
 
     Source: arXiv:2602.06036, section 4.
     """
-    picked, has_label = _picked(log_probs, labels)
-    return -_mean(picked, position_weights(labels.shape[1], decay, log_probs.device) * has_label)
+    weights = position_weights(labels.shape[1], decay, log_probs.device)
+    return weighted_ce(log_probs, labels, lambda picked, has_label: weights * has_label)
 
 
 def streak(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) -> torch.Tensor:
@@ -150,9 +168,7 @@ def log_streak(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0
 
     Source: the surrogate in the code published with arXiv:2511.00606.
     """
-    picked, has_label = _picked(log_probs, labels)
-    reached = (picked.cumsum(1) - picked).exp().detach()
-    return -_mean(picked, reached * has_label)
+    return weighted_ce(log_probs, labels, lambda picked, has_label: (picked.cumsum(1) - picked).exp() * has_label)
 
 
 def first_error_focal(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) -> torch.Tensor:
@@ -192,11 +208,13 @@ def dpace(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0, smo
 
     Source: D-PACE, arXiv:2605.18810.
     """
-    picked, has_label = _picked(log_probs, labels)
-    confidence = ((1 - smoothing) * picked.detach().exp() + smoothing) * has_label
-    weights = confidence.cumprod(1).flip(1).cumsum(1).flip(1)
-    per_window = weights.sum(1, keepdim=True)
-    return -_mean(picked, weights / per_window.clamp(min=torch.finfo(weights.dtype).tiny))
+
+    def weigh(picked: torch.Tensor, has_label: torch.Tensor) -> torch.Tensor:
+        confidence = ((1 - smoothing) * picked.exp() + smoothing) * has_label
+        weights = confidence.cumprod(1).flip(1).cumsum(1).flip(1)
+        return weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+
+    return weighted_ce(log_probs, labels, weigh)
 
 
 OBJECTIVES = {

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
+from transformers import PrinterCallback
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -27,9 +30,15 @@ from hf_specdiff.training.data import hold_out
 from hf_specdiff.training.data import processes
 from hf_specdiff.training.data import sequences_of_texts
 from hf_specdiff.training.disk import room_in
+from hf_specdiff.training.feature_cache import FeatureCache
+from hf_specdiff.training.losses import DISTILLATION
+from hf_specdiff.training.mask_token import check_mask_token
+from hf_specdiff.training.mask_token import find_mask_token
+from hf_specdiff.training.progress import TrainingLog
 from hf_specdiff.training.prompts import Prompt
 from hf_specdiff.training.provenance import check_claim
 from hf_specdiff.training.provenance import claim
+from hf_specdiff.training.provenance import file_digest
 from hf_specdiff.training.provenance import identity_of
 from hf_specdiff.training.regeneration import NAMES
 from hf_specdiff.training.regeneration import regenerate
@@ -66,6 +75,7 @@ class TrainingPlan:
         temperature (`float`): at which the target continues the prompts; 0: greedily.
         patience (`int`): evaluations without a better one after which training stops; 0: never.
         as_is (`bool`): whether to learn from the texts as they stand, instead of from the target's continuations.
+        warmup (`float`): share of the steps over which the learning rate rises to its peak.
     """
 
     target_layer_ids: list[int] | None
@@ -87,6 +97,7 @@ class TrainingPlan:
     patience: int = 0
     temperature: float = 0.0
     as_is: bool = False
+    warmup: float = 0.05
 
 
 def train_drafter(
@@ -96,8 +107,10 @@ def train_drafter(
     output: Path,
     plan: TrainingPlan,
     *,
-    mask_token_id: int,
+    mask_token_id: int | None = None,
     regenerate_batch_size: int = 32,
+    start_from: Path | None = None,
+    cache_features: Path | None = None,
 ) -> bool:
     """Regenerate, train, save; an interrupted call with the same arguments goes on where it stopped.
 
@@ -108,8 +121,10 @@ def train_drafter(
             or, if the plan says so, from the texts and whole chats themselves. Or what the target has written already.
         output (`pathlib.Path`): the drafter; work in progress goes to its `work` subfolder.
         plan (`TrainingPlan`): all settings.
-        mask_token_id (`int`): see `SpecDiffConfig`.
+        mask_token_id (`int`, *optional*): see `SpecDiffConfig`; by default one that the target never writes.
         regenerate_batch_size (`int`): prompts that are continued together.
+        start_from (`pathlib.Path`, *optional*): see `fit_drafter`.
+        cache_features (`pathlib.Path`, *optional*): see `fit_drafter`.
 
     Returns:
         `bool`: whether the drafter is finished; false after Ctrl-C, with a checkpoint in `work`.
@@ -121,17 +136,22 @@ def train_drafter(
     _training_setup(target, output, plan, mask_token_id)  # a mistake in the plan is found before the work
     work = output / "work"
     settings = {**asdict(plan), "mask_token_id": mask_token_id, "corpus": _digest(corpus), **identity_of(target)}
+    settings["start_from"] = None if start_from is None else file_digest(start_from / "model.safetensors")
     check_claim(work / "plan.json", settings, output, NAMES)
     with room_in(output):
         sequences = (
             corpus if isinstance(corpus, Sequences) else _made(target, tokenizer, corpus, work, plan, regenerate_batch_size)
         )
+        if mask_token_id is None:
+            mask_token_id = find_mask_token(target, tokenizer, sequences)
+        check_mask_token(mask_token_id, target, sequences)
         sequences, apart = hold_out(sequences, plan.max_length, plan.num_eval_prompts, plan.seed)
         SequenceDataset(sequences, plan.max_length)  # a folder is not claimed by a run that cannot begin
         with processes().main_process_first():
             claim(work / "plan.json", settings)
         held_out = None if apart is None else HeldOut.of(apart, plan.max_length)
-        is_finished = fit_drafter(target, sequences, output, plan, mask_token_id=mask_token_id, held_out=held_out)
+        arguments: dict[str, Any] = {"held_out": held_out, "start_from": start_from, "cache_features": cache_features}
+        is_finished = fit_drafter(target, sequences, output, plan, mask_token_id=mask_token_id, **arguments)
         if is_finished:
             tokenizer.save_pretrained(output)  # a drafter's repository holds the tokenizer that its ids belong to
     return is_finished
@@ -188,6 +208,7 @@ def fit_drafter(
     mask_token_id: int,
     start_from: Path | None = None,
     held_out: HeldOut | None = None,
+    cache_features: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> bool:
     """Train on given sequences and save; the second half of `train_drafter`.
@@ -200,6 +221,8 @@ def fit_drafter(
         mask_token_id (`int`): see `SpecDiffConfig`.
         start_from (`pathlib.Path`, *optional*): a drafter of the same shape to go on from; by default a fresh one.
         held_out (`HeldOut`, *optional*): what to evaluate on; the best checkpoint is then what is saved.
+        cache_features (`pathlib.Path`, *optional*): folder for the target's states, see `FeatureCache`; by default the target
+            runs in every step.
         callbacks (`Sequence[TrainerCallback]`): more of the host's trainer.
 
     Returns:
@@ -207,8 +230,10 @@ def fit_drafter(
     """
     config, arguments = _training_setup(target, output, plan, mask_token_id, evaluates=held_out is not None)
     interrupt = StopOnInterrupt()
-    drafter = new_drafter(config, plan.seed) if start_from is None else SpecDiffDrafter.from_pretrained(start_from)
+    drafter = new_drafter(config, plan.seed) if start_from is None else drafter_to_go_on_from(start_from, config)
     dataset = SequenceDataset(sequences, plan.max_length)
+    if cache_features is not None:
+        dataset.features = make_feature_cache(cache_features, dataset, target, plan)
     _write_down(drafter.config, plan, len(dataset))
     trainer = SpecDiffTrainer(
         target=target,
@@ -219,11 +244,15 @@ def fit_drafter(
         eval_dataset=None if held_out is None else SequenceDataset(held_out.sequences, plan.max_length),
         callbacks=[interrupt, *callbacks],
     )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(TrainingLog())
     if held_out is not None:
         trainer.add_callback(EvaluateAtEnd())
     if held_out is not None and plan.patience > 0:
         trainer.add_callback(EarlyStoppingCallback(plan.patience))
-    with interrupt:
+    with interrupt, warnings.catch_warnings():
+        # Under autocast weights stay in float32, which torch 2.13 calls a mismatch at the first step.
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(Path(str(arguments.output_dir))))
     if trainer.is_world_process_zero():
         Console(stderr=True).print(trainer.footprint.summary(), highlight=False)
@@ -234,6 +263,64 @@ def fit_drafter(
         plot_run(trainer.state.log_history, output)
     trainer.accelerator.wait_for_everyone()
     return True
+
+
+def make_feature_cache(folder: Path, dataset: SequenceDataset, target: Any, plan: TrainingPlan) -> FeatureCache:
+    """Return the features of a data set, made where they are not there yet.
+
+    Args:
+        folder (`pathlib.Path`): of the cache.
+        dataset (`SequenceDataset`): what to learn from.
+        target (`transformers.PreTrainedModel`): the target.
+        plan (`TrainingPlan`): names the layers and the objectives.
+
+    Returns:
+        `FeatureCache`: filled.
+
+    Raises:
+        ValueError: if the plan reads no features, or an objective reads the target's law, which no cache holds.
+    """
+    if plan.target_layer_ids is None:
+        raise ValueError(
+            "`cache_features` must be left out for a token-conditioned drafter, got a folder. It reads no features."
+        )
+    needing = sorted(DISTILLATION.keys() & plan.loss_weights)
+    if needing:
+        raise ValueError(
+            f"`cache_features` must be left out for objectives that read the target's law, got {', '.join(needing)}: they take "
+            "the target's pass anyway."
+        )
+    cache = FeatureCache(folder, dataset, target, plan.target_layer_ids)
+    cache.fill()
+    return cache
+
+
+def drafter_to_go_on_from(folder: Path, config: SpecDiffConfig) -> SpecDiffDrafter:
+    """Load a trained drafter, to train it further.
+
+    Args:
+        folder (`pathlib.Path`): the drafter.
+        config (`SpecDiffConfig`): what the plan asks for.
+
+    Returns:
+        `SpecDiffDrafter`: with its weights.
+
+    Raises:
+        ValueError: if it is of another shape.
+    """
+    drafter = SpecDiffDrafter.from_pretrained(folder)
+    names = ("target_layer_ids", "num_hidden_layers", "hidden_size", "block_size", "mask_token_id", "vocab_size")
+    differing = {
+        name: (getattr(drafter.config, name), getattr(config, name))
+        for name in names
+        if getattr(drafter.config, name) != getattr(config, name)
+    }
+    if differing:
+        raise ValueError(
+            f"`start_from` must be a drafter of the shape that is asked for, got {str(folder)!r} with {differing} (there, "
+            "asked for). Ask for its own."
+        )
+    return drafter
 
 
 def _write_down(config: SpecDiffConfig, plan: TrainingPlan, num_sequences: int) -> None:
@@ -251,7 +338,7 @@ def _write_down(config: SpecDiffConfig, plan: TrainingPlan, num_sequences: int) 
 
 
 def _training_setup(
-    target: PreTrainedModel, output: Path, plan: TrainingPlan, mask_token_id: int, *, evaluates: bool = False
+    target: PreTrainedModel, output: Path, plan: TrainingPlan, mask_token_id: int | None, *, evaluates: bool = False
 ) -> tuple[SpecDiffConfig, SpecDiffTrainingArguments]:
     """Turn a plan into the drafter's configuration and the trainer's arguments, both checked."""
     config = make_drafter_config(
@@ -266,7 +353,8 @@ def _training_setup(
         evaluation = {
             "eval_strategy": "steps",
             "eval_steps": plan.save_steps,
-            "eval_on_start": True,
+            # A resumed run has that behind it.
+            "eval_on_start": last_whole_checkpoint(output / "work" / "checkpoints") is None,
             "per_device_eval_batch_size": plan.batch_size,
             "load_best_model_at_end": True,
             "metric_for_best_model": "tokens_per_round",
@@ -284,7 +372,8 @@ def _training_setup(
         loss_decay=plan.loss_decay,
         context_weight=plan.context_weight,
         lr_scheduler_type="cosine",
-        warmup_steps=100,
+        warmup_steps=plan.warmup,  # a share, being less than 1
+        disable_tqdm=not sys.stderr.isatty(),
         weight_decay=0.01,
         adam_beta2=0.98,
         seed=plan.seed,

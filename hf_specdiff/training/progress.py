@@ -3,6 +3,7 @@
 import sys
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn
@@ -10,6 +11,10 @@ from rich.progress import MofNCompleteColumn
 from rich.progress import Progress
 from rich.progress import TextColumn
 from rich.progress import TimeElapsedColumn
+from transformers import TrainerCallback
+from transformers import TrainerControl
+from transformers import TrainerState
+from transformers import TrainingArguments
 
 
 class Speedometer:
@@ -66,6 +71,30 @@ class Speedometer:
             return ""
         left = (self.total - self.done - self.num_items) * seconds / self.num_items
         return f"{self.num_tokens / max(seconds, 1e-9):,.0f} tokens/s, {as_time(left)} left"
+
+
+class TrainingLog(TrainerCallback):
+    """Say how far a training run is, where no bar shows it: a line for every entry of the log."""
+
+    def __init__(self) -> None:
+        self._start, self._first_step = time.perf_counter(), 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._start, self._first_step = time.perf_counter(), state.global_step
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write a line of step, loss or acceptance, and the time that is left."""
+        entry = state.log_history[-1] if state.log_history else {}
+        shown = [f"{name} {entry[name]:.3f}" for name in ("loss", "eval_loss", "eval_tokens_per_round") if name in entry]
+        if not shown or not state.is_world_process_zero:
+            return
+        done = state.global_step - self._first_step
+        left = (state.max_steps - state.global_step) * (time.perf_counter() - self._start) / max(done, 1)
+        time_left = f", {as_time(left)} left" if done and state.global_step < state.max_steps else ""
+        line = f"Step {state.global_step:,} of {state.max_steps:,}: {', '.join(shown)}{time_left}".replace("eval_", "held-out ")
+        if args.disable_tqdm:
+            print(line, file=sys.stderr, flush=True)
 
 
 def as_time(seconds: float) -> str:

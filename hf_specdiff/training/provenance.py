@@ -31,6 +31,12 @@ def target_digest(target: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def file_digest(path: Path) -> str:
+    """Return 16 hexadecimal digits of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def identity_of(target: Any) -> dict[str, str | None]:
     """Return a target's name, its revision on the Hub and its digest."""
     name = target.name_or_path or None

@@ -34,6 +34,9 @@ CLAIM = "regeneration.json"
 SHARDS = "sequences-??-?????.safetensors"
 # Files for each batch: what is finished waits for no more than this part of one.
 FILES_PER_BATCH = 4
+UNFINISHED = "unfinished-{:02d}.json"
+# Passes between two looks at what is in progress: the most that a stop without warning loses of it.
+PASSES_PER_LOOK = 32
 # Where a target was loaded from may change; what it is may not.
 NAMES = ("target", "target_revision")
 
@@ -105,7 +108,8 @@ def continue_into(
     Args:
         target (`transformers.PreTrainedModel`): the target, in evaluation mode.
         prompts (`list[Prompted]`): see `continue_prompts`, as are `max_length`, `batch_size`, `temperature` and `seed`.
-        folder (`pathlib.Path`): gets a file for each part of a batch; an interrupt loses what is in progress, one batch.
+        folder (`pathlib.Path`): gets a file for each part of a batch, and one of what is in progress: a stop without warning
+            loses a few tokens of each text of a batch, Ctrl-C none.
         max_length (`int`): tokens of prompt and continuation.
         batch_size (`int`): rows that are written together.
         temperature (`float`): of sampling; 0: greedily.
@@ -202,6 +206,8 @@ def _write_missing(target: Any, prompts: list[Prompted], folder: Path, arguments
     state.wait_for_everyone()  # before the first new file: all processes must see the same ones as missing
     own = missing[state.process_index :: state.num_processes]
     texts: list[Continued] = []
+    unfinished = Unfinished(folder / UNFINISHED.format(state.process_index), {prompt.index: prompt.ids for prompt in own})
+    arguments = {**arguments, "unfinished": unfinished.texts, "after_pass": unfinished.look}
     with Speedometer(what, len(own), is_shown=state.is_main_process and bool(own)) as bar:
         try:
             for text in continue_prompts(target, own, **arguments):
@@ -213,8 +219,38 @@ def _write_missing(target: Any, prompts: list[Prompted], folder: Path, arguments
                     bar.log()
         except KeyboardInterrupt:
             _save(texts, folder, state.process_index)
+            unfinished.save()
             raise
         _save(texts, folder, state.process_index)
+    unfinished.path.unlink(missing_ok=True)
+
+
+class Unfinished:
+    """Texts in progress, written down now and then.
+
+    Args:
+        path (`pathlib.Path`): the file; what it holds is gone on with.
+        prompts (`dict[int, list[int]]`): token ids of the prompts that are still to be continued, by index.
+
+    Attributes:
+        texts (`dict[int, list[int]]`): token ids of prompt and continuation so far, by index.
+    """
+
+    def __init__(self, path: Path, prompts: dict[int, list[int]]) -> None:
+        self.path, self.num_looks = path, 0
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.texts = {int(index): ids for index, ids in earlier.items() if int(index) in prompts}
+
+    def look(self) -> None:
+        """Count a pass, and write down what is in progress after some of them."""
+        self.num_looks += 1
+        if self.num_looks % PASSES_PER_LOOK == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Write down what is in progress."""
+        content = json.dumps(self.texts)
+        write_whole(self.path, lambda path: path.write_text(content, encoding="utf-8"))
 
 
 def _save(texts: list[Continued], folder: Path, process: int) -> None:

@@ -31,6 +31,7 @@ from hf_specdiff.training.data import window_attention_mask
 from hf_specdiff.training.evaluation import Streaks
 from hf_specdiff.training.evaluation import calibration_error
 from hf_specdiff.training.evaluation import decode_held_out
+from hf_specdiff.training.feature_cache import features_of
 from hf_specdiff.training.footprint import Footprint
 from hf_specdiff.training.losses import DISTILLATION
 from hf_specdiff.training.losses import IGNORED
@@ -201,7 +202,7 @@ class SpecDiffTrainer(Trainer):
         windows = sample_windows(inputs, self.args.num_anchors, config.block_size, config.mask_token_id, generator)
         # The host puts autocast around the model that it trains only; the target's pass is the larger part of a step.
         with self.accelerator.autocast():
-            features, target_log_probs = self._run_target(config, inputs["input_ids"], windows)
+            features, target_log_probs = self._run_target(config, inputs, windows)
             if config.is_feature_conditioned:
                 logits, context_loss = self._feature_logits(model, config, features, windows), None
             else:
@@ -217,9 +218,9 @@ class SpecDiffTrainer(Trainer):
         return hash((self.args.seed, step, *indices.tolist())) % 2**63
 
     def _run_target(
-        self, config: SpecDiffConfig, input_ids: torch.Tensor, windows: Windows
+        self, config: SpecDiffConfig, inputs: dict[str, torch.Tensor], windows: Windows
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Run the frozen target once, if anything of it is wanted.
+        """Run the frozen target once, if anything of it is wanted that is not there yet.
 
         Returns:
             `tuple`: the features `(B, S, K * D)` that a drafter reads, and the target's log-probabilities `(B * A, G, V)` at
@@ -227,19 +228,19 @@ class SpecDiffTrainer(Trainer):
         """
         needs_law = not DISTILLATION.keys().isdisjoint(self.args.loss_weights)
         layer_ids = config.target_layer_ids
-        if layer_ids is None and not needs_law:
-            return None, None
+        input_ids, cached = inputs["input_ids"], inputs.get("features")
+        if not needs_law and (layer_ids is None or cached is not None):
+            return None if cached is None else cached.to(self.target.dtype), None
         with torch.no_grad():
+            if layer_ids is not None and not needs_law:
+                return features_of(self.target, input_ids, layer_ids), None
             # Padding is on the right and attention causal, so the states of real tokens need no mask.
             indices = False if layer_ids is None else layer_output_indices(layer_ids)
             # The whole model where its law is wanted: what some do to the head's output is their own business.
-            run = self.target if needs_law else self.target.get_decoder()
-            outputs = run(input_ids, use_cache=False, output_hidden_states=indices)
+            outputs = self.target(input_ids, use_cache=False, output_hidden_states=indices)
             features = None
             if layer_ids is not None:
                 features = target_features(outputs.hidden_states, layer_ids, input_ids.shape[1])
-            if not needs_law:
-                return features, None
             # The state at the anchor tells the first drafted token's law, and so on.
             gamma = config.block_size - 1
             places = windows.anchors[:, :, None] + torch.arange(gamma, device=input_ids.device)
@@ -324,7 +325,7 @@ class StopOnInterrupt(TrainerCallback):
 def make_drafter_config(
     target: PreTrainedModel,
     *,
-    mask_token_id: int,
+    mask_token_id: int | None,
     block_size: int = 16,
     num_layers: int = 3,
     target_layer_ids: list[int] | None = None,

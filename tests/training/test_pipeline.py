@@ -7,6 +7,8 @@ import math
 import signal
 import sys
 from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +81,9 @@ def train(target: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, monkeypatch:
     prompts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     settings = "--conditioning tokens --num-layers 1 --block-size 4 --max-length 40 --batch-size 4 --save-steps 4 --float32"
 
-    def run(*options: str) -> int:
+    def run(*options: str, without: Sequence[str] = ()) -> int:
         words = ["train", str(tmp_path / "target"), "--prompts", str(prompts), "--output", str(tmp_path / "drafter")]
+        words = [word for word in words if word not in without]
         monkeypatch.setattr(sys, "argv", ["hf-specdiff", *words, *settings.split(), *options])
         verbosity = logging.get_verbosity()
         try:
@@ -209,6 +212,121 @@ def test_ctrl_c_leaves_a_loadable_checkpoint_and_the_same_command_goes_on(
     assert train(*command) == 0
     assert len(calls) == 12
     assert (output / "model.safetensors").exists()
+
+
+def test_written_text_is_learnt_from_under_any_other_setting(
+    train: Callable[..., int], target: LlamaForCausalLM, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "text"
+    regenerate(target, tokenizer, TEXTS, folder, max_length=40, sources={"code": len(TEXTS)})
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    prompts = ["--prompts", str(tmp_path / "prompts.jsonl")]
+    assert train("--sequences", str(folder)) == 2
+    assert "`--prompts` or `--sequences` must be given, one of them, got both" in capsys.readouterr().err
+    options = ["--num-epochs", "1", "--sequences", str(folder)]
+    assert train(*options, without=prompts) == 0
+    said = capsys.readouterr().err
+    assert "code: 24 texts, " in said
+    assert "Step 6 of 6: " in said
+    (tmp_path / "drafter").rename(tmp_path / "first")
+    assert train(*options, "--block-size", "6", without=prompts) == 0
+    assert SpecDiffDrafter.from_pretrained(tmp_path / "drafter").config.block_size == 6
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert not (tmp_path / "drafter" / "work" / "sequences").exists()
+    assert train(*options, "--as-is", without=prompts) == 2
+    assert "must be left out with `--sequences`" in capsys.readouterr().err
+
+
+def test_a_run_that_is_refused_claims_nothing(train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for options in (["--mask-token-id", "2"], ["--as-is", "--max-length", "2000", "--mask-token-id", "2"]):
+        assert train("--num-epochs", "1", *options) == 2
+        assert "`mask_token_id` must not end the target's text, got 2" in capsys.readouterr().err
+        assert not (tmp_path / "drafter" / "work" / "plan.json").exists()
+    assert train("--num-epochs", "1") == 0
+    assert SpecDiffDrafter.from_pretrained(tmp_path / "drafter").config.mask_token_id == 3  # the tokenizer's own
+
+
+def test_texts_that_exceed_the_length_end_in_no_error_at_the_first_save(
+    target: LlamaForCausalLM, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Nine prompts in ten leave room for an answer of one token only: none of them may be all that a run is judged by."""
+    long = Sequences.from_lists([[5 + i] * 40 for i in range(90)], [39] * 90)
+    short = Sequences.from_lists([[200 + i] * 12 for i in range(10)], [2] * 10)
+    plan = replace(PLAN, max_length=40, num_epochs=4, num_eval_prompts=4, eval_tokens=4)
+    sequences = Sequences.concatenate([long, short])
+    assert train_drafter(target, tokenizer, sequences, tmp_path / "drafter", plan, mask_token_id=3)
+    assert (tmp_path / "drafter" / "acceptance.png").is_file()
+
+
+def test_a_drafter_is_gone_on_from(target: LlamaForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
+    sequences = make_sequences()
+    plan = replace(PLAN, num_eval_prompts=0, learning_rate=1e-9)
+    assert train_drafter(target, tokenizer, sequences, tmp_path / "first", plan, mask_token_id=50)
+    later = replace(plan, seed=5)
+    for name, start_from in (("second", tmp_path / "first"), ("fresh", None)):
+        assert train_drafter(target, tokenizer, sequences, tmp_path / name, later, mask_token_id=50, start_from=start_from)
+    first, second, fresh = (weights_of(tmp_path / name)["layers.0.mlp.up_proj.weight"] for name in ("first", "second", "fresh"))
+    torch.testing.assert_close(second, first, atol=1e-6, rtol=0)
+    assert not torch.allclose(fresh, first, atol=1e-3)
+    other = replace(plan, block_size=6)
+    with pytest.raises(ValueError, match=r"`start_from` must be a drafter of the shape .*'block_size': \(4, 6\)"):
+        train_drafter(target, tokenizer, sequences, tmp_path / "x", other, mask_token_id=50, start_from=tmp_path / "first")
+    with pytest.raises(ValueError, match="`output` must be a fresh folder or hold a run with the same settings"):
+        train_drafter(target, tokenizer, sequences, tmp_path / "second", later, mask_token_id=50)
+
+
+def test_a_resumed_run_sums_up_all_its_parts_and_evaluates_not_again_at_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """12 steps, logged at each; the first part dies in step 7, after the checkpoint of step 4."""
+    evaluated: list[int] = []
+    calls: list[int] = []
+
+    def decode(self: SpecDiffTrainer) -> dict[str, float]:
+        evaluated.append(self.state.global_step)
+        return {"tokens_per_round": 1.0, "acceptance_1": 0.5}
+
+    def objective(log_probs: torch.Tensor, labels: torch.Tensor, decay: float) -> torch.Tensor:
+        calls.append(1)
+        loss = losses.decayed_cross_entropy(log_probs, labels, decay)
+        return loss * math.nan if len(calls) == failing else loss
+
+    original = SpecDiffTrainer.train
+
+    def train(self: SpecDiffTrainer, **settings: Any) -> Any:
+        self.args.logging_steps = self.state.logging_steps = 1
+        return original(self, **settings)
+
+    monkeypatch.setattr(SpecDiffTrainer, "train", train)
+    monkeypatch.setattr(SpecDiffTrainer, "_evaluate_decoding", decode)
+    monkeypatch.setattr(SpecDiffTrainer, "_evaluate_windows", lambda self, dataset: {"loss": 1.0})
+    monkeypatch.setitem(losses.OBJECTIVES, "decayed_ce", objective)
+    arguments: dict[str, Any] = {"mask_token_id": MASK_TOKEN_ID, "held_out": HeldOut([[5, 6]], make_sequences(4, seed=9))}
+    failing = 7
+    with pytest.raises(ValueError, match="in step 7"):
+        fit_drafter(make_target(), make_sequences(), tmp_path, PLAN, **arguments)
+    assert evaluated == [0, 4]
+    failing = 0
+    capsys.readouterr()
+    assert fit_drafter(make_target(), make_sequences(), tmp_path, PLAN, **arguments)
+    assert evaluated == [0, 4, 8, 12]
+    assert "12 steps, " in capsys.readouterr().err
+
+
+def test_the_learning_rate_rises_over_a_share_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    original = SpecDiffTrainer.train
+
+    def train(self: SpecDiffTrainer, **settings: Any) -> Any:
+        self.args.logging_steps = 1
+        result = original(self, **settings)
+        rates.extend(entry["learning_rate"] for entry in self.state.log_history if "learning_rate" in entry)
+        return result
+
+    monkeypatch.setattr(SpecDiffTrainer, "train", train)
+    fit_drafter(make_target(), make_sequences(), tmp_path, replace(PLAN, warmup=0.25), mask_token_id=MASK_TOKEN_ID)
+    assert len(rates) == 12
+    assert rates.index(max(rates)) in (2, 3)  # the peak stands behind 3 of 12 steps
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_the_next_one_goes_on(

@@ -109,6 +109,33 @@ def test_sampled_text_depends_on_its_prompt_and_the_seed_alone() -> None:
     assert texts(8, 1, prompts) != whole
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_texts_in_progress_are_gone_on_with(temperature: float) -> None:
+    """Stopped after every few passes, again and again, and written a token fewer times than texts have tokens."""
+    target, prompts = make_target(), some_prompts(12)
+    settings: dict[str, Any] = {"max_length": 40, "batch_size": 5, "temperature": temperature}
+    whole = {text.index: text.ids for text in continue_prompts(target, prompts, **settings)}
+    texts: dict[int, list[int]] = {}
+    unfinished: dict[int, list[int]] = {}
+    passes, kept = [0], 0
+
+    def stop() -> None:
+        passes[0] += 1
+        if passes[0] % 7 == 0:
+            raise KeyboardInterrupt
+
+    while len(texts) < 12:
+        kept += sum(len(ids) for ids in unfinished.values()) > 0
+        left = [prompt for prompt in prompts if prompt.index not in texts]
+        try:
+            for text in continue_prompts(target, left, **settings, unfinished=unfinished, after_pass=stop):
+                texts[text.index] = text.ids
+        except KeyboardInterrupt:
+            unfinished = {index: list(ids) for index, ids in unfinished.items()}
+    assert texts == whole
+    assert kept > 2
+
+
 def test_draws_follow_the_targets_law() -> None:
     """The first token after one prompt, 4,000 times: a false alarm in one run of 10^6 (5 standard deviations, 31 tokens)."""
     target = make_target()
@@ -141,9 +168,13 @@ def test_an_interrupt_keeps_what_is_finished_and_the_next_call_goes_on(
     with pytest.raises(KeyboardInterrupt):
         regenerate(demo_target, tokenizer, prompts, tmp_path / "broken", **settings)
     assert num_missing(tmp_path / "broken") == 7
+    in_progress = json.loads((tmp_path / "broken" / "unfinished-00.json").read_text())
+    assert 0 < len(in_progress) <= 4
+    assert any(len(ids) > len(tokenizer(prompts[int(index)])["input_ids"]) for index, ids in in_progress.items())
     assert len(load_sequences(tmp_path / "broken", demo_target)) == 5  # what is there can be used
     again = regenerate(demo_target, tokenizer, prompts, tmp_path / "broken", **settings)
     assert len(asked[1]) == 7
+    assert not list((tmp_path / "broken").glob("unfinished*"))
     assert again.digest() == whole.digest()
     assert (
         regenerate(demo_target, tokenizer, prompts, tmp_path / "broken", **{**settings, "batch_size": 2}).digest()

@@ -225,7 +225,7 @@ def test_the_targets_law_stands_at_the_windows_positions(layers: list[int] | Non
     trainer = make_trainer(tmp_path, make_drafter(layers), num_anchors=3, loss_weights={"tv": 1.0})
     batch = collate([trainer.train_dataset[i] for i in range(4)])
     windows = sample_windows(batch, 3, 6, MASK_TOKEN_ID, torch.Generator().manual_seed(0))
-    features, law = trainer._run_target(trainer.model.config, batch["input_ids"], windows)
+    features, law = trainer._run_target(trainer.model.config, batch, windows)
     assert (features is None) == (layers is None)
     for row in range(4):
         for column in range(3):
