@@ -14,6 +14,7 @@ from transformers import StoppingCriteriaList
 import hf_specdiff
 from hf_specdiff.core.inference import inference
 from hf_specdiff.core.target import Target
+from hf_specdiff.core.trial import why_not_chained
 from tests.conftest import make_drafter
 from tests.conftest import make_target
 
@@ -95,8 +96,10 @@ def test_the_loop_itself_runs_in_inference_mode(prompt: torch.Tensor, monkeypatc
         modes.add(torch.is_inference_mode_enabled())
         return verify(self, *arguments)
 
+    target = make_target()
+    assert why_not_chained(target, prompt.device) is None  # once for each model, and not in inference mode
     monkeypatch.setattr(Target, "verify", watch)
-    hf_specdiff.generate(make_target(), prompt, assistant_model=make_drafter(), max_new_tokens=9, draft_shape="chain")
+    hf_specdiff.generate(target, prompt, assistant_model=make_drafter(), max_new_tokens=9, draft_shape="chain")
     assert modes == {True}
 
 
