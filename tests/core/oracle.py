@@ -43,21 +43,21 @@ def oracle(texts: torch.Tensor, wrong_share: float = 0.25) -> Iterator[None]:
 
     Half of the wrong ones are right in second place, for trees. Which ones are wrong hangs on the place in the text alone.
     """
-    originals = {kind: kind._window_logits for kind in (conditioning.TokenDrafter, conditioning.FeatureDrafter)}
+    originals = {kind: kind.window_logits for kind in (conditioning.TokenDrafter, conditioning.FeatureDrafter)}
 
     def replaced(original: Any) -> Any:
-        def window_logits(self: Any, window: torch.Tensor, text: Any, features: Any) -> torch.Tensor:
+        def told_logits(self: Any, window: torch.Tensor, text: Any, features: Any) -> torch.Tensor:
             return _told(original(self, window, text, features), text, texts, wrong_share)
 
-        return window_logits
+        return told_logits
 
     try:
         for kind, original in originals.items():
-            kind._window_logits = replaced(original)
+            kind.window_logits = replaced(original)
         yield
     finally:
         for kind, original in originals.items():
-            kind._window_logits = original
+            kind.window_logits = original
 
 
 def _told(logits: torch.Tensor, text: Any, texts: torch.Tensor, wrong_share: float) -> torch.Tensor:

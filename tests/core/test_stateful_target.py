@@ -17,12 +17,12 @@ from hf_specdiff.core.cache import Snapshot
 from hf_specdiff.core.cache import cache_of
 from hf_specdiff.core.checks import check_state
 from hf_specdiff.core.draft import Draft
+from hf_specdiff.core.draft import DraftTree
 from hf_specdiff.core.stateful_target import StatefulTarget
 from hf_specdiff.core.stateful_target import unlimited_steps
 from hf_specdiff.core.stateful_target import why_not_stateful
 from hf_specdiff.core.target import fresh_kwargs
 from hf_specdiff.core.text import Text
-from hf_specdiff.core.tree import DraftTree
 from tests.core.oracle import drafter_for
 from tests.core.oracle import oracle
 from tests.core.tiny_models import make_model
