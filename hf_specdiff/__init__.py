@@ -17,6 +17,7 @@ from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.core.stats import SpeculationStats
 from hf_specdiff.demo.bundle import load_demo
 from hf_specdiff.demo.bundle import load_prompts
+from hf_specdiff.formats.loading import load_drafter
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "detach",
     "generate",
     "load_demo",
+    "load_drafter",
     "load_prompts",
 ]
 

@@ -21,6 +21,7 @@ def test_public_names() -> None:
         "detach",
         "generate",
         "load_demo",
+        "load_drafter",
         "load_prompts",
     }
     for name in hf_specdiff.__all__:
@@ -34,6 +35,7 @@ def test_public_names() -> None:
         (hf_specdiff.attach, ["model"]),
         (hf_specdiff.detach, ["model"]),
         (hf_specdiff.load_demo, ["drafter"]),
+        (hf_specdiff.load_drafter, ["source", "target", "ignored_fields", "arguments"]),
         (hf_specdiff.load_prompts, ["name"]),
     ],
 )

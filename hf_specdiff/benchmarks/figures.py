@@ -120,7 +120,7 @@ def window_of(method: Method, models: Models) -> int | None:
     if not method.is_ours or "auto" in method.arguments.values():
         return None
     drafter = models.drafters[str(method.assistant)]
-    gamma = method.arguments.get("gamma") or getattr(drafter.generation_config, "gamma", None) or drafter.config.block_size - 1
+    gamma = method.arguments.get("gamma") or getattr(drafter.generation_config, "gamma", None) or drafter.config.max_gamma
     return None if gamma == "auto" else int(gamma) + 1
 
 

@@ -103,7 +103,7 @@ def compare(target: Any, drafter: Any, tokenizer: Any) -> list[Finding]:
     findings.append(Finding("parameters", f"{target.num_parameters():,}", f"{drafter.num_parameters():,}"))
     obstacle = why_not_masked(target, target.device)
     shape = "trees and batches" if obstacle is None else f"chains, one sequence at a time: {obstacle}"
-    findings.append(Finding("verifies", shape, f"drafts up to {own.block_size - 1} tokens"))
+    findings.append(Finding("verifies", shape, f"drafts up to {own.max_gamma} tokens"))
     return findings
 
 
@@ -237,7 +237,7 @@ def verdict(rows: list[dict[str, Any]], profile: Profile, models: Models) -> lis
             f"target and the target's revision, the mask id {config.mask_token_id}, the block size {config.block_size}{layers}."
         )
         return warnings
-    gamma = drafter.config.block_size - 1
+    gamma = drafter.config.max_gamma
     needed = (profile.target_cost(gamma + 1) + profile.drafter_seconds) / profile.target_cost(1)
     if best < needed:
         warnings.append(

@@ -8,6 +8,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 
+from hf_specdiff.formats.loading import load_drafter as load_any_drafter
+
 
 def load_model(role: str, name: str, *, dtype: str, device_map: str | dict[str, Any]) -> Any:
     """Load a model, or say in one line why not.
@@ -26,6 +28,25 @@ def load_model(role: str, name: str, *, dtype: str, device_map: str | dict[str, 
     """
     with _one_line(role, name):
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map).eval()
+
+
+def load_drafter(name: str, target: Any, *, dtype: str, device_map: str | dict[str, Any]) -> Any:
+    """Load a drafter of any format.
+
+    Args:
+        name (`str`): folder or Hub repository.
+        target (`transformers.PreTrainedModel`, *optional*): the model it drafts for.
+        dtype (`str`): as for `from_pretrained`.
+        device_map (`str` or `dict`): as for `from_pretrained`.
+
+    Returns:
+        `SpecDiffDrafter`: in evaluation mode.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    with _one_line("drafter", name):
+        return load_any_drafter(name, target, dtype=dtype, device_map=device_map)
 
 
 def load_tokenizer(role: str, name: str) -> Any:

@@ -26,6 +26,7 @@ from hf_specdiff.benchmarks.standard import write_record
 from hf_specdiff.benchmarks.tables import terminal_table
 from hf_specdiff.commands import doctor
 from hf_specdiff.commands.demo import run_demo
+from hf_specdiff.commands.loading import load_drafter
 from hf_specdiff.commands.loading import load_model
 from hf_specdiff.commands.loading import load_tokenizer
 from hf_specdiff.core.generate import generate
@@ -75,7 +76,7 @@ def generate_command(
         )
     prompts: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts_file or Path())
     model = load_model("target", target, dtype=dtype, device_map=device_map)
-    assistant = load_model("drafter", drafter, dtype=dtype, device_map=device_map)
+    assistant = load_drafter(drafter, model, dtype=dtype, device_map=device_map)
     tokenizer = load_tokenizer("target", target)
     torch.manual_seed(seed)
     sampling = {} if temperature is None else {"temperature": temperature}
@@ -141,13 +142,13 @@ def doctor_command(
     """Check that a drafter is loaded right and fits its target, and measure what it brings here."""
     prompts = prompt_sets(prompts_file, num_prompts)
     model = load_model("target", target, dtype=dtype, device_map=device_map)
-    assistant = load_model("drafter", drafter, dtype=dtype, device_map=device_map)
+    assistant = load_drafter(drafter, model, dtype=dtype, device_map=device_map)
     tokenizer = load_tokenizer("target", target)
     console = Console()
     findings = doctor.compare(model, assistant, tokenizer)
     console.print(terminal_table(["", "target", "drafter", ""], [[f.name, f.target, f.drafter, f.warning] for f in findings]))
     profile = doctor.costs(model, assistant)
-    console.print("\n".join(doctor.cost_lines(profile, assistant.config.block_size - 1)), highlight=False)
+    console.print("\n".join(doctor.cost_lines(profile, assistant.config.max_gamma)), highlight=False)
     models = Models(model, tokenizer, {"drafter": assistant})
     rows = doctor.try_prompts(models, prompts, max_new_tokens)
     shifted = doctor.layers_that_fit_better(models, prompts)

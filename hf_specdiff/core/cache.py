@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import Cache
+from transformers import DynamicCache
 from transformers import cache_utils
 from transformers.cache_utils import DynamicIndexedLayer
 from transformers.cache_utils import DynamicLayer
@@ -136,6 +137,54 @@ def _copied(layer: Any, name: str, value: Any) -> Any:
 Parted = list[tuple[torch.Tensor, torch.Tensor]]
 
 
+class WindowLayer(DynamicLayer):
+    """A layer that keeps no more than a window sees; slots are counted as if it kept all.
+
+    The host's own sliding layer drops slots by count, the same for all rows, which is wrong for rows of different lengths.
+
+    Args:
+        window (`int`): tokens that a query sees, itself included.
+    """
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.offset = 0  # slots in front that were dropped
+
+    def get_seq_length(self) -> int:
+        """Return the slots that were written, those that were dropped among them."""
+        length: int = super().get_seq_length()
+        return self.offset + length
+
+    def drop(self, end: int) -> None:
+        """Drop what no query sees any more.
+
+        Args:
+            end (`int`): slots of the shortest row; later queries stand behind them.
+        """
+        count = end - (self.window - 1) - self.offset
+        if count > 0:
+            # Copies: views would keep what is dropped alive.
+            self.keys: torch.Tensor = self.keys[:, :, count:].contiguous()
+            self.values: torch.Tensor = self.values[:, :, count:].contiguous()
+            self.offset += count
+
+
+def context_cache(config: Any) -> DynamicCache:
+    """Return an empty cache for a drafter's context; layers with a window keep no more than that.
+
+    Args:
+        config (`SpecDiffConfig`): the drafter's.
+
+    Returns:
+        `transformers.DynamicCache`: with a layer for each of the drafter's.
+    """
+    cache = DynamicCache()
+    windows = [config.layer_window(layer_idx) for layer_idx in range(config.num_hidden_layers)]
+    cache.layers = [DynamicLayer() if window is None else WindowLayer(window) for window in windows]
+    return cache
+
+
 class RaggedCache:
     """A cache whose rows end at different slots, because they accepted differently.
 
@@ -186,6 +235,9 @@ class RaggedCache:
             self._move_rows(start, kept)
         self.ends = [end + len(row) for end, row in zip(self.ends, kept, strict=True)]
         roll_back(self.cache, total - self.length)
+        for layer in self.cache.layers:
+            if isinstance(layer, WindowLayer):
+                layer.drop(min(self.ends))
 
     def _move_row(self, start: int, kept: list[int]) -> None:
         """Copy the kept slots of a single row to its end, from the first one on that does not lie there."""
@@ -196,10 +248,14 @@ class RaggedCache:
         is_block = kept[first:] == list(range(kept[first], kept[first] + count)) and source >= goal + count
         index = None if is_block else torch.tensor(kept[first:]) + start
         for layer in filled_layers(self.cache):
+            offset = getattr(layer, "offset", 0)
             for states in (layer.keys, layer.values):
                 # One branch of a tree lies in one piece.
-                block = states.narrow(2, source, count) if index is None else states.index_select(2, index.to(states.device))
-                states.narrow(2, goal, count).copy_(block)
+                if index is None:
+                    block = states.narrow(2, source - offset, count)
+                else:
+                    block = states.index_select(2, index.to(states.device) - offset)
+                states.narrow(2, goal - offset, count).copy_(block)
 
     def _move_rows(self, start: int, kept: list[list[int]]) -> None:
         """Copy each row's kept slots to its own end, within the tail."""
@@ -209,9 +265,10 @@ class RaggedCache:
         goals = torch.tensor(self.ends)[:, None] + torch.arange(most)
         rows = torch.arange(len(kept))[:, None]
         for layer in filled_layers(self.cache):
+            offset = getattr(layer, "offset", 0)
             for states in (layer.keys, layer.values):
                 by_slot = states.transpose(1, 2)  # a view (B, slots, heads, dim)
-                by_slot[rows, goals] = by_slot[rows, sources]
+                by_slot[rows, goals - offset] = by_slot[rows, sources - offset]
 
     def select(self, rows: list[int]) -> None:
         """Keep some rows only."""

@@ -47,8 +47,8 @@ def check_pair(model: Any, drafter: Any) -> None:
     config: Any = getattr(drafter, "config", None)
     if getattr(config, "model_type", None) != "specdiff":
         raise TypeError(
-            f"`assistant_model` must be a SpecDiffDrafter, got {type(drafter).__name__}. Load one with "
-            "AutoModelForCausalLM.from_pretrained after `import hf_specdiff`, or pass other assistants to model.generate."
+            f"`assistant_model` must be a SpecDiffDrafter, got {type(drafter).__name__}. Load drafters of any format with "
+            "hf_specdiff.load_drafter(source, target=model), and pass other assistants to model.generate."
         )
     if model.config.is_encoder_decoder:
         raise ValueError(f"`model` must be a decoder-only language model, got {type(model).__name__}.")
@@ -74,7 +74,8 @@ def check_vocabulary(target_config: Any, config: Any) -> None:
     Raises:
         ValueError: if so.
     """
-    if config.vocab_size > target_config.vocab_size:
+    has_own = config.has_own_embedding or config.has_own_head
+    if config.vocab_size > target_config.vocab_size or (has_own and config.vocab_size < target_config.vocab_size):
         raise ValueError(
             f"`assistant_model` must have no more than the target's vocabulary of {target_config.vocab_size} tokens, got "
             f"{config.vocab_size}. Use a drafter that was made for this target."
@@ -124,7 +125,7 @@ def check_layers(target_config: Any, config: Any) -> None:
 
 
 def check_width(target_config: Any, config: Any) -> None:
-    """Refuse a feature-conditioned drafter that is not as wide as the target, whose embedding it borrows.
+    """Refuse a feature-conditioned drafter that reads states of another width than the target's.
 
     Args:
         target_config (`PreTrainedConfig`): of the target's text model.
@@ -133,10 +134,11 @@ def check_width(target_config: Any, config: Any) -> None:
     Raises:
         ValueError: if so.
     """
-    if config.target_layer_ids is not None and config.hidden_size != target_config.hidden_size:
+    width = config.target_hidden_size or config.hidden_size
+    if config.target_layer_ids is not None and width != target_config.hidden_size:
         raise ValueError(
-            f"`assistant_model` must have the target's `hidden_size` {target_config.hidden_size} to borrow its embedding, got "
-            f"{config.hidden_size}. Use a drafter that was made for this target."
+            f"`assistant_model` must read states of the target's `hidden_size` {target_config.hidden_size}, got "
+            f"{width}. Use a drafter that was made for this target."
         )
 
 

@@ -105,16 +105,21 @@ class FeatureDrafter(DenoisingDrafter):
         """Run the network over the new features and the window; see `DenoisingDrafter.window_logits`."""
         device, dtype = self.device, self.dtype
         counts = [0] * text.num_rows if features is None else features.counts
-        position_ids, key_mask = self.layout(text, counts, window.shape[1])
+        # Where slot `i` predicts token `i + 1`, the last token has no slot of its own.
+        is_shifted = self.network.config.predicts_from_anchor
+        slots = window[:, :-1] if is_shifted else window
+        position_ids, key_mask = self.layout(text, counts, slots.shape[1])
         outputs = self.network(
-            noise_embeds=self.embed(window).to(device=device, dtype=dtype),
+            noise_embeds=self.network.window_embeddings(slots, self.embed),
             context_hidden_states=None if features is None else features.states.to(device=device, dtype=dtype),
             attention_mask=key_mask,
             position_ids=position_ids,
             past_key_values=self.cache,
+            cached_position_ids=self.cached_positions(text, counts),
         )
         self.keep_context(counts)
-        return self.head(outputs.last_hidden_state[:, 1:]).to(device)
+        states = outputs.last_hidden_state
+        return self.network.window_logits(states if is_shifted else states[:, 1:], self.head).to(device)
 
 
 def make_drafter(
@@ -142,16 +147,37 @@ def make_drafter(
     if network.config.target_layer_ids is None:
         theirs = None if target is None else target.config.get_text_config().vocab_size
         return TokenDrafter(network, speculation, logits_processor, max_length, shaper, target_vocab_size=theirs)
-    embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
+    head = target.get_output_embeddings()
     return FeatureDrafter(
         network,
         speculation,
         logits_processor,
         max_length,
         shaper,
-        embed=lambda ids: embedding(_beside(ids, embedding.weight)),
+        embed=lambda ids: raw_embeddings(target, ids),
         head=lambda states: head(_beside(states, head.weight).to(head.weight.dtype)),
     )
+
+
+def raw_embeddings(target: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return rows of a target's embedding as they are stored: some families scale or norm them on the way in.
+
+    Args:
+        target (`transformers.PreTrainedModel`): the target.
+        ids (`torch.Tensor`, int64): token ids.
+
+    Returns:
+        `torch.Tensor` of shape `(*ids.shape, D)`.
+    """
+    embedding = target.get_input_embeddings()
+    ids = _beside(ids, embedding.weight)
+    if not any(hasattr(embedding, name) for name in ("embed_norm", "embed_scale")):
+        return embedding(ids)
+    hook = getattr(embedding, "_hf_hook", None)  # of accelerate, which brings offloaded weights
+    if hook is None:
+        return torch.nn.functional.embedding(ids, embedding.weight)
+    (ids,), _ = hook.pre_forward(embedding, ids)
+    return hook.post_forward(embedding, torch.nn.functional.embedding(ids, embedding.weight))
 
 
 def _beside(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

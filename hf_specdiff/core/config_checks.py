@@ -24,8 +24,20 @@ SIZES = {
     "max_position_embeddings": (1, 2**40),
     "format_version": (1, 2**31),
 }
-OPTIONAL_SIZES = {"mask_token_id": (0, 2**24), "num_target_layers": (1, 2**12)}
-REALS = {"rms_norm_eps": (0.0, 1.0), "initializer_range": (0.0, 1e3), "attention_dropout": (0.0, 1.0)}
+OPTIONAL_SIZES = {
+    "mask_token_id": (0, 2**24),
+    "num_target_layers": (1, 2**12),
+    "sliding_window": (2, 2**40),
+    "draft_vocab_size": (1, 2**24),
+    "target_hidden_size": (1, 2**17),
+}
+REALS = {
+    "rms_norm_eps": (0.0, 1.0),
+    "initializer_range": (0.0, 1e3),
+    "attention_dropout": (0.0, 1.0),
+    "input_embedding_scale": (-1e6, 1e6),
+    "output_multiplier": (-1e6, 1e6),
+}
 KINDS = {"target_model": str, "target_revision": str, "training": dict, "dflash_config": dict}
 MAX_TARGET_LAYERS = 2**12
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -99,8 +111,11 @@ def _check_layer_ids(layer_ids: Any) -> None:
     if layer_ids is None:
         return
     is_list = isinstance(layer_ids, list | tuple) and 0 < len(layer_ids) <= MAX_TARGET_LAYERS
-    if not is_list or not all(type(layer) is int and 0 <= layer < MAX_TARGET_LAYERS for layer in layer_ids):
-        raise ValueError(f"`target_layer_ids` must be a list of layers, counted from 0, got {_shown(layer_ids)}.")
+    if not is_list or not all(type(layer) is int and -1 <= layer < MAX_TARGET_LAYERS for layer in layer_ids):
+        raise ValueError(
+            "`target_layer_ids` must be a list of layers, counted from 0 (-1: the embedding's output), got "
+            f"{_shown(layer_ids)}."
+        )
     if len(set(layer_ids)) != len(layer_ids):
         raise ValueError(f"`target_layer_ids` must name different layers, counted from 0, got {_shown(layer_ids)}.")
 

@@ -27,14 +27,33 @@ class SpecDiffConfig(Qwen3Config):
     mean there. `vocab_size` and the bos, eos and pad ids are the target's: pipelines refuse an assistant whose ids differ.
 
     Args:
-        block_size (`int`): slots of one drafter pass: the anchor and `block_size - 1` drafted tokens. At least 2.
+        block_size (`int`): slots of one drafter pass: the anchor and `block_size - 1` masks. At least 2.
         mask_token_id (`int`): the id that stands for "not yet known". Feature-conditioned: a row of the target's embedding.
             Token-conditioned: a row of the drafter's own embedding, inside `vocab_size` or beyond it. Never drafted.
         target_layer_ids (`list[int]`, *optional*): 0-based target layers whose outputs condition the drafter; the entry `i`
-            reads `hidden_states[i + 1]`. `None`: a token-conditioned drafter with an embedding and a head of its own.
+            reads `hidden_states[i + 1]`, and -1 the embedding's output. `None`: a token-conditioned drafter with an embedding
+            and a head of its own.
         num_target_layers (`int`, *optional*): layers of the target that the drafter was made for.
         target_model (`str`, *optional*): Hub repository or folder of that target.
         target_revision (`str`, *optional*): its commit, where it came from the Hub.
+        predicts_from_anchor (`bool`): whether the anchor's slot predicts too, so that slot `i` stands for token `i + 1` and
+            `block_size` tokens are drafted; else slot `i` stands for token `i`, and there are `block_size - 1`.
+        layer_types (`list[str]`, *optional*): `"full_attention"` or `"sliding_attention"` for each layer. A sliding layer sees
+            the last `sliding_window` tokens, itself included; it needs `use_sliding_window`.
+        window_from_anchor (`bool`): whether all slots of a sliding layer see what the anchor sees, instead of each its own
+            last tokens.
+        causal_layers (`list[bool]`, *optional*): for each layer, whether a slot sees only the slots up to itself. `None`: in no
+            layer.
+        input_embedding_scale (`float`): what the window's embeddings are multiplied with.
+        output_multiplier (`float`): what the logits are multiplied with.
+        final_logit_softcapping (`float`, *optional*): the logits then end as `c * tanh(logits / c)`.
+        has_own_embedding (`bool`): feature-conditioned: whether it has an embedding of its own instead of the target's.
+        has_own_head (`bool`): feature-conditioned: whether it has a head of its own instead of the target's.
+        has_mask_embedding (`bool`): feature-conditioned: whether the mask is a vector of its own and no row of an embedding.
+        draft_vocab_size (`int`, *optional*): rows of its own head, if that knows only some of the target's tokens; the buffer
+            `d2t` holds, for each row, the token's id less the row.
+        target_hidden_size (`int`, *optional*): width of the target, if it differs from `hidden_size`.
+        rope_interleaved (`bool`): whether rotary pairs are neighbours, instead of the two halves of a head.
         training (`dict`, *optional*): how the drafter was made, for its card: "data" (what it learnt from), "objective",
             "steps" and whatever else the trainer writes down.
         format_version (`int`): of the saved files.
@@ -53,6 +72,18 @@ class SpecDiffConfig(Qwen3Config):
     num_target_layers: int | None = None
     target_model: str | None = None
     target_revision: str | None = None
+    predicts_from_anchor: bool = False
+    window_from_anchor: bool = False
+    causal_layers: list[bool] | None = None
+    input_embedding_scale: float = 1.0
+    output_multiplier: float = 1.0
+    final_logit_softcapping: float | None = None
+    has_own_embedding: bool = False
+    has_own_head: bool = False
+    has_mask_embedding: bool = False
+    draft_vocab_size: int | None = None
+    target_hidden_size: int | None = None
+    rope_interleaved: bool = False
     training: dict | None = None
     format_version: int = FORMAT_VERSION
 
@@ -69,6 +100,8 @@ class SpecDiffConfig(Qwen3Config):
             )
         self._check_block()
         self._check_target_layers()
+        self._check_attention()
+        self._check_switches()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field; what the host says of a wrong type, on two lines and as an error of its own, becomes a `ValueError`."""
@@ -86,11 +119,32 @@ class SpecDiffConfig(Qwen3Config):
     @property
     def max_gamma(self) -> int:
         """The most tokens that one pass drafts."""
-        return self.block_size - 1
+        return self.block_size if self.predicts_from_anchor else self.block_size - 1
+
+    def layer_window(self, layer_idx: int) -> int | None:
+        """Return how many tokens a layer sees, itself included; `None`: all."""
+        return self.sliding_window if (self.layer_types or [])[layer_idx : layer_idx + 1] == ["sliding_attention"] else None
+
+    def is_causal_layer(self, layer_idx: int) -> bool:
+        """Return whether a slot of this layer sees only the slots up to itself."""
+        return self.causal_layers is not None and self.causal_layers[layer_idx]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration of a dictionary; as `transformers.PreTrainedConfig.from_dict`.
+
+        Raises:
+            ValueError: if it is another model's: read as ours, its fields would mean something else and missing ones be filled.
+        """
+        theirs = config_dict.get("speculators_model_type") or config_dict.get("model_type", cls.model_type)
+        if theirs != cls.model_type:
+            raise ValueError(
+                f"`model_type` in config.json must be {cls.model_type!r}, got {theirs!r}: the drafter is stored in another "
+                "format. Load it with hf_specdiff.load_drafter(source, target=target)."
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def _check_block(self) -> None:
-        if self.use_sliding_window:
-            raise ValueError("`use_sliding_window` must be False, got True: the drafter's context is not windowed.")
         theirs = (getattr(self, "dflash_config", None) or {}).get("block_size", self.block_size)
         if theirs != self.block_size:
             raise ValueError(
@@ -113,4 +167,43 @@ class SpecDiffConfig(Qwen3Config):
             raise ValueError(
                 f"`target_layer_ids` must be below `num_target_layers` = {num_layers}, got {layer_ids}. Was the drafter made "
                 "for another target?"
+            )
+
+    def _check_attention(self) -> None:
+        is_sliding = "sliding_attention" in (self.layer_types or [])
+        if is_sliding and self.sliding_window is None:
+            raise ValueError(
+                "`sliding_window` and `use_sliding_window` must be set where `layer_types` has sliding layers, got None and "
+                f"{self.use_sliding_window}."
+            )
+        if self.causal_layers is not None and len(self.causal_layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"`causal_layers` must have an entry for each of {self.num_hidden_layers} layers, got {self.causal_layers}."
+            )
+        if not self.is_feature_conditioned and (is_sliding or any(self.causal_layers or [])):
+            raise ValueError(
+                "`layer_types` and `causal_layers` must be left out for a token-conditioned drafter, got sliding or causal "
+                "layers: its context is not windowed."
+            )
+
+    def _check_switches(self) -> None:
+        if self.is_feature_conditioned:
+            names = []
+        else:
+            names = ["predicts_from_anchor", "has_own_embedding", "has_own_head", "has_mask_embedding", "target_hidden_size"]
+        for name in [name for name in names if getattr(self, name)]:
+            raise ValueError(
+                f"`{name}` must be left out for a token-conditioned drafter, got {getattr(self, name)}. It is a switch of "
+                "feature-conditioned ones."
+            )
+        if self.draft_vocab_size is not None and not (self.has_own_head and 0 < self.draft_vocab_size <= self.vocab_size):
+            raise ValueError(
+                f"`draft_vocab_size` must be at most `vocab_size` {self.vocab_size} and belong to a head of its own "
+                f"(`has_own_head`), got {self.draft_vocab_size} and {self.has_own_head}."
+            )
+        borrows = not (self.has_own_embedding and self.has_own_head)
+        if self.target_hidden_size not in (None, self.hidden_size) and borrows:
+            raise ValueError(
+                f"`target_hidden_size` must be `hidden_size` {self.hidden_size} for a drafter that borrows the target's "
+                f"embedding or head, got {self.target_hidden_size}."
             )

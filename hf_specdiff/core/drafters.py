@@ -8,11 +8,11 @@ from typing import Any
 from typing import Protocol
 
 import torch
-from transformers import DynamicCache
 from transformers import LogitsProcessorList
 
 from .attention import grouped_heads
 from .cache import RaggedCache
+from .cache import context_cache
 from .denoising import reveal_by_confidence
 from .denoising import reveal_counts
 from .denoising import reveal_left_to_right
@@ -111,7 +111,7 @@ class DenoisingDrafter:
         self.shaper = shaper
         self.target_layer_ids = network.config.target_layer_ids
         self.mask_token_id = network.config.mask_token_id
-        self.cache = DynamicCache(config=network.config)
+        self.cache = context_cache(network.config)
         self.rows: RaggedCache | None = None  # from the first draft on, which tells how many rows there are
         self._unseen: list[Features] = []
         self.device = network.device  # read once: the host goes through the weights for it
@@ -301,6 +301,14 @@ class DenoisingDrafter:
             is_new = is_new & is_text.gather(1, ends + slots)
         window = torch.ones(text.num_rows, window_size, dtype=torch.bool, device=device)
         return (positions - text.num_padding()).clamp(min=0), torch.cat([is_context, is_new, window], dim=1)
+
+    def cached_positions(self, text: Text, counts: list[int]) -> torch.Tensor | None:
+        """Return the positions of the cached context, `(B, cached)` int64; `None`: those right before the new ones."""
+        assert self.rows is not None
+        if text.num_rows == 1 and text.prompt_mask is None:
+            return None
+        start = text.lengths[0] - 1 - counts[0] - self.rows.ends[0]
+        return start + torch.arange(self.rows.length, device=text.tokens.device) - text.num_padding()
 
     def keep_context(self, counts: list[int]) -> None:
         """Keep the new context of the last pass in the cache, forget its window."""

@@ -190,7 +190,7 @@ def drafter_card(
         "revision": config.target_revision or NOT_STATED,
         "conditioning": _conditioning(config),
         "block_size": config.block_size,
-        "gamma": config.block_size - 1,
+        "gamma": config.max_gamma,
         "parameters": f"{num_parameters:,}",
         "data": training.get("data", NOT_STATED),
         "objective": training.get("objective", NOT_STATED),

@@ -4,6 +4,7 @@ Letters: B batch, C new context tokens, Q window slots, S all keys, V vocabulary
 forward pass and how the host's stock loop calls a drafter; knows nothing of acceptance.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,8 @@ class SpecDiffAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.is_causal = False  # who sees whom is the mask's business
+        self.window = config.layer_window(layer_idx)
+        self.is_causal_window = config.is_causal_layer(layer_idx)
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=bias)
@@ -96,16 +99,28 @@ class SpecDiffAttention(nn.Module):
         query = self.q_norm(self.q_proj(hidden_states).view(batch_size, num_queries, *heads[1:])).transpose(1, 2)
         key = self.k_norm(self.k_proj(sources).view(batch_size, sources.shape[1], *heads[1:])).transpose(1, 2)
         value = self.v_proj(sources).view(batch_size, sources.shape[1], *heads[1:]).transpose(1, 2)
+        if self.config.rope_interleaved:
+            query, key = _pairs_apart(query), _pairs_apart(key)
         cos, sin = (table.unsqueeze(1) for table in position_embeddings)
         # The queries are the last of the sources, so they own the last positions.
         query = query * cos[:, :, -num_queries:] + rotate_half(query) * sin[:, :, -num_queries:]
         key = key * cos + rotate_half(key) * sin
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if attention_mask is not None:
+            attention_mask = attention_mask[..., -key.shape[2] :]  # the cache of a windowed layer keeps no more than it sees
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
         return self.o_proj(mixed.reshape(batch_size, num_queries, -1))
+
+
+def _pairs_apart(states: torch.Tensor) -> torch.Tensor:
+    """Move the first of each pair of neighbours to a head's first half: the rotation then finds its pairs as usual.
+
+    Queries and keys are moved alike, so their products stay what they are.
+    """
+    return states.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 class SpecDiffLayer(nn.Module):
@@ -158,12 +173,23 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    # Of speculators' files: the inverse of `d2t`, and what only training needs.
+    _keys_to_ignore_on_load_unexpected = [r"^t2d$", r"^d2t$", r"^verifier_"]
 
     def __init__(self, config: SpecDiffConfig) -> None:
         super().__init__(config)
         if config.is_feature_conditioned:
-            self.fc = nn.Linear(len(config.target_layer_ids or []) * config.hidden_size, config.hidden_size, bias=False)
+            num_features = len(config.target_layer_ids or []) * (config.target_hidden_size or config.hidden_size)
+            self.fc = nn.Linear(num_features, config.hidden_size, bias=False)
             self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            if config.has_own_embedding:
+                self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            if config.has_own_head:
+                self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size or config.vocab_size, bias=False)
+            if config.has_mask_embedding:
+                self.mask_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+            if config.draft_vocab_size is not None:
+                self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         else:
             num_embeddings = max(config.vocab_size, (config.mask_token_id or 0) + 1)
             self.embed_tokens = nn.Embedding(num_embeddings, config.hidden_size)
@@ -185,6 +211,45 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
             config.num_assistant_tokens_schedule = "constant"
         if config.assistant_confidence_threshold is None:
             config.assistant_confidence_threshold = 0.0
+
+    def window_embeddings(self, window: torch.Tensor, lent: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Return what a feature-conditioned drafter reads at the slots of a window; `forward` scales it.
+
+        Args:
+            window (`torch.Tensor` of shape `(B, Q)`, int64): anchor, revealed tokens and masks.
+            lent (`Callable`): the target's embedding, from ids to its raw rows.
+
+        Returns:
+            `torch.Tensor` of shape `(B, Q, D)`.
+        """
+        embeddings = self.embed_tokens(window) if self.config.has_own_embedding else lent(window)
+        embeddings = embeddings.to(device=self.norm.weight.device, dtype=self.norm.weight.dtype)
+        if self.config.has_mask_embedding:
+            is_mask = (window == self.config.mask_token_id).to(embeddings.device)
+            embeddings = torch.where(is_mask[..., None], self.mask_embedding, embeddings)
+        return embeddings
+
+    def window_logits(self, states: torch.Tensor, lent: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Return the logits of a feature-conditioned drafter over the target's vocabulary.
+
+        Args:
+            states (`torch.Tensor` of shape `(..., D)`): `last_hidden_state` at the slots that predict.
+            lent (`Callable`): the target's head, from states to logits.
+
+        Returns:
+            `torch.Tensor` of shape `(..., V)`: minus infinity for tokens that a reduced vocabulary does not have.
+        """
+        config = self.config
+        logits = self.lm_head(states) if config.has_own_head else lent(states)
+        if config.output_multiplier != 1:
+            logits = logits * config.output_multiplier
+        if config.final_logit_softcapping:
+            logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+        if config.draft_vocab_size is None:
+            return logits
+        token_ids = self.d2t + torch.arange(config.draft_vocab_size, device=self.d2t.device)
+        everything = logits.new_full((*logits.shape[:-1], config.vocab_size), -torch.inf)
+        return everything.index_copy_(-1, token_ids, logits)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -231,7 +296,7 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
             value = getattr(self.generation_config, name, None)
             if isinstance(value, int) and value > most:
                 raise ValueError(
-                    f"`{name}` in the drafter's generation_config.json must be at most `block_size` - 1 = {most}, got {value}. "
+                    f"`{name}` in the drafter's generation_config.json must be at most {most} (`max_gamma`), got {value}. "
                     "Which of the two files belongs to these weights?"
                 )
 
@@ -251,6 +316,7 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         noise_embeds: torch.Tensor | None = None,
         context_hidden_states: torch.Tensor | None = None,
+        cached_position_ids: torch.Tensor | None = None,
         window_size: int | None = None,
         logits_to_keep: int = 0,
         **kwargs: Any,
@@ -268,9 +334,11 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
             past_key_values (`transformers.Cache`, *optional*): context seen before. Context and window are appended; the caller
                 rolls the window back.
             noise_embeds (`torch.Tensor` of shape `(B, Q, D)`, *optional*): feature-conditioned: the target's embeddings of the
-                window; the host's own DFlash loop calls with this and the next argument.
+                window, its raw rows; the host's own DFlash loop calls with this and the next argument.
             context_hidden_states (`torch.Tensor` of shape `(B, C, K * D)`, *optional*): feature-conditioned: hidden states of
                 the new context, joined over the target's layers.
+            cached_position_ids (`torch.Tensor` of shape `(B or 1, cached)`, int64, *optional*): positions of what is cached,
+                for windowed and causal layers; by default those right before the new ones.
             window_size (`int`, *optional*): Q, for token-conditioned drafters; by default `block_size`. Context tokens see
                 the tokens before them, window slots see everything.
             logits_to_keep (`int`): logits of the last so many positions only; 0 for all.
@@ -289,6 +357,8 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
                     "of its own: use hf_specdiff.generate(target, ..., assistant_model=drafter)."
                 )
             hidden_states, window_size = noise_embeds, noise_embeds.shape[1]
+            if self.config.input_embedding_scale != 1:
+                hidden_states = hidden_states * self.config.input_embedding_scale
             context_states = None
             if context_hidden_states is not None:
                 context_states = self.hidden_norm(self.fc(context_hidden_states))
@@ -302,41 +372,76 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         num_new = hidden_states.shape[1] + (0 if context_states is None else context_states.shape[1])
         if position_ids is None:
             position_ids = torch.arange(num_cached, num_cached + num_new, device=hidden_states.device)[None]
-        mask = self._prepare_mask(attention_mask, hidden_states, num_cached + num_new, window_size)
+        allowed = self._who_sees_whom(attention_mask, hidden_states, num_cached + num_new, window_size)
+        if cached_position_ids is None:
+            cached_position_ids = position_ids[:, :1] + torch.arange(-num_cached, 0, device=hidden_states.device)
+        key_positions = torch.cat([cached_position_ids.expand(len(position_ids), -1), position_ids], dim=1)
+        masks: dict[tuple[bool, int | None], torch.Tensor | None] = {}
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, context_states, position_embeddings, mask, past_key_values)
+            kind = (layer.self_attn.is_causal_window, layer.self_attn.window)
+            if kind not in masks:
+                seen = self._narrowed(allowed, key_positions, hidden_states.shape[1], *kind)
+                masks[kind] = self._prepare_mask(seen, hidden_states)
+            hidden_states = layer(hidden_states, context_states, position_embeddings, masks[kind], past_key_values)
         hidden_states = self.norm(hidden_states)
         logits = None
         if not self.config.is_feature_conditioned:
             logits = self.lm_head(hidden_states[:, -logits_to_keep:])[..., : self.config.vocab_size]
         return SpecDiffDrafterOutput(hidden_states, logits, past_key_values)
 
-    def _prepare_mask(
+    def _who_sees_whom(
         self, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor, num_keys: int, window_size: int
     ) -> torch.Tensor | None:
-        """Return the mask in the form that the attention implementation reads, `(B or 1, 1, Q, S)`, or `None`.
+        """Return which queries see which keys where a layer has no limits of its own, `(B or 1, 1, Q, S)` bool; `None`: all.
 
         Queries: context tokens (if any), then window slots. Keys: cached context, new context, window. A context query sees
         the keys up to itself; a window query sees all; nobody sees padding; everybody sees itself.
         """
         num_queries = hidden_states.shape[1]
-        allowed = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return attention_mask
+        if attention_mask is None and num_queries == window_size:
+            return None
+        own_key = torch.arange(num_keys - num_queries, num_keys, device=hidden_states.device)[:, None]
+        keys = torch.arange(num_keys, device=hidden_states.device)[None]
+        allowed = (keys <= own_key) | (own_key >= num_keys - window_size)
+        if attention_mask is not None:
+            # A query on padding would otherwise see nothing at all, and its softmax would be NaN.
+            allowed = (allowed & attention_mask[:, None].bool()) | (keys == own_key)
+        return allowed.view(-1, 1, num_queries, num_keys)
+
+    def _narrowed(
+        self,
+        allowed: torch.Tensor | None,
+        key_positions: torch.Tensor,
+        num_queries: int,
+        is_causal: bool,
+        window: int | None,
+    ) -> torch.Tensor | None:
+        """Return who sees whom in a layer that is causal or windowed; `key_positions` `(B or 1, S)`, the queries' the last."""
+        if not is_causal and window is None:
+            return allowed
+        keys = key_positions[:, None, None, :]
+        queries = key_positions[:, None, -num_queries:, None]
+        seen = keys <= queries if is_causal else torch.ones_like(keys <= queries)
+        if window is not None and self.config.window_from_anchor:
+            if allowed is not None and num_queries > self.config.block_size:
+                raise ValueError("`window_from_anchor` must be False where many windows share a pass, got True.")
+            seen = seen & (queries[:, :, :1] - keys < window)
+        elif window is not None:
+            seen = seen & (queries - keys < window) & (keys - queries < window)
+        return seen if allowed is None else seen & allowed
+
+    def _prepare_mask(self, allowed: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return the mask in the form that the attention implementation reads, `(B or 1, 1, Q, S)`, or `None`."""
         if allowed is None:
-            if attention_mask is None and num_queries == window_size:
-                return None
-            own_key = torch.arange(num_keys - num_queries, num_keys, device=hidden_states.device)[:, None]
-            keys = torch.arange(num_keys, device=hidden_states.device)[None]
-            allowed = (keys <= own_key) | (own_key >= num_keys - window_size)
-            if attention_mask is not None:
-                # A query on padding would otherwise see nothing at all, and its softmax would be NaN.
-                allowed = (allowed & attention_mask[:, None].bool()) | (keys == own_key)
-            allowed = allowed.view(-1, 1, num_queries, num_keys)
+            return None
         implementation = self.config._attn_implementation or "eager"
         if "flash" in implementation:
             raise ValueError(
-                f"`attn_implementation` {implementation!r} reads no mask, and this pass needs one (padding, or context tokens "
-                "of a token-conditioned drafter). Load the drafter with attn_implementation='sdpa'."
+                f"`attn_implementation` {implementation!r} reads no mask, and this pass needs one (padding, causal or windowed "
+                "layers, or context tokens of a token-conditioned drafter). Load the drafter with attn_implementation='sdpa'."
             )
         if implementation == "sdpa":
             return allowed

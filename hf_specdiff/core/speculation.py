@@ -38,7 +38,7 @@ class SpeculationConfig:
     """How to draft and how to accept, every choice made and checked.
 
     Attributes:
-        gamma (`int`): tokens drafted per round, 1 to the drafter's `block_size - 1`; the most of them if `is_adaptive`.
+        gamma (`int`): tokens drafted per round, 1 to the drafter's `max_gamma`; the most of them if `is_adaptive`.
         num_denoising_steps (`int`): drafter passes per round, 1 to gamma.
         reveal_order (`str`): `"confidence"` or `"left_to_right"`; with one denoising step both are the same.
         draft_shape (`str`): `"chain"`, `"samples"` or `"tree"`.
@@ -99,10 +99,11 @@ def resolve_speculation(
         ValueError: for a value out of range, or a combination that would not be lossless or that the target cannot verify.
     """
     values = {name: _value(name, arguments, drafter) for name in SPECULATION_ARGUMENTS}
-    max_gamma = drafter.config.block_size - 1
+    max_gamma = drafter.config.max_gamma
     is_auto = {name: values[name] == "auto" for name in ("gamma", "tree_budget")}
     gamma = max_gamma if values["gamma"] is None or is_auto["gamma"] else values["gamma"]
-    gamma = _integer("gamma", gamma, 1, max_gamma, " (`block_size` - 1) or 'auto'")
+    most = "`block_size`" if drafter.config.predicts_from_anchor else "`block_size` - 1"
+    gamma = _integer("gamma", gamma, 1, max_gamma, f" ({most}) or 'auto'")
     steps = 1 if values["num_denoising_steps"] is None else values["num_denoising_steps"]
     steps = _integer("num_denoising_steps", steps, 1, gamma, " (`gamma`)")
     order = _choice("reveal_order", values["reveal_order"] or "confidence", REVEAL_ORDERS)

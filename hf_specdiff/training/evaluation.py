@@ -52,7 +52,7 @@ def decode_held_out(
     Returns:
         `Streaks`: sums over all prompts.
     """
-    gamma = drafter.config.block_size - 1
+    gamma = drafter.config.max_gamma
     steps = torch.arange(1, gamma + 1)
     num_rounds = torch.zeros((), dtype=torch.float64)
     num_reaching, num_drafting = torch.zeros(2, gamma, dtype=torch.float64)

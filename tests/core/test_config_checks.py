@@ -32,7 +32,7 @@ NONSENSE: list[tuple[str, Any]] = [
     ("head_dim", 7),
     *(
         ("target_layer_ids", value)
-        for value in ([], [1, 1], ["0", "1"], "01", 3, [0.5], [True, False], [-1], [10**9], {"0": 1})
+        for value in ([], [1, 1], ["0", "1"], "01", 3, [0.5], [True, False], [-2], [10**9], {"0": 1})
     ),
     ("target_layer_ids", list(range(100_000))),
     *(("num_target_layers", value) for value in ("9", -1, 0, 10**9)),
@@ -74,12 +74,17 @@ def test_what_is_not_nonsense_is_taken() -> None:
     [
         ({"mask_token_id": 31, "vocab_size": 31, "target_layer_ids": [0]}, "row of the target's embedding"),
         ({"target_layer_ids": [4], "num_target_layers": 4}, "below `num_target_layers` = 4"),
-        ({"use_sliding_window": True, "sliding_window": 8}, "`use_sliding_window` must be False"),
+        ({"layer_types": ["sliding_attention"] * 2, "use_sliding_window": True}, "its context is not windowed"),
+        ({"layer_types": ["sliding_attention"] * 2, "target_layer_ids": [0]}, "`sliding_window` and `use_sliding_window`"),
+        ({"causal_layers": [True], "target_layer_ids": [0]}, "`causal_layers` must have an entry for each of 2"),
+        ({"predicts_from_anchor": True}, "`predicts_from_anchor` must be left out for a token-conditioned"),
+        ({"draft_vocab_size": 7, "target_layer_ids": [0]}, "`draft_vocab_size` must be at most"),
+        ({"target_hidden_size": 8, "target_layer_ids": [0]}, "`target_hidden_size` must be `hidden_size` 16"),
     ],
 )
 def test_fields_that_do_not_go_together_are_refused(fields: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        SpecDiffConfig(**fields)
+        SpecDiffConfig(**{"num_hidden_layers": 2, "hidden_size": 16, **fields})
 
 
 def test_rotary_parameters_that_the_host_fails_on_are_refused() -> None:

@@ -1,0 +1,38 @@
+"""Formats without a class that can be installed: checkpoints and logits that their own code produced once.
+
+`rounds.safetensors` holds windows, features and logits of three rounds with a cache, and the embedding that stood for the
+target's; made with the classes of the public repository hao-ai-lab/JetSpec.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import load_file
+
+import hf_specdiff
+from tests.formats.rounds import our_rounds
+
+DATA = Path(__file__).parent / "data"
+
+
+def test_jetspec_logits_are_theirs_and_all_layers_causal() -> None:
+    drafter = hf_specdiff.load_drafter(DATA / "jetspec")
+    assert drafter.config.causal_layers == [True, True]
+    recorded = load_file(DATA / "jetspec" / "rounds.safetensors")
+    rounds, start = [], 0
+    for number in range(3):
+        features = recorded[f"features_{number}"]
+        start += features.shape[1]
+        rounds.append((recorded[f"window_{number}"], features, start))
+    embedding = torch.nn.Embedding.from_pretrained(recorded["embedding"])
+    head = torch.nn.Linear(*embedding.weight.T.shape, bias=False)
+    head.weight.data.copy_(embedding.weight)
+    target = SimpleNamespace(get_input_embeddings=lambda: embedding, get_output_embeddings=lambda: head)
+    for number, logits in enumerate(our_rounds(drafter, target, rounds)):
+        torch.testing.assert_close(logits, recorded[f"logits_{number}"], atol=1e-5, rtol=0)
+    drafter.config.causal_layers = None
+    for layer in drafter.layers:
+        layer.self_attn.is_causal_window = False
+    different = our_rounds(drafter, target, rounds)
+    assert (different[0] - recorded["logits_0"]).abs().max() > 1e-2

@@ -1,0 +1,150 @@
+"""Drafters of the package speculators, held against its own classes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3Config
+
+import hf_specdiff
+from tests.conftest import MASK_TOKEN_ID
+from tests.conftest import VOCAB_SIZE
+from tests.conftest import make_target
+from tests.formats.referees import speculators
+from tests.formats.rounds import check_greedy
+from tests.formats.rounds import our_rounds
+from tests.formats.rounds import random_rounds
+
+KEPT = [0, 2, 3, 5, 6, 7, 9, 10, 11, 13, 17, 20, 22, 29]
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 4}
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "reduced vocabulary": ({}, {"draft_vocab_size": len(KEPT)}),
+    "from the anchor": ({}, {"sample_from_anchor": True}),
+    "sliding, causal": (SLIDING, {}),
+    "sliding, bidirectional": (SLIDING, {"sliding_window_non_causal": True}),
+}
+
+
+def their_config(config_class: Any, body: dict[str, Any], fields: dict[str, Any]) -> Any:
+    nested = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=0.3,
+        **body,
+    )
+    nested._attn_implementation = "sdpa"
+    fields = {"draft_vocab_size": VOCAB_SIZE, "block_size": 6, "mask_token_id": MASK_TOKEN_ID, **fields}
+    num_tokens = 6 if fields.get("sample_from_anchor") else 5
+    proposal = speculators.proposals.greedy.GreedyTokenProposalConfig(speculative_tokens=num_tokens)
+    return config_class(
+        transformer_layer_config=nested,
+        aux_hidden_state_layer_ids=[1, 3],
+        speculators_config=speculators.SpeculatorsConfig(
+            algorithm="dflash",
+            proposal_methods=[proposal],
+            default_proposal_method="greedy",
+            verifier=speculators.VerifierConfig(name_or_path=None, architectures=["LlamaForCausalLM"]),
+        ),
+        **fields,
+    )
+
+
+def their_drafter(drafter_class: Any, target: Any, body: dict[str, Any], fields: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    drafter = drafter_class(their_config(drafter_class.config_class, body, fields)).eval()
+    for name, parameter in drafter.named_parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+        elif parameter.isnan().any() and "verifier" not in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.3)
+    with torch.no_grad():
+        drafter.embed_tokens.weight.copy_(target.model.embed_tokens.weight)
+        if not drafter.use_draft_vocab:
+            drafter.lm_head.weight.copy_(target.lm_head.weight)
+        else:
+            kept = torch.tensor(KEPT)
+            drafter.load_vocab_mappings(torch.isin(torch.arange(VOCAB_SIZE), kept), kept - torch.arange(len(kept)))
+        drafter.verifier_lm_head.weight.zero_()
+    return drafter
+
+
+@torch.no_grad()
+def their_rounds(drafter: Any, rounds: list) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return their hidden states and logits of each round's window, from a pass over the whole text with one anchor."""
+    found, context = [], torch.empty(1, 0, drafter.fc.in_features)
+    for window, features, start in rounds:
+        context = torch.cat([context, features], dim=1)
+        length = start + 2 * drafter.block_size
+        filler = torch.randn(1, length - start, context.shape[2])
+        ids = torch.zeros(1, length, dtype=torch.long)
+        ids[0, start] = window[0, 0]
+        is_anchor = torch.zeros(1, length)
+        is_anchor[0, start] = 1
+        hidden, logits, *_ = drafter._backbone_forward(
+            torch.cat([context, filler], dim=1),
+            ids,
+            is_anchor,
+            torch.zeros(1, length, drafter.hidden_size),
+            torch.zeros(1, length, dtype=torch.long),
+            max_anchors=1,
+        )
+        found.append((hidden, logits))
+    return found
+
+
+@pytest.fixture(params=VARIANTS, ids=str)
+def variant(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any, Path]:
+    target = make_target()
+    drafter = their_drafter(speculators.DFlashDraftModel, target, *VARIANTS[request.param])
+    drafter.save_pretrained(tmp_path)
+    return drafter, target, tmp_path
+
+
+def test_logits_are_theirs_over_rounds_with_cache(variant: tuple[Any, Any, Path]) -> None:
+    theirs, target, folder = variant
+    ours = hf_specdiff.load_drafter(folder, target=target)
+    rounds = random_rounds(ours)
+    for logits, (_, expected) in zip(our_rounds(ours, target, rounds), their_rounds(theirs, rounds), strict=True):
+        if not theirs.config.sample_from_anchor:
+            expected = expected[:, 1:]
+        if theirs.use_draft_vocab:
+            assert logits.isfinite().sum(dim=-1).unique().tolist() == [len(KEPT)]
+            logits = logits[..., KEPT]
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_greedy_tokens_are_those_of_plain(variant: tuple[Any, Any, Path]) -> None:
+    _, target, folder = variant
+    check_greedy(target, hf_specdiff.load_drafter(folder, target=target))
+
+
+def test_older_files_with_an_embedding_and_a_head_load_too(tmp_path: Path) -> None:
+    target = make_target()
+    drafter = their_drafter(speculators.DFlashDraftModel, target, {}, {})
+    drafter.__dict__["_keys_to_ignore_on_save"] = ["verifier_lm_head.weight", "verifier_norm.weight"]
+    drafter.save_pretrained(tmp_path)
+    ours = hf_specdiff.load_drafter(tmp_path, target=target)
+    assert ours.config.has_own_embedding
+    assert ours.config.has_own_head
+    rounds = random_rounds(ours)
+    for logits, (_, expected) in zip(our_rounds(ours, target, rounds), their_rounds(drafter, rounds), strict=True):
+        torch.testing.assert_close(logits, expected[:, 1:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("num_tokens", "is_from_anchor"), [(5, False), (6, True)])
+def test_how_many_tokens_are_proposed_settles_who_predicts(tmp_path: Path, num_tokens: int, is_from_anchor: bool) -> None:
+    target = make_target()
+    their_drafter(speculators.DFlashDraftModel, target, {}, {}).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sample_from_anchor"]
+    config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] = num_tokens
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert hf_specdiff.load_drafter(tmp_path, target=target).config.predicts_from_anchor == is_from_anchor
