@@ -17,6 +17,7 @@ from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.core.stats import SpeculationStats
 from hf_specdiff.demo.bundle import load_demo
 from hf_specdiff.demo.bundle import load_prompts
+from hf_specdiff.formats.exporting import export_drafter
 from hf_specdiff.formats.loading import load_drafter
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "SpeculationStats",
     "attach",
     "detach",
+    "export_drafter",
     "generate",
     "load_demo",
     "load_drafter",

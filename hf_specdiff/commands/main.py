@@ -1,4 +1,4 @@
-"""The command line: `hf-specdiff demo | generate | regenerate | train | bench | doctor | publish`.
+"""The command line: `hf-specdiff demo | generate | regenerate | train | bench | doctor | import | export | publish`.
 
 Turns words into calls and errors into one line; everything else lives in the modules it calls.
 """
@@ -25,6 +25,8 @@ from hf_specdiff.benchmarks.standard import prompt_sets
 from hf_specdiff.benchmarks.standard import write_record
 from hf_specdiff.benchmarks.tables import terminal_table
 from hf_specdiff.commands import doctor
+from hf_specdiff.commands.convert import export_command
+from hf_specdiff.commands.convert import import_command
 from hf_specdiff.commands.demo import run_demo
 from hf_specdiff.commands.loading import load_drafter
 from hf_specdiff.commands.loading import load_model
@@ -126,6 +128,10 @@ for name, extra, needed in (
     else:
         anything = {"ignore_unknown_options": True, "allow_extra_args": True}
         app.command(name, context_settings=anything)(missing_command(name, extra, needed))
+
+
+app.command("import")(import_command)
+app.command("export")(export_command)
 
 
 @app.command("doctor")

@@ -1,0 +1,249 @@
+"""`export_drafter`: a drafter of ours in the layout of others, for vLLM, SGLang, speculators and z-lab's loop.
+
+Knows which of our switches each layout can say; what it cannot say is refused, since it would be read as something else.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
+from hf_specdiff.formats.source import CONFIG
+from hf_specdiff.formats.source import INDEX
+from hf_specdiff.formats.source import WEIGHTS
+
+SPECULATORS_VERSION = "0.9.0"
+BODY = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "attention_bias",
+    "attention_dropout",
+    "use_sliding_window",
+    "sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "initializer_range",
+)
+# Our switches and the values that change nothing.
+NEUTRAL = {
+    "predicts_from_anchor": False,
+    "window_from_anchor": False,
+    "input_embedding_scale": 1.0,
+    "output_multiplier": 1.0,
+    "final_logit_softcapping": None,
+    "has_own_embedding": False,
+    "has_own_head": False,
+    "has_mask_embedding": False,
+    "draft_vocab_size": None,
+    "target_hidden_size": None,
+    "rope_interleaved": False,
+}
+# Which of them a layout can say, causality apart.
+SAYS = {
+    "dflash": {"input_embedding_scale", "output_multiplier", "final_logit_softcapping"},
+    "speculators": {"predicts_from_anchor", "window_from_anchor", "has_own_embedding", "has_own_head", "draft_vocab_size"},
+}
+
+
+def export_drafter(drafter: Any, folder: str | os.PathLike, to: str = "dflash", target: Any = None) -> list[str]:
+    """Write a drafter in another layout.
+
+    Args:
+        drafter (`SpecDiffDrafter`): feature-conditioned.
+        folder (`str` or path): where to; made if it is not there.
+        to (`str`): `"dflash"`: z-lab's, which vLLM and SGLang read; `"speculators"`: vLLM's package.
+        target (`transformers.PreTrainedModel`, *optional*): the model it drafts for; its name and size are written down.
+
+    Returns:
+        `list[str]`: what to tell the engines, a line each.
+
+    Raises:
+        ValueError: if the layout is not known, cannot say what the drafter is, or the folder holds other weights.
+    """
+    writers: dict[str, Callable[[Any, Any], dict[str, Any]]] = {"dflash": _dflash, "speculators": _speculators}
+    if to not in writers:
+        raise ValueError(f"`to` must be one of {', '.join(writers)}, got {to!r}.")
+    config = drafter.config
+    if getattr(config, "model_type", None) != SpecDiffConfig.model_type or config.target_layer_ids is None:
+        raise ValueError(
+            f"`drafter` must be a feature-conditioned SpecDiffDrafter, got {type(drafter).__name__}. No layout of others knows "
+            "drafters that read tokens alone: publish it with hf-specdiff publish."
+        )
+    _check_sayable(config, to)
+    place = Path(folder)
+    _check_folder(place)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
+    if to == "speculators" and config.draft_vocab_size is not None:
+        token_ids = tensors["d2t"] + torch.arange(config.draft_vocab_size)
+        tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, token_ids, True)
+    place.mkdir(parents=True, exist_ok=True)
+    beside = place / f"{WEIGHTS}.partial"
+    save_file(tensors, beside, {"format": "pt"})
+    os.replace(beside, place / WEIGHTS)
+    beside = place / f"{CONFIG}.partial"
+    beside.write_text(json.dumps(writers[to](config, target), indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, place / CONFIG)
+    return engine_lines(config, to, str(folder))
+
+
+def engine_lines(config: SpecDiffConfig, to: str, folder: str) -> list[str]:
+    """Return what vLLM and SGLang must be told about an exported drafter.
+
+    Args:
+        config (`SpecDiffConfig`): the drafter's.
+        to (`str`): the layout.
+        folder (`str`): where it lies.
+
+    Returns:
+        `list[str]`: a line each.
+    """
+    told = json.dumps({"method": "dflash", "model": folder, "num_speculative_tokens": config.max_gamma})
+    lines = [f"vLLM:   vllm serve TARGET --speculative-config '{told}'"]
+    if to == "dflash":
+        lines.append(
+            f"SGLang: --speculative-algorithm DFLASH --speculative-draft-model-path {folder} "
+            f"--speculative-num-draft-tokens {config.block_size}"
+        )
+    return lines
+
+
+def _check_sayable(config: SpecDiffConfig, to: str) -> None:
+    """Refuse switches that the layout has no word for."""
+    for name, neutral in NEUTRAL.items():
+        value = getattr(config, name)
+        if name == "target_hidden_size" and value == config.hidden_size:
+            continue
+        if value != neutral and name not in SAYS[to]:
+            raise ValueError(
+                f"`{name}` must be {neutral} to be written in the layout {to!r}, got {value}: it has no word for it, and the "
+                "drafter would be read as another one. Choose another layout."
+            )
+    is_sliding = "sliding_attention" in (config.layer_types or [])
+    if to == "speculators" and is_sliding != config.window_from_anchor:
+        raise ValueError(
+            "`window_from_anchor` must be True for sliding layers to be written in the layout 'speculators', got False: its "
+            "windows count from the anchor. Choose the layout 'dflash'."
+        )
+    if -1 in (config.target_layer_ids or []) and to == "dflash":
+        raise ValueError("`target_layer_ids` must not read the embedding's output (-1) in the layout 'dflash', got -1.")
+    if _causality(config) == -2 or (to == "speculators" and _causality(config) == 1):
+        raise ValueError(
+            f"`causal_layers` must be all, none, or those that slide to be written in the layout {to!r}, got "
+            f"{config.causal_layers}: it has no word for it. Choose another layout."
+        )
+
+
+def _causality(config: SpecDiffConfig) -> int:
+    """Return 0: no layer is causal, 1: all are, -1: those that slide, -2: others."""
+    is_causal = [config.is_causal_layer(layer) for layer in range(config.num_hidden_layers)]
+    is_sliding = [config.layer_window(layer) is not None for layer in range(config.num_hidden_layers)]
+    if not any(is_causal):
+        return 0
+    if is_causal == is_sliding:
+        return -1
+    return 1 if all(is_causal) else -2
+
+
+def _check_folder(place: Path) -> None:
+    """Refuse a folder whose weights would be taken for the new ones'."""
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"`folder` must be a folder, got the file {str(place)!r}.")
+    if (place / INDEX).exists() or (place / WEIGHTS).exists() or (place / CONFIG).exists():
+        raise ValueError(f"`folder` must hold no model, got {str(place)!r}, which does. Choose another one.")
+
+
+def _body(config: SpecDiffConfig) -> dict[str, Any]:
+    values = {name: getattr(config, name) for name in BODY}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _rope_theta(config: SpecDiffConfig) -> dict[str, Any]:
+    """Return the field that readers of before transformers 5 look for."""
+    theta = (config.rope_parameters or {}).get("rope_theta")
+    return {} if theta is None else {"rope_theta": theta}
+
+
+def _num_target_layers(config: SpecDiffConfig, target: Any) -> int | None:
+    return config.num_target_layers if target is None else target.config.get_text_config().num_hidden_layers
+
+
+def _dflash(config: SpecDiffConfig, target: Any) -> dict[str, Any]:
+    """Return config.json in z-lab's layout; causality and block size stand in both places, since engines look in one each."""
+    causality = _causality(config)
+    section: dict[str, Any] = {
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": list(config.target_layer_ids or []),
+        "block_size": config.block_size,
+    }
+    if causality >= 0:
+        section["causal"] = causality == 1
+    for name in sorted(SAYS["dflash"]):
+        if getattr(config, name) != NEUTRAL[name]:
+            section[name] = getattr(config, name)
+    fields = {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        **_body(config),
+        **_rope_theta(config),
+        "block_size": config.block_size,
+        "dflash_config": section,
+        "tie_word_embeddings": False,
+        "dtype": str(config.dtype or "float32").removeprefix("torch."),
+    }
+    if causality >= 0:
+        fields["is_causal"] = causality == 1
+    num_target_layers = _num_target_layers(config, target)
+    return fields if num_target_layers is None else {**fields, "num_target_layers": num_target_layers}
+
+
+def _speculators(config: SpecDiffConfig, target: Any) -> dict[str, Any]:
+    """Return config.json in the layout of speculators 0.9; its layer ids count the embedding's output as 0."""
+    is_sliding = "sliding_attention" in (config.layer_types or [])
+    body = _body(config)
+    if is_sliding:
+        body["sliding_window"] -= 1
+    name = config.target_model if target is None else target.config.name_or_path or None
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "speculators_model_type": "dflash",
+        "speculators_version": SPECULATORS_VERSION,
+        "transformer_layer_config": {"model_type": "qwen3", **body, "tie_word_embeddings": False},
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
+        "block_size": config.block_size,
+        "mask_token_id": config.mask_token_id,
+        "aux_hidden_state_layer_ids": [layer_id + 1 for layer_id in config.target_layer_ids or []],
+        "sample_from_anchor": config.predicts_from_anchor,
+        "sliding_window_non_causal": not any(config.causal_layers or []),
+        "tie_word_embeddings": False,
+        "dtype": str(config.dtype or "float32").removeprefix("torch."),
+        "speculators_config": {
+            "algorithm": "dflash",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": config.max_gamma,
+                    "verifier_accept_k": 1,
+                    "accept_tolerance": 0.0,
+                }
+            ],
+            "verifier": {
+                "name_or_path": name,
+                "architectures": [] if target is None else [type(target).__name__],
+            },
+        },
+    }

@@ -1,0 +1,133 @@
+"""Out and back: what we write is what others read, and what we read is what they write."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dflash import model as zlab
+from transformers import LlamaForCausalLM
+
+import hf_specdiff
+from hf_specdiff.commands import main
+from hf_specdiff.demo.bundle import PAIR
+from tests.conftest import make_drafter
+from tests.conftest import make_target
+from tests.formats.referees import speculators
+from tests.formats.rounds import our_rounds
+from tests.formats.rounds import random_rounds
+from tests.formats.test_speculators import their_rounds
+
+
+@pytest.mark.parametrize("to", ["dflash", "speculators"])
+def test_the_bundled_drafter_comes_back_as_it_went(to: str, tmp_path: Path) -> None:
+    target, drafter, tokenizer = hf_specdiff.load_demo()
+    lines = hf_specdiff.export_drafter(drafter, tmp_path, to, target=target)
+    assert f'"num_speculative_tokens": {drafter.config.block_size - 1}' in lines[0]
+    back = hf_specdiff.load_drafter(tmp_path, target=target)
+    inputs = tokenizer(hf_specdiff.load_prompts("math")[0]["prompt"], return_tensors="pt", return_token_type_ids=False)
+    settings: dict[str, Any] = {"max_new_tokens": 96, "do_sample": False, "return_dict_in_generate": True}
+    runs = [
+        hf_specdiff.generate(target, **inputs, assistant_model=one, draft_shape="chain", **settings) for one in (drafter, back)
+    ]
+    assert torch.equal(runs[0].sequences, runs[1].sequences)
+    assert runs[0].speculation.num_accepted == runs[1].speculation.num_accepted
+    assert runs[0].speculation.tokens_per_round > 4
+
+
+def test_their_loop_runs_what_we_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter, tokenizer = hf_specdiff.load_demo()
+    hf_specdiff.export_drafter(drafter, tmp_path, "dflash", target=target)
+    theirs = zlab.DFlashDraftModel.from_pretrained(tmp_path).float().eval()
+    monkeypatch.setattr(zlab, "_cuda_time", lambda: 0.0)
+    ids = torch.tensor([tokenizer(hf_specdiff.load_prompts("math")[0]["prompt"])["input_ids"]])
+    run = zlab.dflash_generate(theirs, target, ids, 64, None, return_stats=True)
+    assert sum(run.acceptance_lengths) / len(run.acceptance_lengths) > 4
+
+
+def test_speculators_class_reads_what_we_write(tmp_path: Path) -> None:
+    make_target().save_pretrained(tmp_path / "target")
+    target = LlamaForCausalLM.from_pretrained(tmp_path / "target")  # theirs fetches embedding and head by its name
+    drafter = make_drafter([0, 2])
+    hf_specdiff.export_drafter(drafter, tmp_path / "drafter", "speculators", target=target)
+    config = speculators.SpeculatorModelConfig.from_pretrained(tmp_path / "drafter")
+    config.transformer_layer_config._attn_implementation = "sdpa"
+    theirs = speculators.DFlashDraftModel.from_pretrained(tmp_path / "drafter", config=config).eval()
+    rounds = random_rounds(drafter)
+    for logits, (_, expected) in zip(our_rounds(drafter, target, rounds), their_rounds(theirs, rounds), strict=True):
+        torch.testing.assert_close(logits, expected[:, 1:], atol=1e-5, rtol=0)
+
+
+SWITCHES: list[tuple[str, dict[str, Any]]] = [
+    ("dflash", {"causal_layers": [True, True]}),
+    ("dflash", {"input_embedding_scale": 2.0, "output_multiplier": 0.5, "final_logit_softcapping": 30.0}),
+    (
+        "dflash",
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "causal_layers": [True, False],
+        },
+    ),
+    ("speculators", {"predicts_from_anchor": True, "has_own_embedding": True, "has_own_head": True}),
+    (
+        "speculators",
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "causal_layers": [True, False],
+            "window_from_anchor": True,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("to", "fields"), SWITCHES)
+def test_switches_come_back(to: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    target, drafter = make_target(), make_drafter([0, 2], **fields)
+    hf_specdiff.export_drafter(drafter, tmp_path, to)
+    back = hf_specdiff.load_drafter(tmp_path, target=target)
+    assert {name: getattr(back.config, name) for name in fields} == fields
+    rounds = random_rounds(drafter)
+    for logits, expected in zip(our_rounds(back, target, rounds), our_rounds(drafter, target, rounds), strict=True):
+        assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("to", "fields", "words"),
+    [
+        ("dflash", {"predicts_from_anchor": True}, "`predicts_from_anchor`"),
+        ("dflash", {"causal_layers": [True, False]}, "`causal_layers`"),
+        ("speculators", {"causal_layers": [True, True]}, "`causal_layers`"),
+        ("speculators", {"output_multiplier": 2.0}, "`output_multiplier`"),
+        ("gguf", {}, "`to` must be one of"),
+    ],
+)
+def test_what_a_layout_cannot_say_is_refused(to: str, fields: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        hf_specdiff.export_drafter(make_drafter([0, 2], **fields), tmp_path / "new", to)
+    assert not (tmp_path / "new").exists()
+
+
+def test_token_conditioned_drafters_and_full_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="feature-conditioned"):
+        hf_specdiff.export_drafter(make_drafter(), tmp_path)
+    hf_specdiff.export_drafter(make_drafter([0, 2]), tmp_path)
+    with pytest.raises(ValueError, match="must hold no model"):
+        hf_specdiff.export_drafter(make_drafter([0, 2]), tmp_path)
+
+
+def test_the_commands_convert_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = {name: str(PAIR / name) for name in ("features", "target")}
+    out, back = str(tmp_path / "out"), str(tmp_path / "back")
+    main.app(["export", pair["features"], out, "--to", "dflash", "--target", pair["target"]], standalone_mode=False)
+    main.app(["import", out, back, "--target", pair["target"]], standalone_mode=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("Self-check passed") == 2
+    assert "--speculative-algorithm DFLASH" in said
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "specdiff"
+    with pytest.raises(ValueError, match="`output` must be an empty folder"):
+        main.app(["import", out, back, "--target", pair["target"]], standalone_mode=False)
