@@ -199,6 +199,7 @@ class RaggedCache:
     def __init__(self, cache: Cache, num_rows: int) -> None:
         self.cache = cache
         self.ends = [cache.get_seq_length()] * num_rows
+        self.places = list(range(num_rows))  # of the rows in the cache's tensors
         self._names = list(range(num_rows))
         self._parted: dict[int, Parted] | None = None
 
@@ -228,16 +229,21 @@ class RaggedCache:
         Args:
             kept (`list[list[int]]`): for each row, slots counted from the first one that the pass wrote.
         """
-        start, total = self.length, self.cache.get_seq_length()
-        if len(kept) == 1:
-            self._move_row(start, kept[0])
-        elif any(kept) and any(end != start or row != list(range(len(row))) for end, row in zip(self.ends, kept, strict=True)):
-            self._move_rows(start, kept)
-        self.ends = [end + len(row) for end, row in zip(self.ends, kept, strict=True)]
+        total = self.cache.get_seq_length()
+        self._move(kept)
         roll_back(self.cache, total - self.length)
         for layer in self.cache.layers:
             if isinstance(layer, WindowLayer):
                 layer.drop(min(self.ends))
+
+    def _move(self, kept: list[list[int]]) -> None:
+        """Let every row end behind its kept slots."""
+        start = self.length
+        if len(kept) == 1 and self.places == [0]:
+            self._move_row(start, kept[0])
+        elif any(kept) and any(end != start or row != list(range(len(row))) for end, row in zip(self.ends, kept, strict=True)):
+            self._move_rows(start, kept)
+        self.ends = [end + len(row) for end, row in zip(self.ends, kept, strict=True)]
 
     def _move_row(self, start: int, kept: list[int]) -> None:
         """Copy the kept slots of a single row to its end, from the first one on that does not lie there."""
@@ -263,7 +269,7 @@ class RaggedCache:
         # Rows that keep fewer move filler behind their end, where nobody looks.
         sources = torch.tensor([row + [0] * (most - len(row)) for row in kept], dtype=torch.long) + start
         goals = torch.tensor(self.ends)[:, None] + torch.arange(most)
-        rows = torch.arange(len(kept))[:, None]
+        rows = torch.tensor(self.places)[:, None]
         for layer in filled_layers(self.cache):
             offset = getattr(layer, "offset", 0)
             for states in (layer.keys, layer.values):
@@ -278,6 +284,7 @@ class RaggedCache:
                 self._parted[self._names[row]] = self._part(row)
         self.cache.batch_select_indices(torch.tensor(rows))
         self.ends = [self.ends[row] for row in rows]
+        self.places = list(range(len(rows)))
         self._names = [self._names[row] for row in rows]
         roll_back(self.cache, total - self.length)
 

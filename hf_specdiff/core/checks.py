@@ -239,7 +239,8 @@ def check_call(
             "`model` must keep a cache that `generate` prepares, got none: this one keeps its text in a form of its own, from "
             "which no token can be taken back. Use plain model.generate for it."
         )
-    check_can_roll_back(cache)
+    if config.cache_implementation != "static":  # which the host made and `StaticTarget` replaces
+        check_can_roll_back(cache)
     if config.output_attentions:
         raise ValueError("`output_attentions` must be False, got True. Use plain model.generate for it.")
     if config.assistant_ensemble_weight is not None:
@@ -322,8 +323,8 @@ def check_can_roll_back(cache: Cache) -> None:
     is_all_state = all(isinstance(layer, LinearAttentionLayer) for layer in getattr(cache, "layers", []))
     if (getattr(cache, "is_compileable", False) and not is_all_state) or "Static" in name:
         raise ValueError(
-            f"`cache_implementation` must be a dynamic cache, got {name}. Leave the argument out: rejected tokens are rolled "
-            "back, and a static cache has no length to roll back."
+            f"`past_key_values` must be a dynamic cache, got {name}. Leave it out, and pass cache_implementation='static' for "
+            "a static cache, which is then made as long as drafts need it."
         )
     layers = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
     refused = sorted(layer for layer in layers if "Quantized" in layer)

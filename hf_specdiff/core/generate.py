@@ -5,7 +5,7 @@ loaded from the Hub is of another class than the installed one. This file is als
 `custom_generate/generate.py`.
 """
 
-from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -30,24 +30,20 @@ from .checks import check_prompt
 from .checks import check_rotary
 from .checks import check_state
 from .checks import check_stop_strings
-from .checks import check_window
 from .checks import why_call_not_masked
 from .conditioning import make_drafter
 from .decoding import run
 from .inference import inference
 from .inference import ordinary
-from .masked_target import MaskedTarget
-from .masked_target import unmasked_window
 from .profiling import learn
 from .profiling import profile_of
 from .shapes import DraftShaper
 from .speculation import SPECULATION_ARGUMENTS
 from .speculation import resolve_speculation
-from .stateful_target import StatefulTarget
 from .stateful_target import is_stateful
 from .stateful_target import why_not_stateful
 from .stopping import StopCheck
-from .target import Target
+from .targets import make_target
 from .text import Text
 from .trial import why_not_chained
 from .trial import why_not_masked
@@ -145,12 +141,11 @@ def generate(
             check_chains(why_not_chained(model, input_ids.device))
         # A greedy target meets every draft by match, so there is nothing to draw for another rule.
         drafting = speculation if generation_config.do_sample else replace(speculation, acceptance="match")
-        needs_masks = text.num_rows > 1 or speculation.draft_shape != "chain"
-        if not needs_masks and not is_stateful(model):
-            needs_masks = _needs_masks_for_window(model, cache_of(model_kwargs), why_no_masks, max_length)
-        target_class = StatefulTarget if is_stateful(model) else MaskedTarget if needs_masks else Target
         callbacks = [*logits_processor, *stopping_criteria, streamer]
-        with inference([model, assistant_model], callbacks, own_cache):
+        # A static cache outlives the call, and its tensors with it.
+        is_static = generation_config.cache_implementation == "static"
+        mode = nullcontext() if is_static else inference([model, assistant_model], callbacks, own_cache)
+        with mode:
             budget = None
             if speculation.is_adaptive:
                 measured = profile_of(model, assistant_model, speculation, input_ids.device, profile)
@@ -159,27 +154,22 @@ def generate(
             shaper = DraftShaper(drafting, budget)
             max_length = generation_config.max_length
             drafter = make_drafter(assistant_model, model, drafting, logits_processor, max_length, shaper)
-            target = target_class(model, generation_config, model_kwargs, drafter.target_layer_ids)
+            target = make_target(
+                model, generation_config, model_kwargs, drafter.target_layer_ids, drafting, text.num_rows, why_no_masks
+            )
             if own_cache is not None:
                 target.keep_rows()
             output = run(target, drafter, speculation, stop, logits_processor, text, streamer)
             if own_cache is not None or generation_config.return_dict_in_generate:
                 target.finish(output.sequences)
+            if not generation_config.return_dict_in_generate:
+                target.release()
         if budget is not None and profile is None:
             learn(model, assistant_model, speculation, budget.calibration.factors)
         output = ordinary(output)
         return output if generation_config.return_dict_in_generate else output.sequences
 
     return GenerationMixin.generate(model, inputs, streamer=streamer, custom_generate=speculative_loop, **kwargs)
-
-
-def _needs_masks_for_window(model: Any, cache: Any, why_no_masks: Callable[[], str | None], max_length: int | None) -> bool:
-    """Return whether a chain needs masks of ours, because the model's window is only what its cache drops."""
-    window = unmasked_window(model, cache)
-    obstacle = None if window is None else why_no_masks()
-    if window is not None and obstacle is not None:
-        check_window(window, obstacle, max_length)
-    return window is not None and obstacle is None
 
 
 def _pop_speculation(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class MaskedTarget(Target):
         """Run the prompt; see `Target.prefill`."""
         with _received(self.model) as inputs:
             logits = super().prefill(text)
-        self.rows = RaggedCache(self.cache, text.num_rows)
+        self.rows = self.make_rows(text)
         self.num_cached = self.rows.length - text.prompt_length
         if text.prompt_mask is not None:
             self.prompt_mask = text.prompt_mask.bool()
@@ -92,6 +92,10 @@ class MaskedTarget(Target):
             token_types = {name: self.model_kwargs[name] for name in TOKEN_TYPE_NAMES if name in self.model_kwargs}
             self._whole = (text, self.prompt_mask, self.num_leading, self.lag, token_types)
         return logits
+
+    def make_rows(self, text: Text) -> RaggedCache:
+        """Return the cache as rows of the batch, after the prefill of `text`."""
+        return RaggedCache(self.cache, text.num_rows)
 
     def verify(self, text: Text, draft: Draft | DraftTree) -> torch.Tensor:
         """Run the anchors and all nodes in one pass.
@@ -219,7 +223,7 @@ class MaskedTarget(Target):
         """Return the mask that the model reads, added to its scores: one, or one for each kind of layer."""
         cached = torch.arange(visible.shape[2] - places.shape[1], device=places.device).expand(places.shape[0], -1)
         keys = torch.cat([cached, places], dim=1)
-        masks = {kind: _additive(self._narrowed(visible, places, keys, kind), self.dtype) for kind in self.kinds}
+        masks = {kind: additive(self._narrowed(visible, places, keys, kind), self.dtype) for kind in self.kinds}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _narrowed(self, visible: torch.Tensor, places: torch.Tensor, keys: torch.Tensor, kind: str) -> torch.Tensor:
@@ -293,7 +297,7 @@ def _lag(positions: torch.Tensor, last_place: int, num_rows: int) -> torch.Tenso
     return lag.expand(*lag.shape[:-2], num_rows, 1)
 
 
-def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return 0 where a query sees a key and the smallest number elsewhere, `(B, 1, queries, keys)`."""
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]

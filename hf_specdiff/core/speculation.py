@@ -67,6 +67,11 @@ class SpeculationConfig:
         return self.num_denoising_steps == 1 or self.reveal_order == "left_to_right"
 
     @property
+    def max_nodes(self) -> int:
+        """The most tokens that a round drafts for a row, all branches counted."""
+        return {"chain": self.gamma, "samples": self.num_drafts * self.gamma, "tree": self.tree_budget}[self.draft_shape]
+
+    @property
     def has_prefix_law(self) -> bool:
         """Whether, given the accepted prefix, each token has the law it is said to be drawn from (see `Draft`)."""
         return self.reveals_in_order or self.draft_temperature == 0

@@ -143,9 +143,7 @@ class Target:
 
     def reads_plain_inputs(self, device: torch.device) -> bool:
         """Return whether the host's preparation of a pass would only slice and hand on what it is given on some device."""
-        prepare = getattr(self.model.prepare_inputs_for_generation, "__func__", None)
-        is_general = prepare is GenerationMixin.prepare_inputs_for_generation and not self.model.is_remote_code()
-        return is_general and self.model_kwargs.keys() <= INPUT_NAMES and device == self.model.device
+        return reads_plain_inputs(self.model, self.model_kwargs, device)
 
     def verify(self, text: Text, draft: Draft | DraftTree) -> torch.Tensor:
         """Run anchor and draft in one pass; each drafted token is seen once.
@@ -224,6 +222,9 @@ class Target:
     def keep_rows(self) -> None:
         """Let the cache hold all rows after `finish`, because it is the caller's: nothing to do for a single one."""
 
+    def release(self) -> None:
+        """Give back what the next call can use: nothing here. To be called where the caller does not get the cache."""
+
     def forget(self, num_tokens: int) -> None:
         """Take back the whole last pass of some number of tokens."""
         roll_back(self.cache, num_tokens)
@@ -286,6 +287,19 @@ def fresh_kwargs(model: Any, ids: torch.Tensor) -> dict[str, Any]:
     if "position_ids" in names:
         kwargs["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
     return kwargs
+
+
+def reads_plain_inputs(model: Any, model_kwargs: dict[str, Any], device: torch.device) -> bool:
+    """Return whether the host's preparation of a pass would only slice and hand on what it is given.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target.
+        model_kwargs (`dict[str, Any]`): what `generate` prepared.
+        device (`torch.device`): of the call's inputs.
+    """
+    prepare = getattr(model.prepare_inputs_for_generation, "__func__", None)
+    is_general = prepare is GenerationMixin.prepare_inputs_for_generation and not model.is_remote_code()
+    return is_general and model_kwargs.keys() <= INPUT_NAMES and device == model.device
 
 
 def _repeat_last(types: torch.Tensor, num_tokens: int) -> torch.Tensor:

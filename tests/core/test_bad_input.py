@@ -54,7 +54,6 @@ def silent_target(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
         ({"draft_temperature": -1.0}, ValueError, ["`draft_temperature`", "-1.0"]),
         ({"draft_temperature": float("nan")}, ValueError, ["`draft_temperature`", "nan"]),
         ({"num_beams": 2}, ValueError, ["`num_beams`", "2", "beam search"]),
-        ({"cache_implementation": "static"}, ValueError, ["`cache_implementation`", "Static"]),
         ({"cache_implementation": "quantized"}, ValueError, ["`cache_implementation`", "taken back"]),
         ({"assistant_ensemble_weight": 0.3}, ValueError, ["`assistant_ensemble_weight`", "law"]),
         ({"use_cache": False}, ValueError, ["`use_cache`", "False"]),
