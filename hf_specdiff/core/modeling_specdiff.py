@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 
 from .candidate_generator import SpecDiffCandidateGenerator
 from .checks import check_prompt
+from .checks import check_stock_call
 from .configuration_specdiff import SpecDiffConfig
 from .repository import RepositoryMixin
 from .weights import check_finite
@@ -291,14 +292,12 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
 
     def _check_window_defaults(self) -> None:
         """Refuse defaults that ask for more tokens than a window holds: they were written for another block size."""
-        most = self.config.max_gamma
-        for name in ("gamma", "num_assistant_tokens"):
-            value = getattr(self.generation_config, name, None)
-            if isinstance(value, int) and value > most:
-                raise ValueError(
-                    f"`{name}` in the drafter's generation_config.json must be at most {most} (`max_gamma`), got {value}. "
-                    "Which of the two files belongs to these weights?"
-                )
+        most, value = self.config.max_gamma, getattr(self.generation_config, "gamma", None)
+        if isinstance(value, int) and value > most:
+            raise ValueError(
+                f"`gamma` in the drafter's generation_config.json must be at most {most} (`max_gamma`), got {value}. "
+                "Which of the two files belongs to these weights?"
+            )
 
     def get_input_embeddings(self) -> nn.Module | None:
         """Return the drafter's own embedding; `None` if it uses the target's."""
@@ -450,7 +449,8 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
 
     def _window_arguments(self, max_new_tokens: int | None) -> dict[str, Any]:
         """Return the arguments of speculation for a window of at most so many tokens, to be met with the ratio rule."""
-        most = self.config.max_gamma if max_new_tokens is None else max_new_tokens
+        # The host's schedules may ask for more than a window holds.
+        most = self.config.max_gamma if max_new_tokens is None else min(max_new_tokens, self.config.max_gamma)
         default = getattr(self.generation_config, "gamma", None)
         # "auto" is a choice per round, which the stock loop leaves to nobody: it gets the whole window.
         gamma = min(most, default) if isinstance(default, int) else most
@@ -477,7 +477,7 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
             generation_config (`GenerationConfig`, *optional*): the target's; says whether to sample.
             logits_processor (`list`, *optional*): the target's processors.
             input_ids (`torch.Tensor` of shape `(B, L)`, int64, *optional*): committed text.
-            max_new_tokens (`int`, *optional*): most tokens to draft.
+            max_new_tokens (`int`, *optional*): most tokens to draft; never more than a window holds.
             attention_mask (`torch.Tensor` of shape `(B, L)`, int64, *optional*): 0 on left padding.
             past_key_values (`transformers.Cache`, *optional*): what the last call returned.
             **kwargs: what else the host passes; the drafter has no use for it.
@@ -488,7 +488,8 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: for a feature-conditioned drafter, which this loop never shows the target; for an empty prompt or one
-                that holds the mask; for settings that would not be lossless.
+                with a mask that the target cannot read; for settings that would not be lossless, and for processors that carry
+                a state, which rejected tokens spoil in the host's loop.
 
         Lossless when: the host applies the ratio test to `scores`, as it does; settings for which it would not be are refused.
         """
@@ -501,6 +502,7 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         input_ids = inputs if input_ids is None else input_ids
         if input_ids is None or input_ids.shape[-1] == 0:
             raise ValueError("`input_ids` must hold at least one token, got none.")
+        check_stock_call(max_new_tokens, logits_processor, kwargs.get("inputs_embeds"))
         if past_key_values is None:
             check_prompt(input_ids, self.config.mask_token_id, self.config.vocab_size)
         generator = SpecDiffCandidateGenerator(

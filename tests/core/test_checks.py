@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MaxLengthCriteria
+from transformers import SynthIDTextWatermarkingConfig
 
 import hf_specdiff
 from hf_specdiff.core.checks import check_rotary
@@ -100,3 +102,43 @@ def test_a_mask_that_is_the_targets_own_text_is_taken(shape: str | None, layers:
             assert torch.equal(ours, plain)
         elif layers is None:
             assert torch.equal(target.generate(text, assistant_model=drafter, do_sample=False, max_new_tokens=16), plain)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "count"), [("constant", 40), ("heuristic", 9), ("heuristic", 3), ("heuristic_transient", 7)]
+)
+def test_the_hosts_schedules_are_cut_to_the_window(schedule: str, count: int) -> None:
+    target, drafter = make_target(), make_drafter()
+    drafter.generation_config.num_assistant_tokens = count
+    drafter.generation_config.num_assistant_tokens_schedule = schedule
+    for start in range(4):
+        text = torch.tensor([[1, 5 + start, 9, 4]])
+        plain = target.generate(text, do_sample=False, max_new_tokens=40, eos_token_id=None)
+        ours = target.generate(text, assistant_model=drafter, do_sample=False, max_new_tokens=40, eos_token_id=None)
+        assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("asked", [1, 5, 6, 400])
+def test_a_window_is_all_that_the_stock_loop_gets(asked: int, prompt: torch.Tensor) -> None:
+    drafted = make_drafter().generate(prompt, max_new_tokens=asked)
+    assert drafted.sequences.shape[1] - prompt.shape[1] == min(asked, 5)
+
+
+@pytest.mark.filterwarnings("ignore:A custom stopping criteria:UserWarning")
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"guidance_scale": 1.5}, "`logits_processor` must be functions of ids and scores, got Unbatched"),
+        ({"watermarking_config": SynthIDTextWatermarkingConfig(5, keys=[1, 2, 3, 4])}, "got SynthIDText"),
+        ({"inputs_embeds": torch.zeros(1, 7, 16)}, "`inputs_embeds` must be None"),
+        (
+            {"max_new_tokens": None, "max_length": 20, "eos_token_id": None, "stopping_criteria": [MaxLengthCriteria(42)]},
+            "`max_new_tokens` must leave",
+        ),
+    ],
+    ids=["guidance", "synth-id", "embeddings", "no-length"],
+)
+def test_the_stock_loop_refuses_what_would_change_the_text(settings: dict[str, Any], words: str) -> None:
+    arguments = {"do_sample": False, "max_new_tokens": 8, **settings}
+    with pytest.raises(ValueError, match=words):
+        make_target().generate(torch.tensor([[1, 5, 9, 4, 7, 7, 3]]), assistant_model=make_drafter(), **arguments)

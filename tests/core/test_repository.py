@@ -146,13 +146,14 @@ def test_tensors_of_wrong_shape_are_refused(tmp_path: Path, trust: bool) -> None
 
 def test_block_sizes_that_disagree_are_refused(tmp_path: Path) -> None:
     make_drafter().save_pretrained(tmp_path)
-    for name in ("gamma", "num_assistant_tokens"):
-        path = tmp_path / "generation_config.json"
-        before = path.read_text()
-        path.write_text(json.dumps({**json.loads(before), name: 99}))
-        with pytest.raises(ValueError, match=f"`{name}` in the drafter's generation_config.json must be at most"):
-            AutoModelForCausalLM.from_pretrained(tmp_path)
-        path.write_text(before)
+    path = tmp_path / "generation_config.json"
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), "gamma": 99}))
+    with pytest.raises(ValueError, match="`gamma` in the drafter's generation_config.json must be at most"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    # The host's own count is cut to the window, and its schedules let it grow past it.
+    path.write_text(json.dumps({**json.loads(before), "num_assistant_tokens": 99}))
+    AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`block_size` must be the same"):
         SpecDiffConfig(block_size=16, dflash_config={"block_size": 8})
 
