@@ -149,7 +149,7 @@ def test_block_sizes_that_disagree_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "generation_config.json"
     before = path.read_text()
     path.write_text(json.dumps({**json.loads(before), "gamma": 99}))
-    with pytest.raises(ValueError, match="`gamma` in the drafter's generation_config.json must be at most"):
+    with pytest.raises(ValueError, match=r"`gamma` in the drafter's generation_config\.json must be at most"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     # The host's own count is cut to the window, and its schedules let it grow past it.
     path.write_text(json.dumps({**json.loads(before), "num_assistant_tokens": 99}))
