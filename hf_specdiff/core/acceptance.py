@@ -9,6 +9,7 @@ all that the public function adds.
 """
 
 from collections.abc import Callable
+from collections.abc import Set
 from dataclasses import dataclass
 from dataclasses import field
 
@@ -119,13 +120,17 @@ def accept_by_block(draft: Draft, target_probs: torch.Tensor) -> Acceptance:
     return Acceptance(num_accepted, draw(block_bonus_law(draft.tokens, draft_probs, target_probs, num_accepted)))
 
 
-def accept_by_walk(tree: DraftTree, next_token: Callable[[int, list[int]], int]) -> Acceptance:
+def accept_by_walk(
+    tree: DraftTree, next_token: Callable[[int, list[int]], int | None], end_token_ids: Set[int] = frozenset()
+) -> Acceptance:
     """Walk down a tree: let the target write its next token, go on while a child carries it.
 
     Args:
         tree (`DraftTree`): the draft.
         next_token (`Callable`): from batch row and the path so far (node 0 first) to the target's token after it: drawn from
-            the target's law given that prefix, or the most probable one. It is asked once for each node that is reached.
+            the target's law given that prefix, or the most probable one. It is asked once for each node that is reached, and
+            `None` where the text cannot be gone on with yet; then the round ends with the node's own token.
+        end_token_ids (`set[int]`): with one of them the text ends, so no more is asked.
 
     Returns:
         `Acceptance`: the accepted path and the target's token that follows it.
@@ -137,8 +142,14 @@ def accept_by_walk(tree: DraftTree, next_token: Callable[[int, list[int]], int])
     paths, bonus_tokens = [], []
     for row, children in enumerate(tree.children()):
         path = [0]
-        while (child := children.get((path[-1], token := next_token(row, path)))) is not None:
+        token = next_token(row, path)
+        assert token is not None  # what is committed can be gone on with
+        while token not in end_token_ids and (child := children.get((path[-1], token))) is not None:
+            following = next_token(row, [*path, child])
+            if following is None:
+                break
             path.append(child)
+            token = following
         paths.append(path[1:])
         bonus_tokens.append(token)
     device = tree.tokens.device

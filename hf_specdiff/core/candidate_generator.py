@@ -18,6 +18,8 @@ from .draft import Draft
 from .features import Features
 from .features import layer_output_indices
 from .features import target_features
+from .sampling import is_prefix_free
+from .sampling import process_if_taken
 from .speculation import resolve_speculation
 from .text import Text
 
@@ -63,11 +65,14 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
         settings = replace(settings, is_adaptive=False)  # "auto" is the full loop's; a loop with candidates gets whole windows
         processors = LogitsProcessorList() if logits_processor is None else logits_processor
         self.max_length = generation_config.max_length
-        self.drafter = make_drafter(assistant_model, target, settings, processors, self.max_length)
+        self.is_sampling = bool(generation_config.do_sample)
+        self.eos_token_ids = _end_tokens(generation_config)
+        self.drafter = make_drafter(
+            assistant_model, target, settings, processors, self.max_length, end_token_ids=self.eos_token_ids
+        )
         if past_key_values is not None:
             self.drafter.cache = past_key_values
         self.vocab_size = (assistant_model if target is None else target).config.get_text_config().vocab_size
-        self.eos_token_ids = _end_tokens(generation_config)
         self.attention_mask = (model_kwargs or {}).get("attention_mask")
         self.requires_model_outputs = layer_ids is not None
         self.model_kwargs_overrides = {} if layer_ids is None else {"output_hidden_states": layer_output_indices(layer_ids)}
@@ -114,6 +119,36 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
         draft = self._cut(draft)
         scores = draft.scores(self.vocab_size) if draft.has_prefix_law else None
         return torch.cat([input_ids, draft.tokens.to(input_ids.device)], dim=1), scores
+
+    def without_what_fails(
+        self, input_ids: torch.Tensor, sequences: torch.Tensor, scores: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return candidates behind which the host's loop can ask the processors, as it does behind every drafted token.
+
+        Where they do not take the whole draft, the text with an end token for one, a greedy draft loses its last token. Of one
+        that is tested against its law a token cannot be taken because of what it is.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(1, L)`, int64): the committed text.
+            sequences (`torch.Tensor` of shape `(1, L + G)`, int64): text and draft.
+            scores (`torch.Tensor` of shape `(1, G, V)`, float32): of the draft.
+
+        Returns:
+            `tuple`: both, perhaps one token shorter. The scores keep one row, which the host needs, also for no token.
+
+        Raises:
+            ValueError: if the loop would fail.
+        """
+        processors = self.drafter.processors
+        if is_prefix_free(processors) or process_if_taken(processors, sequences, torch.zeros_like(scores[:, 0])) is not None:
+            return sequences, scores
+        if self.is_sampling:
+            raise ValueError(
+                "`logits_processor` must take drafted texts, and texts that have ended, in transformers' own loop, which asks "
+                "behind every drafted token, and one failed. Use hf_specdiff.generate(target, ..., assistant_model=drafter)."
+            )
+        count = sequences.shape[1] - input_ids.shape[1] - 1
+        return sequences[:, :-1], scores[:, : max(count, 1)]
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
         """Change nothing: every draft is a whole window. (The base class of transformers 5.17 raises here.)"""

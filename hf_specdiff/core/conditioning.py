@@ -5,6 +5,7 @@ two ways to be called and what the target lends.
 """
 
 from collections.abc import Callable
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class TokenDrafter(DenoisingDrafter):
         logits_processor (`LogitsProcessorList`): as `DenoisingDrafter`.
         max_length (`int`, *optional*): as `DenoisingDrafter`.
         shaper (`Shaper`, *optional*): as `DenoisingDrafter`.
+        end_token_ids (`set[int]`): as `DenoisingDrafter`.
         target_vocab_size (`int`, *optional*): tokens of the target, which may have more than the network knows: they are read
             as "not known", and have probability 0 in every draft.
 
@@ -39,10 +41,11 @@ class TokenDrafter(DenoisingDrafter):
         logits_processor: LogitsProcessorList,
         max_length: int | None = None,
         shaper: Shaper | None = None,
+        end_token_ids: Set[int] = frozenset(),
         *,
         target_vocab_size: int | None = None,
     ) -> None:
-        super().__init__(network, speculation, logits_processor, max_length, shaper)
+        super().__init__(network, speculation, logits_processor, max_length, shaper, end_token_ids)
         self.vocab_size = network.config.vocab_size
         self.num_unknown = max(0, (target_vocab_size or 0) - self.vocab_size)
 
@@ -79,6 +82,7 @@ class FeatureDrafter(DenoisingDrafter):
         logits_processor (`LogitsProcessorList`): as `DenoisingDrafter`.
         max_length (`int`, *optional*): as `DenoisingDrafter`.
         shaper (`Shaper`, *optional*): as `DenoisingDrafter`.
+        end_token_ids (`set[int]`): as `DenoisingDrafter`.
         embed (`Callable`): the target's input embedding, ids to vectors.
         head (`Callable`): the target's output embedding, hidden states to logits.
 
@@ -92,11 +96,12 @@ class FeatureDrafter(DenoisingDrafter):
         logits_processor: LogitsProcessorList,
         max_length: int | None = None,
         shaper: Shaper | None = None,
+        end_token_ids: Set[int] = frozenset(),
         *,
         embed: Callable[[torch.Tensor], torch.Tensor],
         head: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        super().__init__(network, speculation, logits_processor, max_length, shaper)
+        super().__init__(network, speculation, logits_processor, max_length, shaper, end_token_ids)
         self.embed = embed
         self.head = head
         self.dtype = network.dtype
@@ -129,6 +134,7 @@ def make_drafter(
     logits_processor: LogitsProcessorList,
     max_length: int | None = None,
     shaper: Shaper | None = None,
+    end_token_ids: Set[int] = frozenset(),
 ) -> TokenDrafter | FeatureDrafter:
     """Put the drafter that fits a network's conditioning around it.
 
@@ -140,13 +146,14 @@ def make_drafter(
         logits_processor (`LogitsProcessorList`): the target's.
         max_length (`int`, *optional*): most tokens of the finished text.
         shaper (`Shaper`, *optional*): how much to draft and in which shape; by default chains of the whole window.
+        end_token_ids (`set[int]`): with one of them a text ends.
 
     Returns:
         `TokenDrafter` or `FeatureDrafter`: fresh, with an empty context cache.
     """
     if network.config.target_layer_ids is None:
         theirs = None if target is None else target.config.get_text_config().vocab_size
-        return TokenDrafter(network, speculation, logits_processor, max_length, shaper, target_vocab_size=theirs)
+        return TokenDrafter(network, speculation, logits_processor, max_length, shaper, end_token_ids, target_vocab_size=theirs)
     head = target.get_output_embeddings()
     return FeatureDrafter(
         network,
@@ -154,6 +161,7 @@ def make_drafter(
         logits_processor,
         max_length,
         shaper,
+        end_token_ids,
         embed=lambda ids: raw_embeddings(target, ids),
         head=lambda states: head(_beside(states, head.weight).to(head.weight.dtype)),
     )

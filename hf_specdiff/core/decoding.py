@@ -132,7 +132,7 @@ def run(
     stats = SpeculationStats(speculation.draft_shape, speculation.acceptance, [], [])
     record = Record(text, keep_logits=bool(config.return_dict_in_generate and config.output_logits))
     start = time.perf_counter()
-    accept = make_rule(speculation.acceptance, do_sample=config.do_sample)
+    accept = make_rule(speculation.acceptance, do_sample=config.do_sample, end_token_ids=stop.eos_token_ids)
     for step, addition in enumerate(decode(target, drafter, accept, stop, processors, text)):
         record.add(addition)
         outcome = addition.outcome

@@ -148,6 +148,11 @@ class DraftTree:
         padded = [row + [0] * (most - len(row)) for row in tokens]
         return cls(torch.tensor(padded, device=device).view(len(tokens), most), parents, drafts, sampled, values)
 
+    @classmethod
+    def of_chain(cls, tokens: torch.Tensor) -> "DraftTree":
+        """Return a chain `(B, G)` as a tree of one branch."""
+        return cls(tokens, [list(range(tokens.shape[1])) for _ in range(tokens.shape[0])])
+
     @property
     def num_tokens(self) -> int:
         """N, the nodes of the largest row."""

@@ -4,6 +4,7 @@ Letters: B batch, G drafted tokens, V vocabulary, D hidden size, K target layers
 class loaded from the Hub is another class object than the installed one).
 """
 
+from collections.abc import Set
 from typing import Any
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from .features import Features
 from .sampling import draw_from_scores
 from .sampling import is_prefix_free
 from .sampling import prefix_free_part
+from .sampling import process_if_taken
 from .sampling import process_without_prefix
 from .sampling import processors_of_row
 from .sampling import to_float
@@ -92,6 +94,7 @@ class DenoisingDrafter:
         logits_processor (`LogitsProcessorList`): the target's; applied to the draft law as well, so that it stays close.
         max_length (`int`, *optional*): most tokens of the finished text; no draft reaches past it.
         shaper (`Shaper`, *optional*): how much to draft and in which shape; by default chains of the whole window.
+        end_token_ids (`set[int]`): with one of them a text ends; processors are asked nothing about what follows one.
 
     Lossless when: see `Draft.has_prefix_law`; drawn tokens revealed by confidence in several steps have no prefix law.
     Source: arXiv:2408.05636, section 4.
@@ -104,8 +107,10 @@ class DenoisingDrafter:
         logits_processor: LogitsProcessorList,
         max_length: int | None = None,
         shaper: Shaper | None = None,
+        end_token_ids: Set[int] = frozenset(),
     ) -> None:
         self.network = network
+        self.end_token_ids = end_token_ids
         self.speculation = speculation
         self.max_length = max_length
         self.shaper = shaper
@@ -129,6 +134,7 @@ class DenoisingDrafter:
             return Draft.nothing(text.tokens)
         self._home = text.tokens.device
         text = text.to(self.device)
+        is_first = self.rows is None
         if self.rows is None:
             self.rows = RaggedCache(self.cache, text.num_rows)
         gamma = self._window_gamma(min(text.lengths))
@@ -137,6 +143,10 @@ class DenoisingDrafter:
         unseen, self._unseen = self._unseen, []
         with grouped_heads(self.device.type == "cpu", gamma + 1):
             logits = self.window_logits(window, text, Features.join(unseen) if unseen else None)
+        if is_first and bool(logits.isnan().any()):
+            raise ValueError(
+                "`assistant_model` must give numbers as logits, got nan. Are its weights finite, and is its dtype wide enough?"
+            )
         return self._shaped(text, window, logits)
 
     def observe(self, outcome: Outcome) -> None:
@@ -154,8 +164,8 @@ class DenoisingDrafter:
         if len(steps) > 1:
             return self._denoise(text, window, logits, steps)
         count, values = (logits.shape[1], None) if shaper is None else shaper.chain_length(self._without_mask(logits))
-        tokens, probs = self._draw_in_order(text, window[:, 1:1], logits)
-        return Draft(tokens, probs, speculation.has_prefix_law, values).first(count)
+        tokens, probs = self._draw_in_order(text, window[:, 1:1], logits, may_stop=True)
+        return Draft(tokens, probs, speculation.has_prefix_law, values).first(min(count, tokens.shape[1]))
 
     def select_rows(self, rows: list[int]) -> None:
         """Keep some rows; see `Drafter`."""
@@ -212,7 +222,7 @@ class DenoisingDrafter:
         return proposed, probs, reveal_by_confidence(confidence, revealed, count)
 
     def _draw_in_order(
-        self, text: Text, prefix: torch.Tensor, logits: torch.Tensor
+        self, text: Text, prefix: torch.Tensor, logits: torch.Tensor, *, may_stop: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draw the tokens of consecutive positions.
 
@@ -220,6 +230,8 @@ class DenoisingDrafter:
             text (`Text`): committed.
             prefix (`torch.Tensor` of shape `(B, m)`, int64): window tokens already revealed, left of the positions.
             logits (`torch.Tensor` of shape `(B, n, V)`): raw logits of the positions.
+            may_stop (`bool`): whether fewer tokens will do, where the draft has ended in every row: behind an end token, or
+                where the processors do not take it. A row that has ended before others goes on without processors.
 
         Returns:
             `tuple`: tokens `(B, n)` and probabilities `(B, n, V)`, or `None` for a point mass.
@@ -230,14 +242,26 @@ class DenoisingDrafter:
         logits = self._without_mask(logits)
         row_processors = [processors_of_row(self.processors, row) for row in text.rows]
         tokens, probs = prefix, []
+        is_open = [not self.end_token_ids & set(row) for row in prefix.tolist()]
         for i in range(logits.shape[1]):
             rows = []
             for row, processors in enumerate(row_processors):
-                ids = torch.cat([text.row(row), tokens[row : row + 1]], dim=1)
-                rows.append(processors(ids.to(self._home), logits[row, i : i + 1].to(self._home, copy=True)))
+                own, scores = logits[row, i : i + 1].to(self._home), None
+                if is_open[row]:
+                    ids = torch.cat([text.row(row), tokens[row : row + 1]], dim=1)
+                    scores = process_if_taken(processors, ids.to(self._home), own.clone())
+                    is_open[row] = scores is not None
+                rows.append(own if scores is None else scores)
+            if may_stop and i > 0 and not any(is_open):
+                break
             token, law = draw_from_scores(torch.stack(rows).to(logits.device), temperature)
+            is_open = [
+                going and drawn not in self.end_token_ids for going, (drawn,) in zip(is_open, token.tolist(), strict=True)
+            ]
             tokens = torch.cat([tokens, token], dim=1)
             probs.append(law)
+            if may_stop and not any(is_open):
+                break
         return tokens[:, prefix.shape[1] :], None if probs[0] is None else torch.cat(probs, dim=1)
 
     def _free_scores(self, logits: torch.Tensor) -> torch.Tensor:

@@ -153,7 +153,7 @@ def generate(
                 budget = Budget(measured, text.num_rows, draws_children=draws_children)
             shaper = DraftShaper(drafting, budget)
             max_length = generation_config.max_length
-            drafter = make_drafter(assistant_model, model, drafting, logits_processor, max_length, shaper)
+            drafter = make_drafter(assistant_model, model, drafting, logits_processor, max_length, shaper, stop.eos_token_ids)
             target = make_target(
                 model, generation_config, model_kwargs, drafter.target_layer_ids, drafting, text.num_rows, why_no_masks
             )

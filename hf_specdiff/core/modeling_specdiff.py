@@ -515,6 +515,7 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         )
         sequences, scores = generator.get_candidates(input_ids)
         assert scores is not None  # the ratio rule was asked for, so a draft without a prefix law has been refused
+        sequences, scores = generator.without_what_fails(input_ids, sequences, scores)
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
             scores=tuple(scores.unbind(dim=1)),

@@ -91,6 +91,29 @@ def process_without_prefix(processors: LogitsProcessorList, logits: torch.Tensor
     return processors(torch.zeros(rows.shape[0], 1, dtype=torch.long, device=rows.device), rows).view_as(logits)
 
 
+def process_if_taken(processors: LogitsProcessorList, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
+    """Return what processors make of logits behind a drafted text, `None` if they do not take that text.
+
+    Plain decoding would never have shown them a draft, and they may fail on what it would not write: a grammar on a text that
+    it does not derive, a trie on one that has ended. Such a text is not worth going on with, and no error of the call.
+
+    Args:
+        processors (`LogitsProcessorList`): of one row.
+        input_ids (`torch.Tensor` of shape `(1, L)`, int64): committed text and draft.
+        logits (`torch.Tensor` of shape `(1, V)`, float32): changed in place, perhaps.
+
+    Returns:
+        `torch.Tensor` of shape `(1, V)`, float32, *optional*: with a token that may follow.
+    """
+    try:
+        scores = processors(input_ids, logits)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # of code that is not ours, so it may be any
+        return None
+    return scores if bool(scores.amax().isfinite()) else None
+
+
 class Scores:
     """The target's processed logits of one pass, each row of them with its own true prefix.
 
@@ -137,11 +160,23 @@ class Scores:
             return process_without_prefix(self.processors, self.logits[row, nodes[-1:]])[0]
         return self._at(row, nodes)
 
+    def last_if_taken(self, row: int, nodes: list[int]) -> torch.Tensor | None:
+        """Return what `last` does, and `None` if the processors do not take the drafted text; what is committed they must."""
+        if self.is_prefix_free or len(nodes) == 1:
+            return self.last(row, nodes)
+        scores = process_if_taken(*self._arguments(row, nodes))
+        return None if scores is None else scores[0]
+
     def _at(self, row: int, nodes: list[int]) -> torch.Tensor:
+        processors, prefix, logits = self._arguments(row, nodes)
+        return processors(prefix, logits)[0]
+
+    def _arguments(self, row: int, nodes: list[int]) -> tuple[LogitsProcessorList, torch.Tensor, torch.Tensor]:
+        """Return the processors of a row, and what to call them with at the end of a path."""
         drafted = self.draft_tokens[row : row + 1, [node - 1 for node in nodes[1:]]]
         prefix = torch.cat([self.text.row(row), drafted], dim=1)
         processors = processors_of_row(self.processors, self.text.rows[row])
-        return processors(prefix, to_float(self.logits[row, nodes[-1:]]).clone())[0]
+        return processors, prefix, to_float(self.logits[row, nodes[-1:]]).clone()
 
 
 def to_probs(scores: torch.Tensor) -> torch.Tensor:

@@ -310,3 +310,32 @@ def test_residual_of_equal_laws_is_the_law_itself() -> None:
     p = torch.tensor([[0.25, 0.75]])
     assert torch.equal(residual(p, p.clone()), p)
     torch.testing.assert_close(residual(p, torch.tensor([[0.5, 0.5]])), torch.tensor([[0.0, 1.0]]))
+
+
+def stopped(drafts: Drafts, end: int, *, keeps_it: bool) -> Drafts:
+    """Stop every draft at the first end token in it: behind the token, or in front of it."""
+    cut = []
+    for draft, q, weight in drafts:
+        count = draft.index(end) + keeps_it if end in draft else len(draft)
+        cut.append((draft[:count], q[:count], weight))
+    return cut
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("vocab_size", "gamma"), [(2, 1), (2, 3), (3, 2), (3, 3)])
+@pytest.mark.parametrize("make_drafts", [one_pass_drafts, left_to_right_drafts, deterministic_drafts])
+@pytest.mark.parametrize("rule", ["ratio", "block", "match"])
+def test_drafts_that_stop_behind_an_end_token_preserve_the_target_law(
+    rule: str, make_drafts: Callable[[int, int, int], Drafts], vocab_size: int, gamma: int, seed: int
+) -> None:
+    """How far a draft reaches may hang on the tokens up to there."""
+    target = TableTarget(vocab_size, seed)
+    drafts = stopped(make_drafts(vocab_size, gamma, seed), 0, keeps_it=True)
+    assert distance_from_target(target, drafts, RULES[rule], gamma) < TOLERANCE
+
+
+@pytest.mark.parametrize("rule", ["ratio", "block"])
+def test_control_drafts_that_stop_in_front_of_an_end_token_break_the_law(rule: str) -> None:
+    """Then the tokens that are left were not drawn from the laws that are told of them: an end token was never among them."""
+    drafts = stopped(one_pass_drafts(3, 2, 5), 0, keeps_it=False)
+    assert distance_from_target(TableTarget(3, 5), drafts, RULES[rule], 2) > 1e-2

@@ -7,6 +7,7 @@ multiplies their probabilities lets a test walk through all runs of a call, so i
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from transformers import GenerationConfig
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
+from transformers import LogitsProcessor
 from transformers import LogitsProcessorList
 
 import hf_specdiff
@@ -307,6 +309,55 @@ def test_rows_of_a_batch_keep_their_joint_law(scheme: dict, target: LlamaForCaus
         return hf_specdiff.generate(target, ids, assistant_model=drafter, **kwargs)
 
     assert distance(law_of(joint(target.generate), monkeypatch), law_of(joint(ours, **scheme), monkeypatch)) < TOLERANCE
+
+
+class Grammar(LogitsProcessor):
+    """Token 2 never follows token 1; whoever asks what follows a text in which it does, or one that has ended, is in error."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        (text,) = input_ids[:, PROMPT.shape[1] :].tolist()
+        if 0 in text or (1, 2) in pairwise(text):
+            raise KeyError(f"{text} is no text of this grammar")
+        scores = scores.clone()
+        if text[-1:] == [1]:
+            scores[:, 2] = -torch.inf
+        return scores
+
+
+class OnlyNan(Grammar):
+    """The same, but for the answer: all tokens are forbidden."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        try:
+            return super().__call__(input_ids, scores)
+        except KeyError:
+            return torch.full_like(scores, -torch.inf)
+
+
+STRICT = {
+    **{name: SCHEMES[name] for name in ("ratio", "block", "argmax-drafts")},
+    "two-steps-in-order-block": {**STEPPED["two-steps-in-order-block"], "gamma": 2},
+    "two-steps-by-confidence-match": {**STEPPED[BY_MATCH], "gamma": 2},
+    **{name: MANY[name] for name in ("samples-match", "samples-self-selection", "tree-match", "tree-ratio")},
+    "adaptive-chain-block": MANY["adaptive-chain-block"],
+}
+
+
+@pytest.mark.parametrize(
+    ("grammar", "scheme"), [*((Grammar, name) for name in STRICT), *((OnlyNan, name) for name in ("ratio", "tree-ratio"))]
+)
+def test_processors_that_fail_on_drafted_texts_end_the_draft_and_nothing_else(
+    grammar: type[Grammar], scheme: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of order and in trees drafts leave the grammar; behind an end token all of them would."""
+    settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 0, "logits_processor": [grammar()]}
+    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    assert any(len(text) < PROMPT.shape[1] + 3 for text in plain)
+    ours = law_of(
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **STRICT[scheme]),
+        monkeypatch,
+    )
+    assert distance(plain, ours) < TOLERANCE
 
 
 NARROW = {
