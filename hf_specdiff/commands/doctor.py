@@ -28,6 +28,7 @@ from hf_specdiff.core.checks import check_vocabulary
 from hf_specdiff.core.checks import check_width
 from hf_specdiff.core.profiling import measure_profile
 from hf_specdiff.core.speculation import resolve_speculation
+from hf_specdiff.core.trial import why_not_chained
 from hf_specdiff.core.trial import why_not_masked
 from hf_specdiff.training.evaluation import decode_held_out
 
@@ -101,10 +102,17 @@ def compare(target: Any, drafter: Any, tokenizer: Any) -> list[Finding]:
     findings.append(Finding("device", their_device, own_device, moves))
     findings.append(Finding("dtype", str(target.dtype), str(drafter.dtype)))
     findings.append(Finding("parameters", f"{target.num_parameters():,}", f"{drafter.num_parameters():,}"))
-    obstacle = why_not_masked(target, target.device)
-    shape = "trees and batches" if obstacle is None else f"chains, one sequence at a time: {obstacle}"
-    findings.append(Finding("verifies", shape, f"drafts up to {own.max_gamma} tokens"))
+    findings.append(_verifies(target, own))
     return findings
+
+
+def _verifies(target: Any, own: Any) -> Finding:
+    drafts, no_chain = f"drafts up to {own.max_gamma} tokens", why_not_chained(target, target.device)
+    if no_chain is not None:
+        return Finding("verifies", "nothing", drafts, f"{no_chain}: use plain model.generate")
+    no_tree = why_not_masked(target, target.device)
+    shapes = "trees and batches" if no_tree is None else f"chains, one sequence at a time: {no_tree}"
+    return Finding("verifies", shapes, drafts)
 
 
 def costs(target: Any, drafter: Any) -> Profile:

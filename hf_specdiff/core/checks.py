@@ -427,21 +427,15 @@ def check_batch(
         )
 
 
-def check_state(obstacle: str | None, cache: Any) -> None:
-    """Refuse a model with a running state that drafts would spoil.
+def check_not_offloaded(cache: Any) -> None:
+    """Refuse an offloaded cache for a model with a running state, whose states may be on their way when they are to be kept.
 
     Args:
-        obstacle (`str`, *optional*): why a pass over several tokens cannot take the place of steps.
         cache (`transformers.Cache`): the target's.
 
     Raises:
-        ValueError: if so, and for an offloaded cache, whose states may be on their way when they are to be kept.
+        ValueError: if so.
     """
-    if obstacle is not None:
-        raise ValueError(
-            f"`model` must read several tokens in one pass as it reads them one by one, got one whose drafts cannot be "
-            f"verified: {obstacle}. Use plain model.generate for it."
-        )
     if getattr(cache, "offloading", False):
         raise ValueError(
             "`cache_implementation` must not be 'offloaded' for a model with a running state, got an offloaded cache. Leave "

@@ -73,23 +73,24 @@ def target_features(hidden_states: tuple[torch.Tensor, ...], layer_ids: list[int
     return torch.cat([state.to(states[-1].device) for state in states], dim=-1)
 
 
-def check_states(hidden_states: tuple[torch.Tensor, ...] | None, layer_ids: list[int], name: str) -> None:
+def check_states(hidden_states: tuple[torch.Tensor, ...] | None, layer_ids: list[int], width: int, name: str) -> None:
     """Refuse a target that does not hand back one state per layer and token.
 
     Args:
         hidden_states (`tuple[torch.Tensor, ...]`, *optional*): of a pass, asked for with `layer_output_indices`.
         layer_ids (`list[int]`): K layers, counted from 0.
+        width (`int`): D.
         name (`str`): of the target.
 
     Raises:
-        ValueError: if some layer read has none, or several for a token (Gemma 3n, HY v4).
+        ValueError: if some layer read has none, or several streams of them (Gemma 3n, HY v4, DeepSeek v4).
     """
     states = hidden_states or ()
     for layer_id, index in zip(layer_ids, layer_output_indices(layer_ids), strict=True):
         state = states[index] if index < len(states) else None
-        if state is None or state.dim() != 3:
+        if state is None or state.dim() != 3 or state.shape[-1] != width:
             found = "none" if state is None else f"one of shape {tuple(state.shape)}"
             raise ValueError(
-                f"`assistant_model` must read layers whose hidden states are (rows, tokens, width), got {found} from layer "
+                f"`assistant_model` must read layers whose hidden states are (rows, tokens, {width}), got {found} from layer "
                 f"{layer_id} of {name}. Use a drafter that reads tokens (`target_layer_ids` None) or other layers."
             )

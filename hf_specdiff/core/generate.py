@@ -24,11 +24,11 @@ from .checks import check_batch
 from .checks import check_cache_name
 from .checks import check_call
 from .checks import check_chains
+from .checks import check_not_offloaded
 from .checks import check_pair
 from .checks import check_profile
 from .checks import check_prompt
 from .checks import check_rotary
-from .checks import check_state
 from .checks import check_stop_strings
 from .checks import why_call_not_masked
 from .conditioning import make_drafter
@@ -41,7 +41,6 @@ from .shapes import DraftShaper
 from .speculation import SPECULATION_ARGUMENTS
 from .speculation import resolve_speculation
 from .stateful_target import is_stateful
-from .stateful_target import why_not_stateful
 from .stopping import StopCheck
 from .targets import make_target
 from .text import Text
@@ -118,11 +117,9 @@ def generate(
         text = Text.of_prompt(input_ids, model_kwargs.get("attention_mask"))
 
         if is_stateful(model):
-            check_state(why_not_stateful(model, input_ids.device), cache_of(model_kwargs))
+            check_not_offloaded(cache_of(model_kwargs))
 
         def why_no_masks() -> str | None:
-            if is_stateful(model):
-                return f"{type(model).__name__} keeps a running state, which reads one text in order"
             check_chains(why_not_chained(model, input_ids.device))  # where there is no chain, there is no tree
             obstacle = why_call_not_masked(text_config, model_kwargs, own_cache, max_length)
             return obstacle or why_not_masked(model, input_ids.device, has_padding=text.prompt_mask is not None)
@@ -137,8 +134,7 @@ def generate(
         stop = StopCheck(stopping_criteria, text.num_rows, keep_scores=_wants(generation_config, "output_scores"))
         obstacle = why_no_masks() if text.num_rows > 1 else None
         check_batch(text, obstacle, logits_processor, generation_config, rows_end_apart=bool(stop.others))
-        if not is_stateful(model):
-            check_chains(why_not_chained(model, input_ids.device))
+        check_chains(why_not_chained(model, input_ids.device))
         # A greedy target meets every draft by match, so there is nothing to draw for another rule.
         drafting = speculation if generation_config.do_sample else replace(speculation, acceptance="match")
         callbacks = [*logits_processor, *stopping_criteria, streamer]

@@ -119,7 +119,8 @@ class Target:
         self._outputs = self.model._prefill(text.tokens, self.generation_config, self.model_kwargs)
         logits = self._outputs.logits[:, -1:].to(text.tokens.device)
         if self.layer_ids is not None:
-            check_states(self._layer_states(), self.layer_ids, type(self.model).__name__)
+            width = self.model.config.get_text_config().hidden_size
+            check_states(self._layer_states(), self.layer_ids, width, type(self.model).__name__)
         self._start_keeping()
         self._place = self._plain_place(text)
         return logits
@@ -239,20 +240,9 @@ class Target:
         if self.layer_ids is None:
             return None
         states = self._layer_states()
-        self._check_states([states[index] for index in layer_output_indices(self.layer_ids)])
         length = states[layer_output_indices(self.layer_ids)[0]].shape[1]
         features = target_features(states, self.layer_ids, length)
         return Features(features, [length] * features.shape[0])
-
-    def _check_states(self, states: list[torch.Tensor]) -> None:
-        """Refuse to feed a drafter with layers' outputs that are not one vector for each token."""
-        width = self.model.config.get_text_config().hidden_size
-        strange = next((tuple(state.shape) for state in states if state.dim() != 3 or state.shape[-1] != width), None)
-        if strange is not None:
-            raise ValueError(
-                f"`assistant_model` must be token-conditioned for {type(self.model).__name__}, whose layers hand on several "
-                f"streams: hidden states of shape {strange} instead of {width} wide ones. Train one with target_layer_ids=None."
-            )
 
     def _advance(self, num_tokens: int) -> Features | None:
         """Let mask and positions grow with the text, and read the drafter's features off the pass."""

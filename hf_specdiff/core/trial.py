@@ -20,6 +20,8 @@ from .masked_target import FULL
 from .masked_target import SLIDING
 from .masked_target import MaskedTarget
 from .masked_target import layer_kinds
+from .stateful_target import is_stateful
+from .stateful_target import why_not_stateful
 from .target import Target
 from .text import Text
 
@@ -39,7 +41,7 @@ WINDOW_NAME = re.compile(r"window(_size|_len|_length)?$")
 _ANSWERS: WeakKeyDictionary[Any, tuple[Any, dict[Any, Any]]] = WeakKeyDictionary()
 
 
-def why_not_chained(model: Any, device: torch.device, target_class: type[Target] = Target) -> str | None:
+def why_not_chained(model: Any, device: torch.device) -> str | None:
     """Return why a chain cannot be verified in one pass, or `None` if it can; found by trying, once for each model.
 
     The host decodes a few tokens one by one, with its own preparation of inputs. The target verifies the same tokens: first the
@@ -53,15 +55,18 @@ def why_not_chained(model: Any, device: torch.device, target_class: type[Target]
     of tensors: Doge's kept keys, and DeepSeek v3.2's and AXK2's with few indexer heads, tie exactly where tokens repeat, and
     plain decoding itself then writes one text alone and another in a batch.
 
+    A model with a running state is tried by `why_not_stateful`.
+
     Args:
         model (`transformers.PreTrainedModel`): the target.
         device (`torch.device`): of the call's inputs.
-        target_class (`type[Target]`): what verifies.
 
     Returns:
         `str`, *optional*: the reason.
     """
-    answer = _noise_of_chain(model, device, target_class)
+    if is_stateful(model):
+        return why_not_stateful(model, device)
+    answer = _noise_of_chain(model, device)
     return answer if isinstance(answer, str) else None
 
 
@@ -83,7 +88,9 @@ def why_not_masked(model: Any, device: torch.device, *, has_padding: bool = Fals
     Returns:
         `str`, *optional*: the reason.
     """
-    noise = _noise_of_chain(model, device, Target)
+    if is_stateful(model):
+        return f"{type(model).__name__} keeps a running state, which reads one text in order"
+    noise = _noise_of_chain(model, device)
     if isinstance(noise, str):
         return noise
     reason: str | None = _remembered(model, device, "config", lambda: _why_not_by_config(model))
@@ -105,19 +112,18 @@ def _remembered(model: Any, device: torch.device, question: Any, answer: Callabl
     return answers[question]
 
 
-def _noise_of_chain(model: Any, device: torch.device, target_class: type[Target]) -> float | str:
+def _noise_of_chain(model: Any, device: torch.device) -> float | str:
     """Return how far a chain's logits lie from those of single tokens, or why that is more than rounding."""
-    question = ("chain", target_class)
-    return _remembered(model, device, question, lambda: _try_chain(model, device, target_class))
+    return _remembered(model, device, "chain", lambda: _try_chain(model, device))
 
 
 @torch.no_grad()
-def _try_chain(model: Any, device: torch.device, target_class: type[Target]) -> float | str:
+def _try_chain(model: Any, device: torch.device) -> float | str:
     name = type(model).__name__
     prompt, tokens = _trial_text(model, device, num_rows=1)
     try:
         plain = _decode_plainly(model, prompt, None, tokens)
-        chained = _decode_by_chains(target_class(model, *_prepared(model, prompt, None), None), prompt, tokens)
+        chained = _decode_by_chains(Target(model, *_prepared(model, prompt, None), None), prompt, tokens)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model's own code raises

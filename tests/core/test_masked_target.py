@@ -210,7 +210,7 @@ def test_hidden_states_that_no_drafter_can_read_are_refused(config: object, prom
     model = make_model(config)
     last = model.config.num_hidden_layers - 1
     settings = {"do_sample": False, "max_new_tokens": 12}
-    with pytest.raises(ValueError, match=r"hidden states are \(rows, tokens, width\), got"):
+    with pytest.raises(ValueError, match=r"hidden states are \(rows, tokens, 16\), got"):
         hf_specdiff.generate(model, prompt, assistant_model=drafter_of(model, [0, last]), **settings)
     result = hf_specdiff.generate(model, prompt, assistant_model=drafter_of(model), **settings)
     assert torch.equal(result, model.generate(prompt, **settings))

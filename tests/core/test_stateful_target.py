@@ -15,7 +15,7 @@ import hf_specdiff
 from hf_specdiff.core import stateful_target
 from hf_specdiff.core.cache import Snapshot
 from hf_specdiff.core.cache import cache_of
-from hf_specdiff.core.checks import check_state
+from hf_specdiff.core.checks import check_not_offloaded
 from hf_specdiff.core.draft import Draft
 from hf_specdiff.core.draft import DraftTree
 from hf_specdiff.core.stateful_target import StatefulTarget
@@ -281,7 +281,7 @@ def test_trees_and_batches_are_refused_with_the_reason() -> None:
             Text.of_prompt(PROMPT), DraftTree(PROMPT[:, :1], [[0]])
         )
     with pytest.raises(ValueError, match="must not be 'offloaded'"):
-        check_state(None, SimpleNamespace(offloading=True))
+        check_not_offloaded(SimpleNamespace(offloading=True))
 
 
 def test_a_state_that_cannot_be_copied_is_refused() -> None:
