@@ -12,9 +12,16 @@ from hf_specdiff.attach import detach
 from hf_specdiff.core.budget import Profile
 from hf_specdiff.core.candidate_generator import SpecDiffCandidateGenerator
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
+from hf_specdiff.core.draft import Draft
+from hf_specdiff.core.draft import DraftTree
+from hf_specdiff.core.draft import Outcome
+from hf_specdiff.core.drafters import DenoisingDrafter
+from hf_specdiff.core.drafters import Drafter
+from hf_specdiff.core.features import Features
 from hf_specdiff.core.generate import generate
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.core.stats import SpeculationStats
+from hf_specdiff.core.text import Text
 from hf_specdiff.demo.bundle import load_demo
 from hf_specdiff.demo.bundle import load_prompts
 from hf_specdiff.formats.exporting import export_drafter
@@ -22,11 +29,18 @@ from hf_specdiff.formats.loading import load_drafter
 
 __version__ = "0.1.0"
 __all__ = [
+    "DenoisingDrafter",
+    "Draft",
+    "DraftTree",
+    "Drafter",
+    "Features",
+    "Outcome",
     "Profile",
     "SpecDiffCandidateGenerator",
     "SpecDiffConfig",
     "SpecDiffDrafter",
     "SpeculationStats",
+    "Text",
     "attach",
     "detach",
     "export_drafter",

@@ -10,13 +10,14 @@ from typing import Any
 from transformers import GenerationMixin
 
 from hf_specdiff.core.generate import generate
+from hf_specdiff.core.own_drafter import is_own_drafter
 
 # On the wrapper, under this name: the `generate` that the object itself carried before, or None where its class's own showed.
 REPLACED = "_hf_specdiff_replaced"
 
 
 def attach(model: Any) -> Any:
-    """Make `model.generate(assistant_model=drafter)` run the full loop for diffusion drafters.
+    """Make `model.generate(assistant_model=drafter)` run the full loop for diffusion drafters and drafters of your own.
 
     Every other call of `model.generate` is what it was. Only this object changes, not its class; attaching twice is attaching
     once.
@@ -39,7 +40,7 @@ def attach(model: Any) -> Any:
     @wraps(plain_generate)
     def attached_generate(*args: Any, **kwargs: Any) -> Any:
         drafter = kwargs.get("assistant_model")
-        is_ours = getattr(getattr(drafter, "config", None), "model_type", None) == "specdiff"
+        is_ours = getattr(getattr(drafter, "config", None), "model_type", None) == "specdiff" or is_own_drafter(drafter)
         if not is_ours or kwargs.get("custom_generate") is not None or kwargs.get("speculation_type") is not None:
             return plain_generate(*args, **kwargs)
         # Positional arguments of the host's `generate` become named ones; its own keyword rest is laid flat.

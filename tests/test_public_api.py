@@ -12,11 +12,18 @@ from hf_specdiff.core.stats import SpeculationStats
 
 def test_public_names() -> None:
     assert set(hf_specdiff.__all__) == {
+        "DenoisingDrafter",
+        "Draft",
+        "DraftTree",
+        "Drafter",
+        "Features",
+        "Outcome",
         "Profile",
         "SpecDiffCandidateGenerator",
         "SpecDiffConfig",
         "SpecDiffDrafter",
         "SpeculationStats",
+        "Text",
         "attach",
         "detach",
         "export_drafter",

@@ -47,11 +47,11 @@ def check_pair(model: Any, drafter: Any) -> None:
     config: Any = getattr(drafter, "config", None)
     if getattr(config, "model_type", None) != "specdiff":
         raise TypeError(
-            f"`assistant_model` must be a SpecDiffDrafter, got {type(drafter).__name__}. Load drafters of any format with "
-            "hf_specdiff.load_drafter(source, target=model), and pass other assistants to model.generate."
+            f"`assistant_model` must be a SpecDiffDrafter or an object with `draft` and `target_layer_ids`, got "
+            f"{type(drafter).__name__}. Load drafters of any format with hf_specdiff.load_drafter(source, target=model), and "
+            "pass other assistants to model.generate."
         )
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"`model` must be a decoder-only language model, got {type(model).__name__}.")
+    check_target(model)
     target_config = model.config.get_text_config()
     check_vocabulary(target_config, config)
     for name in SPECIAL_IDS:
@@ -60,6 +60,19 @@ def check_pair(model: Any, drafter: Any) -> None:
     check_width(target_config, config)
     if config.target_layer_ids is not None and model.get_output_embeddings() is None:
         raise ValueError(f"`model` must have a language-modelling head, got {type(model).__name__}.")
+
+
+def check_target(model: Any) -> None:
+    """Refuse what is no decoder-only language model.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target.
+
+    Raises:
+        ValueError: if so.
+    """
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"`model` must be a decoder-only language model, got {type(model).__name__}.")
 
 
 def check_vocabulary(target_config: Any, config: Any) -> None:

@@ -30,15 +30,21 @@ from .checks import check_profile
 from .checks import check_prompt
 from .checks import check_rotary
 from .checks import check_stop_strings
+from .checks import check_target
 from .checks import why_call_not_masked
 from .conditioning import make_drafter
 from .decoding import run
+from .drafters import Drafter
 from .inference import inference
 from .inference import ordinary
+from .own_drafter import OwnDrafter
+from .own_drafter import check_own_drafter
+from .own_drafter import is_own_drafter
 from .profiling import learn
 from .profiling import profile_of
 from .shapes import DraftShaper
 from .speculation import SPECULATION_ARGUMENTS
+from .speculation import own_speculation
 from .speculation import resolve_speculation
 from .stateful_target import is_stateful
 from .stopping import StopCheck
@@ -57,7 +63,8 @@ def generate(
         model (`transformers.PreTrainedModel`): the target, a decoder-only language model that can take tokens back.
         inputs (`torch.Tensor` of shape `(B, L)`, int64, *optional*): the prompts, padded on the left; or `input_ids`, as for
             `model.generate`.
-        assistant_model (`SpecDiffDrafter`): the drafter, made for this target.
+        assistant_model (`SpecDiffDrafter` or `Drafter`): the drafter, made for this target; or any object with `draft` and
+            `target_layer_ids`, with which of the arguments of speculation only `draft_shape` and `acceptance` go.
         **kwargs: all arguments of `model.generate`, and those of speculation, each with the drafter's own default:
             `gamma` (`int`): tokens drafted per round, by default `block_size - 1`; `"auto"`: as many as pay on this machine
             (also for a tree's nodes);
@@ -90,9 +97,13 @@ def generate(
     if getattr(getattr(model, "config", None), "model_type", None) == "specdiff":
         # A drafter loaded from a Hub repository that also holds this file gets it as its `generate`.
         return type(model).generate(model, inputs, **kwargs)
-    check_pair(model, assistant_model)
+    is_own = is_own_drafter(assistant_model)
+    if is_own:
+        check_target(model)
+    else:
+        check_pair(model, assistant_model)
     prompt = inputs if inputs is not None else kwargs.get("input_ids")
-    if prompt is not None:
+    if prompt is not None and not is_own:
         check_prompt(prompt, assistant_model.config.mask_token_id, model.config.get_text_config().vocab_size)
     arguments = _pop_speculation(kwargs)
     check_cache_name(_setting(model, kwargs, "cache_implementation"))
@@ -124,12 +135,12 @@ def generate(
             obstacle = why_call_not_masked(text_config, model_kwargs, own_cache, max_length)
             return obstacle or why_not_masked(model, input_ids.device, has_padding=text.prompt_mask is not None)
 
-        speculation = resolve_speculation(
-            arguments,
-            assistant_model,
-            do_sample=generation_config.do_sample,
-            why_no_tree=why_no_masks,
-        )
+        if is_own:
+            check_own_drafter(model, assistant_model, text.num_rows)
+            speculation = own_speculation(arguments, why_no_masks)
+        else:
+            do_sample = generation_config.do_sample
+            speculation = resolve_speculation(arguments, assistant_model, do_sample=do_sample, why_no_tree=why_no_masks)
         check_profile(profile, is_adaptive=speculation.is_adaptive)
         stop = StopCheck(stopping_criteria, text.num_rows, keep_scores=_wants(generation_config, "output_scores"))
         obstacle = why_no_masks() if text.num_rows > 1 else None
@@ -137,19 +148,22 @@ def generate(
         check_chains(why_not_chained(model, input_ids.device))
         # A greedy target meets every draft by match, so there is nothing to draw for another rule.
         drafting = speculation if generation_config.do_sample else replace(speculation, acceptance="match")
-        callbacks = [*logits_processor, *stopping_criteria, streamer]
+        callbacks = [*logits_processor, *stopping_criteria, streamer, *([assistant_model] if is_own else [])]
         # A static cache outlives the call, and its tensors with it.
         is_static = generation_config.cache_implementation == "static"
-        mode = nullcontext() if is_static else inference([model, assistant_model], callbacks, own_cache)
+        models = [model] if is_own else [model, assistant_model]
+        mode = nullcontext() if is_static else inference(models, callbacks, own_cache)
         with mode:
             budget = None
             if speculation.is_adaptive:
                 measured = profile_of(model, assistant_model, speculation, input_ids.device, profile)
                 draws_children = drafting.draft_shape == "tree" and drafting.acceptance == "ratio"
                 budget = Budget(measured, text.num_rows, draws_children=draws_children)
-            shaper = DraftShaper(drafting, budget)
-            max_length = generation_config.max_length
-            drafter = make_drafter(assistant_model, model, drafting, logits_processor, max_length, shaper, stop.eos_token_ids)
+            if is_own:
+                drafter: Drafter = OwnDrafter(assistant_model, drafting, text_config.vocab_size, max_length)
+            else:
+                shaper, ends = DraftShaper(drafting, budget), stop.eos_token_ids
+                drafter = make_drafter(assistant_model, model, drafting, logits_processor, max_length, shaper, ends)
             target = make_target(
                 model, generation_config, model_kwargs, drafter.target_layer_ids, drafting, text.num_rows, why_no_masks
             )

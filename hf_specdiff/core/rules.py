@@ -31,7 +31,7 @@ def make_rule(acceptance: str, *, do_sample: bool, end_token_ids: Set[int] = fro
     """Return the acceptance rule as a function of a draft and the target's scores.
 
     Args:
-        acceptance (`str`): `"match"`, `"ratio"`, `"block"` or `"self_selection"`.
+        acceptance (`str`): `"match"`, `"ratio"`, `"block"` or `"self_selection"`; `"auto"`: what accepts most of each draft.
         do_sample (`bool`): false: the target's law is a point mass on its most probable token, and all rules are the match.
         end_token_ids (`set[int]`): with one of them the text ends; processors are asked nothing about what follows one.
 
@@ -43,8 +43,10 @@ def make_rule(acceptance: str, *, do_sample: bool, end_token_ids: Set[int] = fro
         if isinstance(draft, DraftTree):
             is_selected = acceptance == "self_selection"
             tree = _selected(draft, scores, end_token_ids, do_sample=do_sample) if is_selected else draft
-            return walk(tree, scores)
-        is_by_match = not do_sample or acceptance in ("match", "self_selection")
+            # The match asks nobody what a token was drawn from.
+            return walk(replace(tree, sampled=None) if acceptance == "match" and tree.sampled is not None else tree, scores)
+        name = ("block" if draft.has_prefix_law else "match") if acceptance == "auto" else acceptance
+        is_by_match = not do_sample or name in ("match", "self_selection")
         if is_by_match and not scores.is_prefix_free:
             return walk(DraftTree.of_chain(draft.tokens), scores)
         if not do_sample:
@@ -56,7 +58,7 @@ def make_rule(acceptance: str, *, do_sample: bool, end_token_ids: Set[int] = fro
                 f"`acceptance` must be 'match' for drafts without a prefix law, got {acceptance!r}. The drafter says that its "
                 "tokens do not have, given the accepted prefix, the probabilities they were drawn with."
             )
-        rule = {"ratio": accept_by_ratio, "block": accept_by_block}[acceptance]
+        rule = {"ratio": accept_by_ratio, "block": accept_by_block}[name]
         if scores.is_prefix_free:
             return rule(draft, to_probs(scores.window()))
         return _row_by_row(rule, draft, scores, end_token_ids)

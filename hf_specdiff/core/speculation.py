@@ -38,7 +38,8 @@ class SpeculationConfig:
     """How to draft and how to accept, every choice made and checked.
 
     Attributes:
-        gamma (`int`): tokens drafted per round, 1 to the drafter's `max_gamma`; the most of them if `is_adaptive`.
+        gamma (`int`): tokens drafted per round, 1 to the drafter's `max_gamma`; the most of them if `is_adaptive`; 0: as many as
+            a drafter of the user's own likes.
         num_denoising_steps (`int`): drafter passes per round, 1 to gamma.
         reveal_order (`str`): `"confidence"` or `"left_to_right"`; with one denoising step both are the same.
         draft_shape (`str`): `"chain"`, `"samples"` or `"tree"`.
@@ -77,6 +78,8 @@ class SpeculationConfig:
         return self.reveals_in_order or self.draft_temperature == 0
 
 
+# What a drafter of the user's own leaves open.
+OWN_ARGUMENTS = ("draft_shape", "acceptance")
 SPECULATION_ARGUMENTS = tuple(field.name for field in fields(SpeculationConfig) if not field.name.startswith("is_"))
 
 
@@ -135,6 +138,36 @@ def resolve_speculation(
         gamma, steps, order, shape, num_drafts, budget, is_adaptive, temperature, is_tempered, acceptance
     )
     return _with_rule(speculation, do_sample=do_sample)
+
+
+def own_speculation(arguments: dict[str, Any], why_no_tree: Callable[[], str | None]) -> SpeculationConfig:
+    """Return what was asked for with a drafter of the user's own, which alone knows how it drafts.
+
+    Args:
+        arguments (`dict[str, Any]`): what the user passed, by name; absent or `None` means the default.
+        why_no_tree (`Callable`): says why the target cannot verify several drafts in a pass, or `None`.
+
+    Returns:
+        `SpeculationConfig`: shape and rule; each may be `"auto"`: whatever is drafted, and the rule that accepts most of it.
+
+    Raises:
+        ValueError: for an argument that such a drafter cannot honour, a value that is not one of its kind, a combination that
+            would not be lossless, or a shape that the target cannot verify.
+    """
+    for name in SPECULATION_ARGUMENTS:
+        if name not in OWN_ARGUMENTS and arguments.get(name) is not None:
+            raise ValueError(
+                f"`{name}` must be left out with a drafter of your own, got {arguments[name]!r}: how it drafts is its own "
+                f"business. Only {' and '.join(f'`{own}`' for own in OWN_ARGUMENTS)} say what is done with the draft."
+            )
+    shape = _choice("draft_shape", arguments.get("draft_shape") or "auto", DRAFT_SHAPES)
+    acceptance = _choice("acceptance", arguments.get("acceptance") or "auto", ACCEPTANCES)
+    obstacle = None if shape == "chain" else why_no_tree()
+    if obstacle is not None and shape != "auto":
+        raise ValueError(f"`draft_shape` must be 'chain' here, got {shape!r}: {obstacle}.")
+    shape = shape if obstacle is None else "chain"
+    speculation = SpeculationConfig(0, draft_shape=shape, acceptance=acceptance)
+    return speculation if "auto" in (shape, acceptance) else _with_rule(speculation, do_sample=True)
 
 
 def _fits(shape: str, acceptance: str, steps: int, temperature: float, why_no_tree: Callable[[], str | None]) -> bool:
