@@ -17,6 +17,7 @@ from hf_specdiff import SpecDiffCandidateGenerator
 from hf_specdiff import SpecDiffDrafter
 from hf_specdiff.core.cache import RaggedCache
 from hf_specdiff.core.conditioning import make_drafter as put_around
+from hf_specdiff.core.draft import Draft
 from hf_specdiff.core.features import Features
 from hf_specdiff.core.speculation import SpeculationConfig
 from hf_specdiff.core.text import Text
@@ -28,19 +29,30 @@ from tests.conftest import make_target
 
 
 class PerfectDrafter:
-    """Wrap a drafter's network so that it drafts what the target will write, up to a chosen mistake per window."""
+    """Drafts windows of five tokens that the target will write, up to a chosen mistake; reads states if it is told to.
 
-    @staticmethod
-    def patch(monkeypatch: pytest.MonkeyPatch, text: torch.Tensor, num_right: int) -> None:
-        def logits_of(self: object, window: torch.Tensor, committed: Text, *rest: object) -> torch.Tensor:
-            gamma, length = window.shape[1] - 1, committed.lengths[0]
-            tokens = text[0, length : length + gamma].clone()
-            tokens = torch.nn.functional.pad(tokens, (0, gamma - len(tokens)), value=3)
-            tokens[num_right:] = (tokens[num_right:] + 1) % 29
-            return 50.0 * torch.nn.functional.one_hot(tokens, VOCAB_SIZE).float()[None]
+    Args:
+        text (`torch.Tensor` of shape `(1, L)`, int64): what the target will write.
+        num_right (`int`): tokens of a window before the mistake.
+        target_layer_ids (`list[int]`, *optional*): layers to read; the states must be those of the tokens in between.
+    """
 
-        for name in ("TokenDrafter", "FeatureDrafter"):
-            monkeypatch.setattr(f"hf_specdiff.core.conditioning.{name}.window_logits", logits_of)
+    def __init__(self, text: torch.Tensor, num_right: int, target_layer_ids: list[int] | None = None) -> None:
+        self.text = text
+        self.num_right = num_right
+        self.target_layer_ids = target_layer_ids
+        self.num_seen = 0
+
+    def draft(self, text: Text, features: Features | None) -> Draft:
+        assert (features is None) == (self.target_layer_ids is None)
+        if features is not None:
+            self.num_seen += features.states.shape[1]
+            assert self.num_seen == text.lengths[0] - 1
+        length = text.lengths[0]
+        tokens = self.text[0, length : length + 5].clone()
+        tokens = torch.nn.functional.pad(tokens, (0, 5 - len(tokens)), value=3)
+        tokens[self.num_right :] = (tokens[self.num_right :] + 1) % 29
+        return Draft(tokens[None], None, has_prefix_law=True)
 
 
 def features_of(states: torch.Tensor | None) -> Features | None:
@@ -51,7 +63,9 @@ def plain(target: LlamaForCausalLM, prompt: torch.Tensor, **kwargs: object) -> t
     return target.generate(prompt, do_sample=False, **kwargs)
 
 
-def ours(target: LlamaForCausalLM, prompt: torch.Tensor, drafter: SpecDiffDrafter, **kwargs: object) -> torch.Tensor:
+def ours(
+    target: LlamaForCausalLM, prompt: torch.Tensor, drafter: SpecDiffDrafter | PerfectDrafter, **kwargs: object
+) -> torch.Tensor:
     settings = {"do_sample": False, "draft_shape": "chain", **kwargs}
     return hf_specdiff.generate(target, prompt, assistant_model=drafter, **settings)
 
@@ -71,27 +85,22 @@ def test_greedy_tokens_equal_plain_generate(drafter: SpecDiffDrafter, gamma: int
         assert torch.equal(ours(target, prompt, drafter_without_eos, max_new_tokens=30, **settings), expected)
 
 
+@pytest.mark.parametrize("layers", [None, [0, 2]], ids=["tokens", "features"])
 @pytest.mark.parametrize("num_right", [0, 2, 5])
 @pytest.mark.parametrize("limit", range(1, 14))
-def test_length_limits_cut_a_window(
-    monkeypatch: pytest.MonkeyPatch, drafter: SpecDiffDrafter, prompt: torch.Tensor, limit: int, num_right: int
-) -> None:
+def test_length_limits_cut_a_window(layers: list[int] | None, prompt: torch.Tensor, limit: int, num_right: int) -> None:
     target = make_target(eos_token_id=None)
-    drafter = make_drafter(drafter.config.target_layer_ids, eos_token_id=None)
     expected = plain(target, prompt, max_new_tokens=limit)
-    PerfectDrafter.patch(monkeypatch, plain(target, prompt, max_new_tokens=40), num_right)
-    assert torch.equal(ours(target, prompt, drafter, max_new_tokens=limit), expected)
-    assert torch.equal(ours(target, prompt, drafter, max_length=prompt.shape[1] + limit), expected)
+    text = plain(target, prompt, max_new_tokens=40)
+    for limits in ({"max_new_tokens": limit}, {"max_length": prompt.shape[1] + limit}):
+        assert torch.equal(ours(target, prompt, PerfectDrafter(text, num_right, layers), **limits), expected)
 
 
 @pytest.mark.parametrize("position", range(8))
-def test_eos_inside_a_window_ends_the_text(
-    monkeypatch: pytest.MonkeyPatch, drafter: SpecDiffDrafter, prompt: torch.Tensor, position: int
-) -> None:
+def test_eos_inside_a_window_ends_the_text(prompt: torch.Tensor, position: int) -> None:
     target = make_target(eos_token_id=None)
-    drafter = make_drafter(drafter.config.target_layer_ids, eos_token_id=None)
     text = plain(target, prompt, max_new_tokens=30)
-    PerfectDrafter.patch(monkeypatch, text, 5)
+    drafter = PerfectDrafter(text, 5)
     eos = int(text[0, prompt.shape[1] + position])
     expected = plain(target, prompt, max_new_tokens=30, eos_token_id=eos, pad_token_id=0)
     assert torch.equal(ours(target, prompt, drafter, max_new_tokens=30, eos_token_id=eos, pad_token_id=0), expected)
@@ -114,11 +123,10 @@ class StopAtLength(StoppingCriteria):
 @pytest.mark.parametrize("with_scores", [False, True])
 @pytest.mark.parametrize("extra", range(1, 9))
 def test_a_stopping_criterion_inside_a_window_is_asked_as_in_plain_generate(
-    monkeypatch: pytest.MonkeyPatch, drafter: SpecDiffDrafter, prompt: torch.Tensor, extra: int, with_scores: bool
+    prompt: torch.Tensor, extra: int, with_scores: bool
 ) -> None:
     target = make_target(eos_token_id=None)
-    drafter = make_drafter(drafter.config.target_layer_ids, eos_token_id=None)
-    PerfectDrafter.patch(monkeypatch, plain(target, prompt, max_new_tokens=40), 5)
+    drafter = PerfectDrafter(plain(target, prompt, max_new_tokens=40), 5)
     criteria = [StopAtLength(prompt.shape[1] + extra) for _ in range(2)]
     settings = {"max_new_tokens": 30, "return_dict_in_generate": with_scores, "output_scores": with_scores}
     expected = plain(target, prompt, stopping_criteria=[criteria[0]], **settings)
@@ -288,15 +296,13 @@ def test_scores_and_logits_are_those_of_plain_generate(
     assert len(result.scores) == result.sequences.shape[1] - prompt.shape[1]
 
 
-def test_cache_after_rounds_equals_a_clean_forward(
-    monkeypatch: pytest.MonkeyPatch, drafter: SpecDiffDrafter, prompt: torch.Tensor
-) -> None:
+@pytest.mark.parametrize("layers", [None, [0, 2]], ids=["tokens", "features"])
+def test_cache_after_rounds_equals_a_clean_forward(layers: list[int] | None, prompt: torch.Tensor) -> None:
     """Whatever was accepted and rejected on the way, the keys and values left are those of the text without its last token."""
     target = make_target(eos_token_id=None)
-    drafter = make_drafter(drafter.config.target_layer_ids, eos_token_id=None)
     text = plain(target, prompt, max_new_tokens=40)
     for num_right in (0, 1, 3, 5):
-        PerfectDrafter.patch(monkeypatch, text, num_right)
+        drafter = PerfectDrafter(text, num_right, layers)
         result = ours(target, prompt, drafter, max_new_tokens=21, return_dict_in_generate=True)
         assert {count for row in result.speculation.num_accepted[:-1] for count in row} == {num_right}
         with torch.no_grad():
@@ -375,18 +381,15 @@ class BanAfterRepeat(LogitsProcessor):
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_processors_see_the_true_prefix(
-    monkeypatch: pytest.MonkeyPatch, drafter: SpecDiffDrafter, prompt: torch.Tensor, settings: dict
-) -> None:
+def test_processors_see_the_true_prefix(drafter: SpecDiffDrafter, prompt: torch.Tensor, settings: dict) -> None:
     """Drafts that are right up to the third or the last token, so that rows deep in the window need their own prefix."""
     for seed in range(3):
         target = make_target(seed)
         expected = plain(target, prompt, max_new_tokens=24, **settings)
         assert torch.equal(ours(target, prompt, drafter, max_new_tokens=24, **settings), expected)
         for num_right in (3, 5):
-            with monkeypatch.context() as patch:
-                PerfectDrafter.patch(patch, expected, num_right)
-                assert torch.equal(ours(target, prompt, drafter, max_new_tokens=24, **settings), expected)
+            perfect = PerfectDrafter(expected, num_right)
+            assert torch.equal(ours(target, prompt, perfect, max_new_tokens=24, **settings), expected)
 
 
 @pytest.mark.parametrize(

@@ -26,18 +26,17 @@ from hf_specdiff.core import drafters
 from hf_specdiff.core import shapes
 from hf_specdiff.core.cache import Snapshot
 from hf_specdiff.core.calibration import Calibration
-from hf_specdiff.core.decoding import run
 from hf_specdiff.core.draft import Draft
+from hf_specdiff.core.draft import DraftTree
 from hf_specdiff.core.draft import Outcome
+from hf_specdiff.core.draft import SampledChildren
 from hf_specdiff.core.features import Features
 from hf_specdiff.core.rules import make_rule
 from hf_specdiff.core.sampling import Scores
 from hf_specdiff.core.sampling import draw
 from hf_specdiff.core.sampling import draw_from_scores
-from hf_specdiff.core.speculation import SpeculationConfig
-from hf_specdiff.core.stopping import StopCheck
-from hf_specdiff.core.target import Target
 from hf_specdiff.core.text import Text
+from hf_specdiff.core.tree import merge_drafts
 from tests.conftest import make_drafter
 from tests.core.tiny_models import make_model
 
@@ -450,33 +449,80 @@ def test_control_children_drawn_from_another_law_are_seen(
 
 
 class GuessingDrafter:
-    """A user's own drafter: draws two tokens from laws that depend on the text's length; knows no network."""
+    """A user's own drafter: drafts from laws that depend on the text's length; knows no network.
+
+    Args:
+        shape (`str`): "chain"; "tree", whose second child of the anchor is drawn; or "samples", two of them.
+        power (`float`): 1, or it does not tell the truth about what it drew from.
+    """
 
     target_layer_ids = None
 
-    def draft(self, text: Text, features: Features | None) -> Draft:
+    def __init__(self, shape: str, power: float = 1.0) -> None:
+        self.shape = shape
+        self.power = power
+
+    def draft(self, text: Text, features: Features | None) -> Draft | DraftTree:
         generator = torch.Generator().manual_seed(text.lengths[0])
         probs = torch.randn(1, 2, 4, generator=generator).softmax(-1)
-        return Draft(draw(probs), probs, has_prefix_law=True)
+        if self.shape == "chain":
+            return Draft(draw(probs), self._told(probs), has_prefix_law=True)
+        if self.shape == "samples":
+            tokens, parents, drafts = merge_drafts(draw(probs.expand(2, -1, -1)).tolist())
+            return DraftTree(torch.tensor([tokens]), [parents], [drafts])
+        best = int(probs[0, 0].argmax())
+        law = probs[:, 0].clone()
+        law[0, best] = 0
+        law /= law.sum()
+        drawn = int(draw(law))
+        sampled = SampledChildren(self._told(law), [{0: 0}], [{0: drawn}])
+        return DraftTree(torch.tensor([[best, drawn, 1, 2]]), [[0, 0, 1, 2]], sampled=sampled)
+
+    def _told(self, probs: torch.Tensor) -> torch.Tensor:
+        told = probs**self.power
+        return told / told.sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("rule", ["match", "ratio", "block"])
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [
+        ("chain", "match"),
+        ("chain", "ratio"),
+        ("chain", "block"),
+        ("chain", None),
+        ("tree", "match"),
+        ("tree", "ratio"),
+        ("tree", None),
+        ("samples", "match"),
+        ("samples", "self_selection"),
+    ],
+)
 def test_your_own_drafter_preserves_the_law(
-    rule: str, target: LlamaForCausalLM, plain_law: Callable[[dict], Counter], monkeypatch: pytest.MonkeyPatch
+    shape: str,
+    rule: str | None,
+    target: LlamaForCausalLM,
+    plain_law: Callable[[dict], Counter],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Put your drafter in the place of this one: it may propose past the length limit, and it may be as wrong as it likes."""
-
-    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-        state = Target(model, generation_config, model_kwargs, GuessingDrafter.target_layer_ids)
-        stop = StopCheck(stopping_criteria, 1, keep_scores=False)
-        settings = SpeculationConfig(gamma=2, acceptance=rule)
-        text = Text.of_prompt(input_ids)
-        return run(state, GuessingDrafter(), settings, stop, logits_processor, text).sequences
-
     settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 2}
-    plain = plain_law(settings)
-    ours = law_of(lambda: target.generate(PROMPT, custom_generate=loop, **settings), monkeypatch)
-    assert distance(plain, ours) < TOLERANCE
+    scheme = {"assistant_model": GuessingDrafter(shape), "acceptance": rule, **({"draft_shape": shape} if rule else {})}
+    ours = law_of(lambda: hf_specdiff.generate(target, PROMPT, **scheme, **settings), monkeypatch)
+    assert distance(plain_law(settings), ours) < TOLERANCE
+
+
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+def test_control_a_drafter_that_lies_about_its_law_is_seen(
+    shape: str, target: LlamaForCausalLM, plain_law: Callable[[dict], Counter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 2}
+    liar = GuessingDrafter(shape, power=2.0)
+    for rule, is_seen in (("match", False), ("ratio", True)):  # the match does not ask
+        ours = law_of(
+            lambda rule=rule: hf_specdiff.generate(target, PROMPT, assistant_model=liar, acceptance=rule, **settings),
+            monkeypatch,
+        )
+        assert (distance(plain_law(settings), ours) > 1e-3) == is_seen
 
 
 def test_a_rule_that_needs_a_prefix_law_refuses_drafts_without_one() -> None:
