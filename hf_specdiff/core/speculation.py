@@ -38,8 +38,8 @@ class SpeculationConfig:
     """How to draft and how to accept, every choice made and checked.
 
     Attributes:
-        gamma (`int`): tokens drafted per round, 1 to the drafter's `max_gamma`; the most of them if `is_adaptive`; 0: as many as
-            a drafter of the user's own likes.
+        gamma (`int`): tokens drafted per round, 1 to the drafter's `max_gamma`; the most of them if `is_adaptive`; 0: as
+            many as a drafter of the user's own likes.
         num_denoising_steps (`int`): drafter passes per round, 1 to gamma.
         reveal_order (`str`): `"confidence"` or `"left_to_right"`; with one denoising step both are the same.
         draft_shape (`str`): `"chain"`, `"samples"` or `"tree"`.
