@@ -8,22 +8,23 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)  ## the main job: plain generate, an AR assistant and our drafter, side by side
 	$(BIN)/hf-specdiff demo
 
-test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## all tests, two at a time
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-style: $(STAMP)  ## format and fix
+style: $(STAMP)  ## format and fix; the map of modules in docs/layout.md
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python -m benchmarks.layout
 
 quality: $(STAMP)  ## format, lint and types, nothing changed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## the figures of README.md's results table and of the model cards; goes on where it was interrupted
+bench: $(STAMP)  ## the figures of README.md, docs/ and the model cards; goes on where it was interrupted
 	$(BIN)/hf-specdiff bench --output build/bench
 	cp build/bench/results.json benchmarks/results/standard.json
-	$(BIN)/python -m benchmarks.report README.md
+	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.cards model_cards
 	rm -r build/bench
 

@@ -1,10 +1,11 @@
-"""README's tables and pictures from the result files: `python -m benchmarks.report README.md`.
+"""The documentation's tables and pictures from the result files: `python -m benchmarks.report`.
 
-Knows the files that `hf-specdiff bench` and `benchmarks.alignment` write. Measures nothing.
+Knows the files that `hf-specdiff bench` and `benchmarks.alignment` write, and the pages that show them. Measures nothing.
 """
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 from typing import Any
@@ -20,10 +21,24 @@ from hf_specdiff.benchmarks.tables import gain_cells
 from hf_specdiff.benchmarks.tables import markdown
 from hf_specdiff.benchmarks.tables import speed_table
 from hf_specdiff.benchmarks.tables import time_table
+from hf_specdiff.benchmarks.tables import times
 from hf_specdiff.benchmarks.time_budget import gains
 
 RESULTS = Path("benchmarks") / "results"
 BASELINE = "uniform CE"
+# README's rows, by task, temperature, batch size and method: others' loops first, ours, and two where drafting does not pay.
+SUMMARY = (
+    ("math", 0, 1, "transformers, AR assistant"),
+    ("math", 0, 1, "transformers' dflash loop, features"),
+    ("math", 0, 1, "features, tree of 15"),
+    ("math", 0, 1, "tokens, tree of 15"),
+    ("math", 0, 8, "features, chain"),
+    ("math", 1, 1, "features, chain by match"),
+    ("code", 0, 1, "transformers, prompt lookup"),
+    ("code", 0, 1, "features, tree of 15"),
+    ("code", 0, 1, "features, 8 samples by match"),
+    ("code", 1, 1, "features, chain by ratio"),
+)
 
 
 def standard_section(record: dict[str, Any]) -> str:
@@ -34,11 +49,11 @@ def standard_section(record: dict[str, Any]) -> str:
         f"{first['num_prompts']} held-out prompts a task, {conditions['dtype']}, transformers "
         f"{conditions['transformers']}, {conditions['machine']};",
         "all methods in one process, in turn on each prompt. Written by "
-        f"`{conditions['command']}` ([`standard.json`](benchmarks/results/standard.json)).",
+        f"`{conditions['command']}` ([`standard.json`](../benchmarks/results/standard.json)).",
         "",
         speed_table([row for row in rows if not is_of_curve(row)]),
         "",
-        "![Speed of every method](benchmarks/results/ratio.png)",
+        "![Speed of every method](../benchmarks/results/ratio.png)",
         "",
         f"Where the time goes ({first['task']}, greedy):",
         "",
@@ -46,11 +61,11 @@ def standard_section(record: dict[str, Any]) -> str:
         "",
         'How far chains are accepted; "unaligned" is the feature-conditioned drafter before alignment:',
         "",
-        "![Acceptance by position](benchmarks/results/acceptance.png)",
+        "![Acceptance by position](../benchmarks/results/acceptance.png)",
         "",
         "Self-selection, as in SpecDiff-2, beside the walk over the same joint samples:",
         "",
-        "![Self-selection and the walk](benchmarks/results/samples.png)",
+        "![Self-selection and the walk](../benchmarks/results/samples.png)",
     ]
     return "\n".join(lines)
 
@@ -72,12 +87,12 @@ def time_budget_section(record: dict[str, Any]) -> str:
     lines = [
         f"{conditions['num_problems']} held-out problems of each difficulty ({', '.join(map(str, conditions['difficulties']))} "
         f"steps), {headline:g} s for each, a budget fixed before the run; written by",
-        f"`{conditions['command']}` ([`time_budget.json`](benchmarks/results/time_budget.json)). One answer is greedy and read "
-        f"where the time is up; a vote is the majority of attempts sampled at {conditions['temperature']:g}.",
+        f"`{conditions['command']}` ([`time_budget.json`](../benchmarks/results/time_budget.json)). One answer is greedy and "
+        f"read where the time is up; a vote is the majority of attempts sampled at {conditions['temperature']:g}.",
         "",
         markdown(GAIN_TITLES, [gain_cells(gain) for gain in gains(record["rows"], headline)]),
         "",
-        "![Accuracy against the time for a problem](benchmarks/results/time_budget.png)",
+        "![Accuracy against the time for a problem](../benchmarks/results/time_budget.png)",
     ]
     return "\n".join(lines)
 
@@ -89,7 +104,7 @@ def alignment_section(record: dict[str, Any]) -> str:
     lines = [
         f"Objectives at equal compute: {rows[0]['steps']} steps of {conditions['batch_size']} sequences from nothing, "
         f"{len(seeds)} seeds, {conditions['eval_prompts']} held-out word problems, greedy chains "
-        "([`alignment.json`](benchmarks/results/alignment.json),",
+        "([`alignment.json`](../benchmarks/results/alignment.json),",
         f"`{conditions['command']}`). Runs are short: they compare objectives, not drafters.",
         "",
         "| conditioning | objective | tokens per round | to uniform CE | by seed | last 5 positions accepted | at T = 1 |",
@@ -132,27 +147,81 @@ def between_markers(text: str, name: str, body: str) -> str:
     block = f"<!-- {name} -->\n{body}\n<!-- /{name} -->"
     new, count = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _: block, text, flags=re.DOTALL)
     if count != 1:
-        raise ValueError(f"`readme` must have one pair of markers {name!r}, got {count}.")
+        raise ValueError(f"`text` must have one pair of markers {name!r}, got {count}.")
     return new
 
 
-# What stands between which markers of the README, and the file that it is made from.
-SECTIONS = {"standard": standard_section, "time_budget": time_budget_section, "alignment": alignment_section}
+def row_of(rows: list[dict[str, Any]], task: str, temperature: float, batch_size: int, method: str) -> dict[str, Any]:
+    """Return one row of the standard set.
+
+    Raises:
+        ValueError: if it was not measured.
+    """
+    wanted = {"task": task, "temperature": temperature, "batch_size": batch_size, "method": method}
+    found = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    if len(found) != 1 or "refusal" in found[0]:
+        raise ValueError(
+            f"`results` must hold one measured row of {wanted}, got {len(found)}. Run `make bench`, or change SUMMARY."
+        )
+    return found[0]
 
 
-def main(readme: Annotated[Path, typer.Argument(help="the README to bring up to date")]) -> None:
-    """Write the tables between README's result markers and draw the pictures beside the result files."""
-    folder = readme.parent / RESULTS
-    text = readme.read_text(encoding="utf-8")
-    for name, section in SECTIONS.items():
-        record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        text = between_markers(text, name, section(record))
-        if name == "standard":
-            plot_all(record, folder)
-        elif name == "time_budget":
-            save(plot_accuracy(record["rows"]), folder / "time_budget.png")
-    write_text(readme, text)
-    typer.echo(f"{len(SECTIONS)} tables written to {readme}")
+def promise_section(record: dict[str, Any]) -> str:
+    """Return the best and the worst of README's own rows in one sentence, with what they were measured on."""
+    rows = {key: row_of(record["rows"], *key) for key in SUMMARY}
+    ours = [row for row in rows.values() if row["loop"] == "hf_specdiff"]
+    best, worst = (pick(ours, key=lambda row: row["ratio_to_plain"]) for pick in (max, min))
+    conditions = record["conditions"]
+    return (
+        f"Measured with the bundled pair on {conditions['threads']} CPU threads in {conditions['dtype']}: "
+        f"**{best['ratio_to_plain']:.1f} times as fast** as `model.generate` on {_where(best)}, "
+        f"{worst['ratio_to_plain']:.1f} times on {_where(worst)}."
+    )
+
+
+def _where(row: dict[str, Any]) -> str:
+    """Return what a row was measured on, in words."""
+    task = {"math": "word problems", "code": "code"}[row["task"]]
+    how = "greedy" if row["temperature"] == 0 else f"sampled at temperature {row['temperature']:g}"
+    return f"{task}, {how}" if row["batch_size"] == 1 else f"{task}, {how}, batches of {row['batch_size']}"
+
+
+def summary_section(record: dict[str, Any]) -> str:
+    """Return README's few rows."""
+    cells = []
+    for key in SUMMARY:
+        row = row_of(record["rows"], *key)
+        same = "by law" if row["identical"] is None else f"{row['num_identical']}/{row['num_prompts']}"
+        ratio = times(row["ratio_to_plain"], row["ratio_low"], row["ratio_high"])
+        loop = row["method"] if row["loop"] == "transformers" else f"ours: {row['method']}"
+        cells.append([_where(row), loop, ratio, f"{row['tokens_per_round']:.1f}", same])
+    return markdown(["prompts", "method", "to plain `generate` (95 %)", "tokens per round", "same tokens"], cells)
+
+
+# The pages, what stands between which markers of them, and the file that it is made from.
+PAGES: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], str]]]] = {
+    "README.md": {"promise": ("standard", promise_section), "summary": ("standard", summary_section)},
+    "docs/results.md": {"standard": ("standard", standard_section), "time_budget": ("time_budget", time_budget_section)},
+    "docs/training.md": {"alignment": ("alignment", alignment_section)},
+}
+
+
+def read_record(root: Path, name: str) -> dict[str, Any]:
+    """Return one of the repository's result files."""
+    record: dict[str, Any] = json.loads((root / RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return record
+
+
+def main(root: Annotated[Path, typer.Argument(help="the repository")] = Path()) -> None:
+    """Write the tables between the pages' result markers and draw the pictures beside the result files."""
+    for page, sections in PAGES.items():
+        text = (root / page).read_text(encoding="utf-8")
+        for name, (source, section) in sections.items():
+            text = between_markers(text, name, section(read_record(root, source)))
+        write_text(root / page, text)
+    plot_all(read_record(root, "standard"), root / RESULTS)
+    save(plot_accuracy(read_record(root, "time_budget")["rows"]), root / RESULTS / "time_budget.png")
+    typer.echo(f"Tables written to {', '.join(PAGES)}.")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ def prompts(count: int, task: str = "math") -> list[str]:
 
 def test_the_command_writes_figures_table_and_pictures(tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
-    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts(2)))
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts(1)))
     output = tmp_path / "out"
     arguments = ["bench", str(PAIR / "target"), str(PAIR / "tokens"), "--output", str(output), "--prompts-file", str(file)]
-    arguments += ["--max-new-tokens", "8", "--assistant", str(PAIR / "autoregressive"), "--method", "tokens", "--seed", "3"]
+    arguments += ["--max-new-tokens", "5", "--assistant", str(PAIR / "autoregressive"), "--method", "tokens", "--seed", "3"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     record = json.loads((output / "results.json").read_text())

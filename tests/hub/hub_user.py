@@ -30,7 +30,7 @@ from transformers import AutoTokenizer  # noqa: E402
 from transformers import pipeline  # noqa: E402
 
 PROMPT = "Nora has 12 apples and buys 30 more."
-GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 40}
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def ids_of(tokenizer: object, name: str, count: int) -> list[torch.Tensor]:
 def test_greedy_outputs_equal_plain_generate(pair: tuple, name: str) -> None:
     target, drafter, tokenizer = pair
     accepted = []
-    for ids in ids_of(tokenizer, name, 4):
+    for ids in ids_of(tokenizer, name, 2):
         settings = {"do_sample": False, "max_new_tokens": 96}
         expected = target.generate(ids, **settings)
         result = hf_specdiff.generate(target, ids, assistant_model=drafter, return_dict_in_generate=True, **settings)
@@ -117,7 +117,7 @@ def test_pipelines_on_an_attached_target_take_lists_and_chats(kind: str, batch_s
         (chats, {}),
     ]
     plain = pipeline("text-generation", model=target, tokenizer=tokenizer)
-    settings = {"do_sample": False, "max_new_tokens": 40, "batch_size": batch_size}
+    settings = {"do_sample": False, "max_new_tokens": 20, "batch_size": batch_size}
     expected = [plain(inputs, **settings, **kwargs) for inputs, kwargs in cases]
     hf_specdiff.attach(target)
     fast = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=drafter)

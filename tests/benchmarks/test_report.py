@@ -1,0 +1,54 @@
+"""The documentation's tables hold the measured figures and no others."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.report import PAGES
+from benchmarks.report import RESULTS
+from benchmarks.report import SUMMARY
+from benchmarks.report import main as report
+from benchmarks.report import read_record
+from benchmarks.report import row_of
+from benchmarks.report import summary_section
+
+ROOT = Path(__file__).parents[2]
+SECTIONS = [(page, name) for page, sections in PAGES.items() for name in sections]
+
+
+@pytest.mark.parametrize(("page", "name"), SECTIONS)
+def test_tables_hold_the_measured_figures(page: str, name: str) -> None:
+    source, section = PAGES[page][name]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert f"<!-- {name} -->\n{section(read_record(ROOT, source))}\n<!-- /{name} -->" in text
+
+
+def test_the_readme_shows_where_drafting_does_not_pay() -> None:
+    rows = [row_of(read_record(ROOT, "standard")["rows"], *key) for key in SUMMARY]
+    assert len(rows) == 10
+    assert sum(row["ratio_to_plain"] < 1 for row in rows if row["loop"] == "hf_specdiff") == 2
+
+
+def test_rows_that_were_not_measured_are_asked_for() -> None:
+    record = read_record(ROOT, "standard")
+    rows = [row for row in record["rows"] if row["method"] != "features, tree of 15"]
+    with pytest.raises(ValueError, match="must hold one measured row"):
+        summary_section({**record, "rows": rows})
+
+
+def test_report_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / RESULTS, tmp_path / RESULTS)
+    (tmp_path / "docs").mkdir()
+    for page, sections in PAGES.items():
+        markers = "".join(f"<!-- {name} -->\nlast year\n<!-- /{name} -->\nafter\n" for name in sections)
+        (tmp_path / page).write_text(f"before\n{markers}", encoding="utf-8")
+    report(tmp_path)
+    for page, sections in PAGES.items():
+        text = (tmp_path / page).read_text(encoding="utf-8")
+        assert text.startswith(f"before\n<!-- {next(iter(sections))} -->\n")
+        assert text.endswith("-->\nafter\n")
+        assert "last year" not in text
+    (tmp_path / "README.md").write_text("no markers", encoding="utf-8")
+    with pytest.raises(ValueError, match="markers"):
+        report(tmp_path)
