@@ -53,6 +53,11 @@ def test_special_ids_are_a_warning_for_token_conditioned_drafters_alone() -> Non
         assert set(warnings_of(doctor.compare(target, drafter, tokenizer))) == warned
 
 
+def test_a_target_that_verifies_nothing_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "why_not_chained", lambda target, device: "it looks ahead")
+    assert warnings_of(doctor.compare(*hf_specdiff.load_demo()))["verifies"] == "it looks ahead: use plain model.generate"
+
+
 def test_a_drafter_for_a_deeper_target_is_pointed_out() -> None:
     target, drafter, tokenizer = hf_specdiff.load_demo()
     drafter.config.num_target_layers = 24
