@@ -34,9 +34,7 @@ from .draft import DraftTree
 from .masked_target import MaskedTarget
 from .shapes import DraftShaper
 from .speculation import SpeculationConfig
-from .stateful_target import StatefulTarget
-from .stateful_target import is_stateful
-from .target import Target
+from .stateful_target import chain_target_class
 from .target import fresh_kwargs
 from .text import Text
 
@@ -133,7 +131,7 @@ def measure_profile(model: Any, drafter: Any, speculation: SpeculationConfig, de
     ids = torch.arange(max(1, min(CONTEXT_LENGTH, room - sizes[-1] - 1)), device=device)[None] * 7 % config.vocab_size
     ids = torch.where(ids == drafter.config.mask_token_id, (ids + 1) % config.vocab_size, ids)
     put_around = make_drafter(drafter, model, speculation, LogitsProcessorList(), shaper=DraftShaper(speculation))
-    target_class = StatefulTarget if is_stateful(model) else Target if speculation.draft_shape == "chain" else MaskedTarget
+    target_class = chain_target_class(model) if speculation.draft_shape == "chain" else MaskedTarget
     target = target_class(model, GenerationConfig(), fresh_kwargs(model, ids), put_around.target_layer_ids)
     with torch.no_grad(), torch.random.fork_rng():
         text = Text.of_prompt(ids)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import GenerationConfig
@@ -18,21 +17,12 @@ from .draft import Draft
 from .draft import DraftTree
 from .features import Features
 from .target import Target
-from .target import fresh_kwargs
 from .text import Text
 
 # Committed tokens that are read once more; when there are more of them, a short pass of their own moves the state up. A pass
 # over 40 tokens costs little more than one over 8, and a pass of its own as much as a round: with this many it is one in ten.
 MOST_REPLAYED = 32
-# Tokens that a model is tried with: before the first draft, and in all.
-NUM_CONTEXT, NUM_TRIED = 12, 24
-# How far passes may be off stepping, in units of what the host's own two ways of reading a text differ by; that is at least
-# the first and at most the second of these multiples of the rounding of a logit.
-NOISE_MARGIN = 8.0
-LEAST_NOISE, MOST_NOISE = 4, 256
 NO_LIMIT = (0.0, math.inf)
-# For each model that was asked: the state it was in, and why it cannot go on from a state (None: it can).
-_ANSWERS: WeakKeyDictionary[Any, tuple[Any, str | None]] = WeakKeyDictionary()
 
 
 class StatefulTarget(Target):
@@ -43,7 +33,7 @@ class StatefulTarget(Target):
     the snapshot is put back, and what was accepted is read again by the next pass.
 
     Args:
-        model (`transformers.PreTrainedModel`): a target for which `why_not_stateful` returns `None`.
+        model (`transformers.PreTrainedModel`): a target for which `why_not_chained` returns `None`.
         generation_config (`GenerationConfig`): the call's.
         model_kwargs (`dict[str, Any]`): what `generate` prepared: cache, mask, positions.
         layer_ids (`list[int]`, *optional*): layers whose outputs the drafter reads.
@@ -154,62 +144,6 @@ def is_stateful(model: Any) -> bool:
     return bool(getattr(model, "_is_stateful", False))
 
 
-def why_not_stateful(model: Any, device: torch.device) -> str | None:
-    """Return why a model with a running state cannot verify drafts, or `None` if it can; found by trying, once for each model.
-
-    A chain of which part is rejected, and the one after it, must give the logits that stepping gives, as closely as the host's
-    own two ways of reading a text agree.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the target.
-        device (`torch.device`): of the call's inputs.
-
-    Returns:
-        `str`, *optional*: the reason.
-    """
-    state = (model.dtype, model.training, device)
-    asked_in, answer = _ANSWERS.get(model, (None, None))
-    if asked_in != state:
-        answer = _why_not_by_trying(model, device)
-        _ANSWERS[model] = (state, answer)
-    return answer
-
-
-@torch.no_grad()
-def _why_not_by_trying(model: Any, device: torch.device) -> str | None:
-    name, vocab_size = type(model).__name__, model.config.get_text_config().vocab_size
-    ids = ((torch.arange(NUM_TRIED, device=device) * 7 + 3) % vocab_size)[None]
-    try:
-        whole = model(ids, use_cache=False).logits[0, NUM_CONTEXT:]
-        steps = _read(model, ids, [1] * (NUM_TRIED - NUM_CONTEXT))
-        drafts = _read(model, ids, [3, NUM_TRIED - NUM_CONTEXT - 3])
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-        return f"{name} does not go on from its state ({type(error).__name__}: {str(error)[:80]})"
-    rounding = torch.finfo(steps.dtype).eps * float(steps.abs().max())
-    noise = min(max(float((whole - steps).abs().max()), LEAST_NOISE * rounding), MOST_NOISE * rounding)
-    if not float((drafts - steps).abs().max()) <= NOISE_MARGIN * noise:
-        return f"a pass of {name} over several tokens does not go on from the state before it"
-    return None
-
-
-def _read(model: Any, ids: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Return logits behind the tokens after the context, `(tokens, V)`, read in rounds that add `counts` of them.
-
-    Each round of more than one token but the last drafts two tokens more, which are rejected.
-    """
-    context = ids[:, :NUM_CONTEXT]
-    target = StatefulTarget(model, GenerationConfig(), fresh_kwargs(model, context), None)
-    target.prefill(Text.of_prompt(context))
-    target.commit([[0]], 0)
-    logits, end = [], NUM_CONTEXT
-    for count in counts:
-        drafted = ids[:, end + 1 : end + count]
-        if count > 1 and end + count < ids.shape[1]:
-            drafted = torch.cat([drafted, ids[:, :2]], dim=1)
-        text = Text.of_prompt(ids[:, : end + 1])
-        logits.append(target.verify(text, Draft(drafted, None, has_prefix_law=True))[0, :count])
-        target.commit([list(range(count))], drafted.shape[1])
-        end += count
-    return torch.cat(logits)
+def chain_target_class(model: Any) -> type[Target]:
+    """Return the target that verifies one row's chains for a model."""
+    return StatefulTarget if is_stateful(model) else Target

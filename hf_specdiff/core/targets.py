@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from .cache import CACHE_NAMES
 from .cache import cache_of
 from .checks import check_window
 from .masked_target import FULL
@@ -17,7 +18,7 @@ from .masked_target import MaskedTarget
 from .masked_target import layer_kinds
 from .masked_target import unmasked_window
 from .speculation import SpeculationConfig
-from .stateful_target import StatefulTarget
+from .stateful_target import chain_target_class
 from .stateful_target import is_stateful
 from .static_target import StaticTarget
 from .static_target import widths_of
@@ -57,13 +58,12 @@ def make_target(
             widths = widths_of(speculation.max_nodes, is_adaptive=speculation.is_adaptive)
             return StaticTarget(model, generation_config, model_kwargs, layer_ids, widths, num_rows)
         logger.warning_once(f"A dynamic cache takes the place of the static one that was asked for: {obstacle}.")
-        model_kwargs["past_key_values"] = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if is_stateful(model):
-        return StatefulTarget(model, generation_config, model_kwargs, layer_ids)
+        name = next(name for name in CACHE_NAMES if model_kwargs.get(name) is not None)
+        model_kwargs[name] = DynamicCache(config=model.config.get_text_config(decoder=True))
     needs_masks = num_rows > 1 or speculation.draft_shape != "chain"
-    if not needs_masks:
+    if not needs_masks and not is_stateful(model):
         needs_masks = _needs_masks_for_window(model, cache_of(model_kwargs), why_no_masks, generation_config.max_length)
-    target_class = MaskedTarget if needs_masks else Target
+    target_class = MaskedTarget if needs_masks else chain_target_class(model)
     return target_class(model, generation_config, model_kwargs, layer_ids)
 
 

@@ -20,8 +20,8 @@ from .masked_target import FULL
 from .masked_target import SLIDING
 from .masked_target import MaskedTarget
 from .masked_target import layer_kinds
+from .stateful_target import chain_target_class
 from .stateful_target import is_stateful
-from .stateful_target import why_not_stateful
 from .target import Target
 from .text import Text
 
@@ -55,8 +55,6 @@ def why_not_chained(model: Any, device: torch.device) -> str | None:
     of tensors: Doge's kept keys, and DeepSeek v3.2's and AXK2's with few indexer heads, tie exactly where tokens repeat, and
     plain decoding itself then writes one text alone and another in a batch.
 
-    A model with a running state is tried by `why_not_stateful`.
-
     Args:
         model (`transformers.PreTrainedModel`): the target.
         device (`torch.device`): of the call's inputs.
@@ -64,8 +62,6 @@ def why_not_chained(model: Any, device: torch.device) -> str | None:
     Returns:
         `str`, *optional*: the reason.
     """
-    if is_stateful(model):
-        return why_not_stateful(model, device)
     answer = _noise_of_chain(model, device)
     return answer if isinstance(answer, str) else None
 
@@ -123,7 +119,8 @@ def _try_chain(model: Any, device: torch.device) -> float | str:
     prompt, tokens = _trial_text(model, device, num_rows=1)
     try:
         plain = _decode_plainly(model, prompt, None, tokens)
-        chained = _decode_by_chains(Target(model, *_prepared(model, prompt, None), None), prompt, tokens)
+        target = chain_target_class(model)(model, *_prepared(model, prompt, None), None)
+        chained = _decode_by_chains(target, prompt, tokens)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model's own code raises

@@ -1,12 +1,15 @@
 """Every causal language model type that transformers registers, as a target: what is written, or why it is refused.
 
-`pytest -m "slow or not slow" tests/core/test_matrix.py` tries all and writes docs/models.md; the default run tries a few.
+`pytest -m "slow or not slow" tests/core/test_matrix.py` tries all and writes docs/models.md (`-n` too); the default run tries few.
 Texts are longer than all windows; drafts are right three times out of four; refusals must be ours.
 """
 
+import json
+import os
 import traceback
 from collections.abc import Callable
 from collections.abc import Iterator
+from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
@@ -184,13 +187,16 @@ def tried(model_type: str) -> Row:
 
 
 @pytest.fixture(scope="module")
-def rows() -> Iterator[dict[str, Row]]:
-    """All rows of this run; the page is written if no type is missing."""
-    found: dict[str, Row] = {}
-    yield found
-    if found.keys() >= set(CAUSAL_TYPES):
-        beside = PAGE.with_suffix(".partial")
-        beside.write_text(page([found[model_type] for model_type in sorted(CAUSAL_TYPES)]), encoding="utf-8")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of this run's rows, for all workers; whoever ends when no type is missing writes the page."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "matrix"
+    folder.mkdir(exist_ok=True)
+    yield folder
+    if {path.stem for path in folder.glob("*.json")} >= set(CAUSAL_TYPES):
+        rows = [Row(**json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))) for kind in sorted(CAUSAL_TYPES)]
+        beside = PAGE.with_suffix(f".{os.getpid()}.partial")
+        beside.write_text(page(rows), encoding="utf-8")
         beside.replace(PAGE)
 
 
@@ -199,11 +205,11 @@ def rows() -> Iterator[dict[str, Row]]:
     "model_type",
     [kind if kind in SHORT_LIST else pytest.param(kind, marks=pytest.mark.slow) for kind in sorted(CAUSAL_TYPES)],
 )
-def test_every_type_is_identical_or_refused(model_type: str, rows: dict[str, Row]) -> None:
-    rows[model_type] = tried(model_type)
-    assert WRONG not in rows[model_type].outcomes.values(), rows[model_type].reasons
-    if model_type in SHORT_LIST:
-        assert rows[model_type].outcomes
+def test_every_type_is_identical_or_refused(model_type: str, found: Path) -> None:
+    row = tried(model_type)
+    (found / f"{model_type}.json").write_text(json.dumps(asdict(row)), encoding="utf-8")
+    assert WRONG not in row.outcomes.values(), row.reasons
+    assert row.outcomes or model_type not in SHORT_LIST
 
 
 def page(found: list[Row]) -> str:
