@@ -1,6 +1,6 @@
 """Every causal language model type that transformers registers, as a target: what is written, or why it is refused.
 
-`pytest -m "slow or not slow" tests/core/test_matrix.py` tries all and writes docs/models.md (`-n` too); the default run tries few.
+`pytest -m "slow or not slow" tests/core/test_matrix.py` tries all and writes docs/models.md; the default run tries a few.
 Texts are longer than all windows; drafts are right three times out of four; refusals must be ours.
 """
 
