@@ -42,7 +42,7 @@ def check_pair(model: Any, drafter: Any) -> None:
 
     Raises:
         TypeError: if `drafter` is none.
-        ValueError: if the two do not fit, or the target cannot take tokens back.
+        ValueError: if the two do not fit.
     """
     config: Any = getattr(drafter, "config", None)
     if getattr(config, "model_type", None) != "specdiff":

@@ -60,7 +60,7 @@ def generate(
     """Generate what `model.generate` would, several times faster.
 
     Args:
-        model (`transformers.PreTrainedModel`): the target, a decoder-only language model that can take tokens back.
+        model (`transformers.PreTrainedModel`): the target, a decoder-only language model.
         inputs (`torch.Tensor` of shape `(B, L)`, int64, *optional*): the prompts, padded on the left; or `input_ids`, as for
             `model.generate`.
         assistant_model (`SpecDiffDrafter` or `Drafter`): the drafter, made for this target; or any object with `draft` and
@@ -88,7 +88,8 @@ def generate(
     Raises:
         TypeError: if `assistant_model` is no drafter.
         ValueError: if target and drafter do not fit, or an argument is out of range or would not be lossless; for beams, for
-            models whose state cannot be rolled back, and for batches of models that take no mask of ours.
+            models that read drafted tokens otherwise than one by one, and for batches of models that take no mask of ours or
+            keep a running state.
 
     Lossless when: always; what is known not to be is refused, and whether a model reads masks of ours is tried. Greedy tokens
     equal `model.generate`'s in float32; in lower precision near-ties can flip, as they do between any two batch shapes.

@@ -305,3 +305,20 @@ def test_step_sizes_are_bounded_again_after_a_pass() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stateful_target, "unlimited_steps", lambda modules: nullcontext())
         assert "other logits" in str(why_not_chained(model, CPU))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "mamba2"])
+def test_a_draft_longer_than_the_chunks_of_a_kernel_is_read_as_steps_read_it(model_type: str) -> None:
+    """Chunks are of 64 and of 8 tokens; of the first draft only its anchor stands, and the next pass crosses chunks too."""
+    model = model_of(model_type)
+    text = torch.randint(3, 99, (1, 110), generator=torch.Generator().manual_seed(1))
+    target = StatefulTarget(model, model.generation_config, fresh_kwargs(model, text[:, :4]), None)
+    with torch.no_grad():
+        want = model(text, use_cache=False).logits[:, 4:]
+        target.prefill(Text.of_prompt(text[:, :4]))
+        target.commit([[0]], 0)
+        first = target.verify(Text.of_prompt(text[:, :5]), Draft(text[:, 5:85], None, has_prefix_law=True))
+        target.commit([[0]], 80)
+        second = target.verify(Text.of_prompt(text[:, :6]), Draft(text[:, 6:], None, has_prefix_law=True))
+    assert torch.allclose(first, want[:, :81], atol=5e-3)
+    assert torch.allclose(second, want[:, 1:], atol=5e-3)
