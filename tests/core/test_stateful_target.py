@@ -322,3 +322,10 @@ def test_a_draft_longer_than_the_chunks_of_a_kernel_is_read_as_steps_read_it(mod
         second = target.verify(Text.of_prompt(text[:, :6]), Draft(text[:, 6:], None, has_prefix_law=True))
     assert torch.allclose(first, want[:, :81], atol=5e-3)
     assert torch.allclose(second, want[:, 1:], atol=5e-3)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "mamba2"])
+def test_a_dynamic_cache_takes_the_place_of_a_static_one(model_type: str) -> None:
+    model = model_of(model_type)
+    plain = model.generate(PROMPT, **{**GREEDY, "max_new_tokens": 6})
+    assert ours(model, max_new_tokens=6, cache_implementation="static").sequences.tolist() == plain.tolist()
