@@ -401,7 +401,13 @@ def check_rotary(config: Any, prompt_length: int, max_length: int | None) -> Non
 
 
 def check_batch(
-    text: Text, obstacle: str | None, processors: LogitsProcessorList, config: GenerationConfig, *, rows_end_apart: bool
+    text: Text,
+    obstacle: str | None,
+    processors: LogitsProcessorList,
+    config: GenerationConfig,
+    *,
+    rows_end_apart: bool,
+    pads: bool,
 ) -> None:
     """Refuse batches whose rows could not be decoded as if they were alone.
 
@@ -411,6 +417,7 @@ def check_batch(
         processors (`LogitsProcessorList`): what `generate` built.
         config (`GenerationConfig`): the call's, merged.
         rows_end_apart (`bool`): whether a criterion of the caller's may end one row before another.
+        pads (`bool`): whether the host writes padding in rows that have ended: not without an end token.
 
     Raises:
         ValueError: if so; also for a single prompt that is padded on the right.
@@ -433,6 +440,11 @@ def check_batch(
                 f"`logits_processor` must read one row at a time, got {type(processor).__name__}, which knows its rows by "
                 "their place in the batch. Call generate once for each prompt."
             )
+    if rows_end_apart and not pads:
+        raise ValueError(
+            "`eos_token_id` must be given when a criterion can end rows at different tokens, got None: plain model.generate "
+            "would write on in rows that have ended. Pass eos_token_id=tokenizer.eos_token_id, or -1 for one that never comes."
+        )
     if rows_end_apart and config.pad_token_id is None:
         raise ValueError(
             "`pad_token_id` must be given when rows can end at different tokens, got None. Pass "

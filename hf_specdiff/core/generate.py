@@ -145,7 +145,9 @@ def generate(
         check_profile(profile, is_adaptive=speculation.is_adaptive)
         stop = StopCheck(stopping_criteria, text.num_rows, keep_scores=_wants(generation_config, "output_scores"))
         obstacle = why_no_masks() if text.num_rows > 1 else None
-        check_batch(text, obstacle, logits_processor, generation_config, rows_end_apart=bool(stop.others))
+        check_batch(
+            text, obstacle, logits_processor, generation_config, rows_end_apart=bool(stop.others), pads=stop.has_end_tokens
+        )
         check_chains(why_not_chained(model, input_ids.device))
         # A greedy target meets every draft by match, so there is nothing to draw for another rule.
         drafting = speculation if generation_config.do_sample else replace(speculation, acceptance="match")

@@ -31,6 +31,8 @@ class StopCheck:
         self.max_length = min(lengths) if lengths else None
         ends = [criterion.eos_token_id.flatten().tolist() for criterion in criteria if type(criterion) is EosTokenCriteria]
         self.eos_token_ids = {token for ids in ends for token in ids}
+        # Without such a criterion the host does not pad: rows that have ended write on until the last one ends.
+        self.has_end_tokens = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.others = [criterion for criterion in criteria if type(criterion) not in (MaxLengthCriteria, EosTokenCriteria)]
 
     def cut(self, text: Text, tokens: list[list[int]], nodes: list[list[int]], scores: Scores) -> tuple[list[int], list[bool]]:
