@@ -16,11 +16,9 @@ from hf_specdiff.core.repository import entry_files
 from .hub_server import Hub
 
 # The Hub's client and its HTTP library disagree about an argument.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
+# One worker for all of them: what is published once serves every user.
+pytestmark = [pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"), pytest.mark.xdist_group("users")]
 PACKAGE = Path(hf_specdiff.__file__).parent
-
-
 USER = Path(__file__).with_name("hub_user.py")
 
 
