@@ -8,10 +8,10 @@ from typing import Any
 
 import typer
 
-from hf_specdiff.core.model_card import drafter_card
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
-from hf_specdiff.core.repository import own_defaults
 from hf_specdiff.demo.bundle import PAIR
+from hf_specdiff.hub.card import drafter_card
+from hf_specdiff.hub.repository import own_defaults
 
 RESULTS = Path("benchmarks") / "results" / "standard.json"
 KINDS = ("features", "tokens")

@@ -26,6 +26,7 @@ from hf_specdiff.demo.bundle import load_demo
 from hf_specdiff.demo.bundle import load_prompts
 from hf_specdiff.formats.exporting import export_drafter
 from hf_specdiff.formats.loading import load_drafter
+from hf_specdiff.hub import repository
 
 __version__ = "0.1.0"
 __all__ = [
@@ -56,3 +57,5 @@ AutoModelForCausalLM.register(SpecDiffConfig, SpecDiffDrafter)
 # Saved drafters carry their code, for users who have only transformers.
 SpecDiffConfig.register_for_auto_class()
 SpecDiffDrafter.register_for_auto_class("AutoModelForCausalLM")
+# With the package, a saved drafter gets a card that follows it, and uploads leave others' files alone.
+SpecDiffDrafter.hub = repository

@@ -32,9 +32,11 @@ from hf_specdiff.commands.loading import load_drafter
 from hf_specdiff.commands.loading import load_model
 from hf_specdiff.commands.loading import load_tokenizer
 from hf_specdiff.core.generate import generate
-from hf_specdiff.core.repository import full_name
 from hf_specdiff.core.stats import SpeculationStats
+from hf_specdiff.demo.bundle import BUNDLED_TARGET
+from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.hub import publish as hub
+from hf_specdiff.hub.repository import full_name
 from hf_specdiff.training.disk import is_full
 from hf_specdiff.training.prompts import Prompt
 from hf_specdiff.training.prompts import encode
@@ -204,7 +206,7 @@ def publish_command(
         repo = full_name(repo, token)
     settings: dict[str, Any] = {"target": target, "results": results, "license_name": license_name, "prompt": prompt}
     console = Console()
-    with hub.staged(path, repo, **settings) as repository:
+    with hub.staged(path, repo, **settings, bundled={BUNDLED_TARGET: PAIR / "target"}) as repository:
         sizes = [[name, f"{size:,}"] for name, size in repository.files]
         total = sum(size for _, size in repository.files)
         console.print(

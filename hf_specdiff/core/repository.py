@@ -1,89 +1,30 @@
-"""The files of a drafter's Hub repository beside its weights: the code of both roles, and the card.
+"""Saving a drafter as a whole Hub repository: the code of both roles is copied byte for byte beside the weights.
 
-Knows which files those are, where they lie, and how they reach the Hub in one commit. The code is copied byte for byte, as the
-host's own loader would find it: the modelling files into the repository's root (the host does that), the entry and what it
-imports into `custom_generate/`. This file and all it copies are in the repository too, so a drafter that was loaded from the
-Hub, without the package, saves a whole repository again.
+The host copies the modelling files into the repository's root; the entry and what it imports go into `custom_generate/`. An
+installed package has them beside this file; a drafter that was loaded without it takes them, and its card, from where it came
+from. Knows no network and no loop.
 """
 
-import inspect
-import json
 import os
-import tempfile
+import re
 from pathlib import Path
 from typing import Any
+from typing import ClassVar
 
-from huggingface_hub import CommitInfo
-from huggingface_hub import HfApi
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.errors import HTTPError
-from huggingface_hub.errors import LocalTokenNotFoundError
-from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
-
-from .generate import generate
-from .model_card import MARK
-from .model_card import drafter_card
-from .model_card import is_repository
-from .speculation import SPECULATION_ARGUMENTS
+from transformers.dynamic_module_utils import get_relative_imports
+from transformers.utils import cached_file
 
 # The versions that the code runs with; the host checks them, a bound a line, before it runs any of it.
 REQUIREMENTS = "torch>=2.6\ntransformers>=5.17\ntransformers<6\n"
 CARD = "README.md"
+PLACE = "custom_generate"
 
 
-def entry_files() -> list[Path]:
-    """Return the files of `custom_generate/`: `generate.py` first, then all it reaches, by the host's own search.
-
-    Returns:
-        `list[pathlib.Path]`: where they lie now.
-    """
-    entry = Path(inspect.getfile(generate))
-    return [entry, *sorted(Path(path) for path in get_relative_import_files(str(entry)))]
-
-
-def write_custom_generate(folder: Path) -> None:
-    """Write the decoding strategy into a repository; other files of its `custom_generate` stay.
-
-    Args:
-        folder (`pathlib.Path`): the repository.
-    """
-    place = folder / "custom_generate"
-    place.mkdir(parents=True, exist_ok=True)
-    contents = {path.name: path.read_bytes() for path in entry_files()} | {"requirements.txt": REQUIREMENTS.encode()}
-    for name, content in contents.items():
-        beside = place / f"{name}.partial"
-        beside.write_bytes(content)
-        os.replace(beside, place / name)
-
-
-def is_own_card(text: str) -> bool:
-    """Return whether a card was written by us and not taken over by its owner, who would have removed the mark."""
-    return MARK in text
-
-
-def write_card(folder: Path, drafter: Any, **card_arguments: Any) -> None:
-    """Write a drafter's card into a repository, unless its owner's own words are there.
-
-    Args:
-        folder (`pathlib.Path`): the repository.
-        drafter (`SpecDiffDrafter`): the drafter.
-        **card_arguments: of `drafter_card`.
-    """
-    place = folder / CARD
-    if place.is_file() and not is_own_card(place.read_text(encoding="utf-8")):
-        return
-    card = drafter_card(drafter.config, drafter.num_parameters(), defaults=own_defaults(drafter), **card_arguments)
-    beside = folder / f"{CARD}.partial"
-    beside.write_text(str(card), encoding="utf-8")
-    os.replace(beside, place)
-
-
-def own_defaults(drafter: Any) -> dict[str, Any]:
-    """Return the arguments of speculation that a drafter's own `generation_config` sets."""
-    values = {name: getattr(drafter.generation_config, name, None) for name in SPECULATION_ARGUMENTS}
-    return {name: value for name, value in values.items() if value is not None}
+def is_repository(name: str | None) -> bool:
+    """Return whether a model's name is a repository on the Hub (`org/name`) and no path."""
+    return name is not None and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
 
 
 def is_on_hub(name: str | None) -> bool:
@@ -106,160 +47,74 @@ def cached_revision(name: str | None) -> str | None:
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def full_name(repo_id: str, token: str | bool | None = None) -> str:
-    """Return a repository's name with its namespace: by default the user's own.
-
-    Args:
-        repo_id (`str`): `name` or `org/name`.
-        token (`str` or `bool`, *optional*): as for `huggingface_hub`.
+def entry_files() -> list[Path]:
+    """Return the files of `custom_generate/` that lie beside this one: `generate.py` first, then all it reaches.
 
     Returns:
-        `str`: `org/name`.
-
-    Raises:
-        ValueError: if it can be no name on the Hub, or there is no token to ask whose it is.
-        ConnectionError: if the Hub cannot be asked.
+        `list[pathlib.Path]`: found by the host's own search; empty where the package is not installed.
     """
-    validate_repo_id(repo_id)
-    if "/" in repo_id:
-        return repo_id
-    try:
-        return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
-    except LocalTokenNotFoundError as error:
-        raise ValueError(
-            f"`repo_id` must be org/name where nobody is logged in, got {repo_id!r}. Run `hf auth login`, or pass token=..."
-        ) from error
-    except HTTPError as error:
-        raise explain_hub_error(error, repo_id) from error
+    entry = Path(__file__).with_name("generate.py")
+    return [entry, *sorted({Path(path) for path in get_relative_import_files(str(entry))})] if entry.is_file() else []
 
 
-def upload_repository(
-    folder: Path,
-    repo_id: str,
-    *,
-    message: str,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    description: str | None = None,
-) -> CommitInfo:
-    """Make a repository on the Hub what a folder is, in one commit or none; what is there already is not sent again.
-
-    A card with its owner's own words stays, and so does every file that is neither weights nor code of ours.
+def write_custom_generate(folder: Path, config: Any) -> None:
+    """Write the decoding strategy into a repository; other files of its `custom_generate` stay.
 
     Args:
-        folder (`pathlib.Path`): all files of the repository.
-        repo_id (`str`): `org/name`; created if it is not there.
-        message (`str`): of the commit.
-        private (`bool`, *optional*): whether the repository is private.
-        token (`str` or `bool`, *optional*): as for `huggingface_hub`; by default the stored one.
-        revision (`str`, *optional*): the branch; created if it is not there.
-        create_pr (`bool`): whether to open a pull request instead.
-        description (`str`, *optional*): of the commit.
-
-    Returns:
-        `huggingface_hub.CommitInfo`: the commit; the newest one if nothing has changed.
-
-    Raises:
-        ValueError: if there is no token, it may not write there, the name is taken by something else, or the repository is
-            public and shall be private.
-        ConnectionError: if the Hub cannot be reached or the connection breaks; the next call goes on where this one stopped.
+        folder (`pathlib.Path`): the repository.
+        config (`SpecDiffConfig`): tells where the drafter came from.
     """
-    api = HfApi(token=token)
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.repo_info(repo_id).private:
-            raise ValueError(
-                f"`private` must be False for {repo_id!r}, which is there already and public, got True. Make it private in "
-                "its settings, or choose another name."
-            )
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        files = api.list_repo_files(repo_id, revision=revision)
-        check_is_drafters(api, repo_id, files, revision)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=message,
-            commit_description=description,
-            revision=revision,
-            create_pr=create_pr,
-            ignore_patterns=[CARD] if CARD in files and not is_own_card(_read(api, repo_id, CARD, revision)) else None,
-            delete_patterns=["custom_generate/*.py", "model.safetensors*", "model-*.safetensors"],
-        )
-    except HTTPError as error:
-        raise explain_hub_error(error, repo_id) from error
-    except RuntimeError as error:  # so the client wraps what happens while it sends a large file
-        if not isinstance(error.__cause__, HTTPError):
-            raise
-        raise explain_hub_error(error.__cause__, repo_id) from error
-
-
-def check_is_drafters(api: HfApi, repo_id: str, files: list[str], revision: str | None = None) -> None:
-    """Refuse to write over a repository that holds another model.
-
-    Args:
-        api (`huggingface_hub.HfApi`): the client.
-        repo_id (`str`): an existing repository.
-        files (`list[str]`): what is in it.
-        revision (`str`, *optional*): of them.
-
-    Raises:
-        ValueError: if it has weights or a configuration that are no drafter's.
-    """
-    is_model = "config.json" in files or any(name.endswith((".safetensors", ".bin", ".gguf")) for name in files)
-    if not is_model:
+    contents = {path.name: path.read_bytes() for path in entry_files() or _files_of_origin(config)}
+    if not contents:
         return
-    try:
-        config = json.loads(_read(api, repo_id, "config.json", revision)) if "config.json" in files else {}
-    except json.JSONDecodeError:
-        config = {}
-    if not isinstance(config, dict) or config.get("model_type") != "specdiff":
-        raise ValueError(
-            f"`repo_id` must be a new name or a drafter's repository, got {repo_id!r}, which holds something else "
-            f"({', '.join(files[:3])}, ...). Choose another name."
-        )
+    (folder / PLACE).mkdir(parents=True, exist_ok=True)
+    for name, content in (contents | {"requirements.txt": REQUIREMENTS.encode()}).items():
+        _write_whole(folder / PLACE / name, content)
 
 
-def _read(api: HfApi, repo_id: str, path: str, revision: str | None) -> str:
-    return Path(api.hf_hub_download(repo_id, path, revision=revision)).read_text(encoding="utf-8")
+def _files_of_origin(config: Any) -> list[Path]:
+    """Return the strategy's files in the repository or folder that a drafter was loaded from."""
+    found: dict[str, Path] = {}
+    queue = ["generate"]
+    while queue:
+        name = queue.pop()
+        if name in found:
+            continue
+        path = _origin(config, f"{PLACE}/{name}.py")
+        if path is None:
+            return []
+        found[name] = path
+        queue += get_relative_imports(str(path))
+    return list(found.values())
 
 
-def explain_hub_error(error: Exception, repo_id: str) -> ValueError | ConnectionError:
-    """Return what the user can do about an error of the Hub's client.
+def _origin(config: Any, name: str) -> Path | None:
+    """Return a file of the repository or folder that a drafter was loaded from, if it has one of that name."""
+    source = getattr(config, "_name_or_path", "")
+    if not source:
+        return None
+    revision = getattr(config, "_commit_hash", None)
+    options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(source, name, revision=revision, _raise_exceptions_for_gated_repo=False, **options)
+    return None if path is None else Path(path)
 
-    Args:
-        error (`Exception`): of `huggingface_hub`.
-        repo_id (`str`): the repository that was asked for.
 
-    Returns:
-        `ValueError` where the call has to change, `ConnectionError` where trying again may help.
-    """
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    said = " ".join(str(error).split())[:200]
-    if status == 401:
-        return ValueError(
-            f"`token` must be one that the Hub knows, got none or another for {repo_id!r}. Run `hf auth login`, or pass "
-            f"token=... with write access. The Hub said: {said}"
-        )
-    if status in (403, 404):
-        return ValueError(
-            f"`repo_id` must be a repository that the token may write to, got {repo_id!r}. Is the name taken, or the token "
-            f"read-only? The Hub said: {said}"
-        )
-    if status is not None and status < 500 and status != 429:
-        return ValueError(f"`repo_id` must be one that the Hub takes, got {repo_id!r}. The Hub said: {said}")
-    return ConnectionError(
-        f"the connection to the Hub broke off while {repo_id!r} was being written: {said}. No commit was made unless "
-        "the Hub had all of it; the same call goes on where this one stopped."
-    )
+def _write_whole(path: Path, content: bytes) -> None:
+    beside = path.with_name(f"{path.name}.partial")
+    beside.write_bytes(content)
+    os.replace(beside, path)
 
 
 class RepositoryMixin:
-    """Saving and uploading a drafter as a whole repository: in front of `transformers.PreTrainedModel` among its bases."""
+    """Saving and uploading a drafter as a whole repository: in front of `transformers.PreTrainedModel` among its bases.
+
+    Attributes:
+        hub (module, *optional*): how the installed package writes cards and uploads (`write_card`, `push`); its front puts it
+            here. `None`: the card is the one that the drafter came with, and the host uploads.
+    """
 
     config: Any
+    hub: ClassVar[Any] = None
 
     def save_pretrained(
         self,
@@ -290,38 +145,24 @@ class RepositoryMixin:
         if not is_main_process:
             return
         folder = Path(save_directory)
-        write_custom_generate(folder)
-        write_card(folder, self, repo_id=hub_arguments.get("repo_id"))
+        write_custom_generate(folder, self.config)
+        if self.hub is not None:
+            self.hub.write_card(folder, self, repo_id=hub_arguments.get("repo_id"))
+        elif not (folder / CARD).exists() and (card := _origin(self.config, CARD)) is not None:
+            _write_whole(folder / CARD, card.read_bytes())
         if push_to_hub:
             self.push_to_hub(**{"repo_id": folder.name, "token": kwargs.get("token"), **hub_arguments})
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
-        tags: list[str] | None = None,
-    ) -> CommitInfo:
+    def push_to_hub(self, repo_id: str, **settings: Any) -> Any:
         """Upload the whole repository in one commit; a card with its owner's own words stays as it is.
 
         `hf-specdiff publish` does the same with a tokenizer, measured figures and a self-check first.
 
         Args:
             repo_id (`str`): `name` or `org/name`.
-            commit_message (`str`, *optional*): of the commit.
-            commit_description (`str`, *optional*): of the commit.
-            private (`bool`, *optional*): whether the repository is private; refused for one that is public already.
-            token (`str` or `bool`, *optional*): as for `huggingface_hub`.
-            revision (`str`, *optional*): the branch.
-            create_pr (`bool`): whether to open a pull request instead.
-            max_shard_size (`int` or `str`): of one weights file.
-            tags (`list[str]`, *optional*): more tags for the card.
+            **settings: `commit_message`, `commit_description`, `private` (refused for a repository that is public already),
+                `token`, `revision` (the branch), `create_pr`, `max_shard_size` and `tags` (more of them for the card), as for
+                `transformers.PreTrainedModel.push_to_hub`.
 
         Returns:
             `huggingface_hub.CommitInfo`: the commit.
@@ -330,22 +171,6 @@ class RepositoryMixin:
             ValueError: if the Hub refuses.
             ConnectionError: if the connection breaks; the same call goes on.
         """
-        repo_id = full_name(repo_id, token)
-        with tempfile.TemporaryDirectory() as name:
-            folder, target = Path(name), self.config.target_model
-            self.config.target_model = target if is_on_hub(target) else None
-            try:
-                self.save_pretrained(folder, max_shard_size=max_shard_size)
-                write_card(folder, self, repo_id=repo_id, tags=tags)
-            finally:
-                self.config.target_model = target
-            return upload_repository(
-                folder,
-                repo_id,
-                message=commit_message or "Upload drafter",
-                description=commit_description,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-            )
+        if self.hub is None:
+            return super().push_to_hub(repo_id, **settings)  # type: ignore[misc]
+        return self.hub.push(self, repo_id, **settings)

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,18 +28,16 @@ from transformers import AutoTokenizer
 from transformers import GenerationConfig
 
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
-from hf_specdiff.core.model_card import check_results
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.core.repository import CARD
 from hf_specdiff.core.repository import cached_revision
-from hf_specdiff.core.repository import explain_hub_error
 from hf_specdiff.core.repository import is_on_hub
-from hf_specdiff.core.repository import own_defaults
-from hf_specdiff.core.repository import upload_repository
-from hf_specdiff.core.repository import write_card
 from hf_specdiff.core.speculation import SPECULATION_ARGUMENTS
-from hf_specdiff.demo.bundle import BUNDLED_TARGET
-from hf_specdiff.demo.bundle import PAIR
+from hf_specdiff.hub.card import check_results
+from hf_specdiff.hub.repository import explain_hub_error
+from hf_specdiff.hub.repository import own_defaults
+from hf_specdiff.hub.repository import upload_repository
+from hf_specdiff.hub.repository import write_card
 
 RESULTS = "results.json"
 # Of the record of training, what the card tells; and fields of a configuration that the host's own DFlash loop reads.
@@ -88,6 +87,7 @@ def staged(
     results: Path | None = None,
     license_name: str | None = None,
     prompt: str = "Once upon a time",
+    bundled: Mapping[str, Path] | None = None,
 ) -> Iterator[Staged]:
     """Write a drafter's whole repository into a temporary folder and check it; for `with`.
 
@@ -100,6 +100,7 @@ def staged(
             in `path`, if there is one. The fastest method measured becomes the drafter's default, unless it has its own.
         license_name (`str`, *optional*): the Hub's name of a licence.
         prompt (`str`): of the self-check.
+        bundled (`Mapping[str, pathlib.Path]`, *optional*): names of targets that come with a package, and where they lie.
 
     Yields:
         `Staged`: the folder and what is in it; gone afterwards.
@@ -118,8 +119,9 @@ def staged(
             "runs the drafter with its target: pass --target FOLDER_OR_REPOSITORY."
         )
     recorded = drafter.config.target_revision if name == drafter.config.target_model else None
-    model, tokenizer = _load_target(name, recorded)
-    _name_target(drafter.config, name, recorded or cached_revision(name))
+    bundled = bundled or {}
+    model, tokenizer = _load_target(str(bundled.get(name, name)), recorded)
+    _name_target(drafter.config, name, recorded or cached_revision(name), is_known=name in bundled)
     _set_defaults(drafter, figures)
     _keep_known_fields(drafter)
     with TemporaryDirectory() as parent:
@@ -242,9 +244,9 @@ def tuned_defaults(results: dict[str, Any]) -> dict[str, Any]:
     return arguments[max(means, key=means.__getitem__)] if means else {}
 
 
-def _name_target(config: SpecDiffConfig, name: str, revision: str | None) -> None:
+def _name_target(config: SpecDiffConfig, name: str, revision: str | None, *, is_known: bool) -> None:
     """Write into a configuration whom the drafter is for, and take a path of this machine out of it."""
-    if name == BUNDLED_TARGET or is_on_hub(name):
+    if is_known or is_on_hub(name):
         config.target_model, config.target_revision = name, revision
     elif not is_on_hub(config.target_model):
         config.target_model = config.target_revision = None
@@ -301,7 +303,6 @@ def _load_drafter(path: Path) -> SpecDiffDrafter:
 def _load_target(name: str, revision: str | None) -> tuple[Any, Any]:
     """Return the model, in float32, and its tokenizer; at the commit that the drafter was made for, where it is known."""
     version = {} if revision is None else {"revision": revision}
-    name = str(PAIR / "target") if name == BUNDLED_TARGET else name
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, device_map="auto", **version).eval()
         return model, AutoTokenizer.from_pretrained(name, **version)

@@ -9,8 +9,8 @@ from hf_specdiff.benchmarks.standard import prompt_sets
 from hf_specdiff.commands import doctor
 from hf_specdiff.commands import main as cli
 from hf_specdiff.core.budget import Profile
-from hf_specdiff.core.model_card import check_results
 from hf_specdiff.demo.bundle import PAIR
+from hf_specdiff.hub.card import check_results
 from hf_specdiff.training.trainer import new_drafter
 
 PROFILE = Profile([1, 64], [0.01, 0.02], 0.002)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import hf_specdiff
 from hf_specdiff import SpecDiffConfig
 from hf_specdiff import SpecDiffDrafter
-from hf_specdiff.core.model_card import drafter_card
+from hf_specdiff.hub.card import drafter_card
 from tests.conftest import make_drafter
 from tests.conftest import make_target
 

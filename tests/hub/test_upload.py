@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub import ModelCard
 
-from hf_specdiff.core.repository import explain_hub_error
+from hf_specdiff.hub.repository import explain_hub_error
 from tests.conftest import make_drafter
 
 from .hub_server import Hub

@@ -4,12 +4,13 @@ Knows the configuration's and a results file's fields. Every figure comes from s
 measured".
 """
 
-import re
 from typing import Any
 
 from huggingface_hub import EvalResult
 from huggingface_hub import ModelCard
 from huggingface_hub import ModelCardData
+
+from hf_specdiff.core.repository import is_repository
 
 NOT_STATED = "not stated"
 # In every card of ours: who wants to keep their own words takes it out.
@@ -231,11 +232,6 @@ def check_results(results: Any) -> dict[str, Any]:
         if strange:
             raise ValueError(f"`results` must hold numbers, got {strange[0]!r} {row[strange[0]]!r} in {str(row)[:60]!r}.")
     return results
-
-
-def is_repository(name: str | None) -> bool:
-    """Return whether a model's name is a repository on the Hub (`org/name`) and no path."""
-    return name is not None and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
 
 
 def _conditioning(config: Any) -> str:
