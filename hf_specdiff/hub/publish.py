@@ -1,7 +1,7 @@
 """Publishing a drafter: the whole repository beside its place, a check as a stranger would use it, one commit, a tag.
 
 Knows the order of these steps and what may go wrong in each. The files of a repository are `repository.py`'s business, the
-card's text `model_card.py`'s.
+card's text `card.py`'s.
 """
 
 import json
