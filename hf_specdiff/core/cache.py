@@ -290,14 +290,17 @@ class RaggedCache:
 
     def _part(self, row: int) -> "Parted":
         """Return a copy of what a row holds."""
-        end = self.ends[row]
-        return [(layer.keys[row, :, :end].clone(), layer.values[row, :, :end].clone()) for layer in filled_layers(self.cache)]
+        end, place = self.ends[row], self.places[row]
+        return [
+            (layer.keys[place, :, :end].clone(), layer.values[place, :, :end].clone()) for layer in filled_layers(self.cache)
+        ]
 
     def rejoin(self) -> None:
         """Take the rows that have left in again, each at its place in the batch and with the slots it had."""
         assert self._parted is not None
         parts = self._parted | {name: self._part(row) for row, name in enumerate(self._names)}
         self._names, self._parted = sorted(parts), {}
+        self.places = list(range(len(self._names)))
         self.ends = [parts[name][0][0].shape[1] for name in self._names]
         for index, layer in enumerate(filled_layers(self.cache)):
             for which, name in enumerate(("keys", "values")):
