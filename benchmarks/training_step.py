@@ -161,7 +161,7 @@ def _feature_pass(trainer: SpecDiffTrainer, ids: torch.Tensor, windows: Windows)
     }
 
     def forward() -> torch.Tensor:
-        features, _ = trainer._run_target(config, ids, windows)
+        features, _ = trainer._run_target(config, {"input_ids": ids}, windows)
         states = trainer.model(context_hidden_states=features, **settings).last_hidden_state
         states = states.unflatten(1, (-1, config.block_size))[:, :, 1:]
         return target.get_output_embeddings()(states)

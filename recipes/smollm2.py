@@ -70,6 +70,7 @@ class Size:
             loss_weights={"dpace": 1.0},
             num_eval_prompts=16,
             eval_tokens=64,
+            has_mask_embedding=True,
         )
     )
 

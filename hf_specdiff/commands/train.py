@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Annotated
+from typing import Any
 
 import typer
 
@@ -45,6 +46,14 @@ def train_command(
     conditioning: Annotated[str, typer.Option(help="features or tokens")] = "features",
     num_target_layers: Annotated[int, typer.Option(help="target layers to read, for features")] = 5,
     mask_token_id: Annotated[int | None, typer.Option(help="by default an id that is never written")] = None,
+    mask_embedding: Annotated[
+        bool | None,
+        typer.Option(
+            "--mask-embedding/--no-mask-embedding",
+            help="for features: the mask is a vector of its own; by default where the target's embedding is its head. Without "
+            "it the drafter can be exported to other engines",
+        ),
+    ] = None,
     num_layers: Annotated[int, typer.Option(min=1)] = 3,
     block_size: Annotated[int, typer.Option(min=2)] = 16,
     max_length: Annotated[int, typer.Option(min=4, help="tokens of a training sequence")] = 512,
@@ -110,6 +119,7 @@ def train_command(
         num_eval_prompts=eval_prompts,
         eval_tokens=eval_tokens,
         warmup=warmup,
+        has_mask_embedding=conditioning == "features" and (has_tied_head(model) if mask_embedding is None else mask_embedding),
         patience=patience,
         temperature=regenerate_at or 0.0,
         as_is=as_is,
@@ -146,6 +156,12 @@ def train_command(
         raise typer.Exit(INTERRUPTED)
     if state.is_main_process:
         typer.echo(f"The drafter is in {output}, with pictures of the run.")
+
+
+def has_tied_head(target: Any) -> bool:
+    """Return whether a target's embedding is its head."""
+    head = target.get_output_embeddings()
+    return head is not None and head.weight is target.get_input_embeddings().weight
 
 
 def told(folder: Path) -> list[str]:

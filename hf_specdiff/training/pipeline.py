@@ -76,6 +76,7 @@ class TrainingPlan:
         patience (`int`): evaluations without a better one after which training stops; 0: never.
         as_is (`bool`): whether to learn from the texts as they stand, instead of from the target's continuations.
         warmup (`float`): share of the steps over which the learning rate rises to its peak.
+        has_mask_embedding (`bool`): see `SpecDiffConfig`; for targets whose embedding is their head.
     """
 
     target_layer_ids: list[int] | None
@@ -98,6 +99,7 @@ class TrainingPlan:
     temperature: float = 0.0
     as_is: bool = False
     warmup: float = 0.05
+    has_mask_embedding: bool = False
 
 
 def train_drafter(
@@ -230,7 +232,7 @@ def fit_drafter(
     """
     config, arguments = _training_setup(target, output, plan, mask_token_id, evaluates=held_out is not None)
     interrupt = StopOnInterrupt()
-    drafter = new_drafter(config, plan.seed) if start_from is None else drafter_to_go_on_from(start_from, config)
+    drafter = new_drafter(config, plan.seed, target) if start_from is None else drafter_to_go_on_from(start_from, config)
     dataset = SequenceDataset(sequences, plan.max_length)
     if cache_features is not None:
         dataset.features = make_feature_cache(cache_features, dataset, target, plan)
@@ -309,7 +311,8 @@ def drafter_to_go_on_from(folder: Path, config: SpecDiffConfig) -> SpecDiffDraft
         ValueError: if it is of another shape.
     """
     drafter = SpecDiffDrafter.from_pretrained(folder)
-    names = ("target_layer_ids", "num_hidden_layers", "hidden_size", "block_size", "mask_token_id", "vocab_size")
+    names = ["target_layer_ids", "num_hidden_layers", "hidden_size", "block_size", "mask_token_id", "vocab_size"]
+    names.append("has_mask_embedding")
     differing = {
         name: (getattr(drafter.config, name), getattr(config, name))
         for name in names
@@ -347,6 +350,7 @@ def _training_setup(
         block_size=plan.block_size,
         num_layers=plan.num_layers,
         target_layer_ids=plan.target_layer_ids,
+        has_mask_embedding=plan.has_mask_embedding,
     )
     evaluation: dict[str, Any] = {}
     if evaluates:

@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import dataclass
 from dataclasses import field
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import TrainerState
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_specdiff.core.conditioning import raw_embeddings
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.core.features import layer_output_indices
 from hf_specdiff.core.features import target_features
@@ -276,8 +278,8 @@ class SpecDiffTrainer(Trainer):
         """Return the logits `(B * A, G, V)` of a feature-conditioned drafter: the sequence enters as target features."""
         assert features is not None
         num_rows, length, _ = features.shape
-        with torch.no_grad():
-            noise = self.target.get_input_embeddings()(windows.input_ids)
+        network = self.accelerator.unwrap_model(model)
+        noise = network.window_embeddings(windows.input_ids, partial(raw_embeddings, self.target))
         positions = torch.arange(length, device=features.device).expand(num_rows, -1)
         states = model(
             noise_embeds=noise,
@@ -286,7 +288,7 @@ class SpecDiffTrainer(Trainer):
             attention_mask=window_attention_mask(windows.anchors, length, config.block_size, context_queries=False),
         ).last_hidden_state
         states = states.unflatten(1, (-1, config.block_size)).flatten(0, 1)[:, 1:]
-        return self.target.get_output_embeddings()(states)
+        return network.window_logits(states, self.target.get_output_embeddings())
 
 
 class EvaluateAtEnd(TrainerCallback):
@@ -329,6 +331,7 @@ def make_drafter_config(
     block_size: int = 16,
     num_layers: int = 3,
     target_layer_ids: list[int] | None = None,
+    has_mask_embedding: bool = False,
 ) -> SpecDiffConfig:
     """Return the configuration of a drafter that fits a target: its widths, its vocabulary, its special ids.
 
@@ -338,6 +341,7 @@ def make_drafter_config(
         block_size (`int`): anchor and drafted tokens.
         num_layers (`int`): layers of the drafter.
         target_layer_ids (`list[int]`, *optional*): layers to read; `None` for a token-conditioned drafter.
+        has_mask_embedding (`bool`): see `SpecDiffConfig`.
 
     Returns:
         `SpecDiffConfig`: of a fresh drafter.
@@ -360,6 +364,7 @@ def make_drafter_config(
         block_size=block_size,
         mask_token_id=mask_token_id,
         target_layer_ids=target_layer_ids,
+        has_mask_embedding=has_mask_embedding,
         num_target_layers=config.num_hidden_layers if target_layer_ids is not None else None,
         target_model=target.name_or_path or None,
         target_revision=cached_revision(target.name_or_path),
@@ -391,7 +396,24 @@ def spread_layers(num_target_layers: int, count: int) -> list[int]:
     return sorted(spread)
 
 
-def new_drafter(config: SpecDiffConfig, seed: int) -> SpecDiffDrafter:
-    """Return a drafter with fresh weights that depend on the seed alone."""
+def new_drafter(config: SpecDiffConfig, seed: int, target: PreTrainedModel | None = None) -> SpecDiffDrafter:
+    """Return a drafter with fresh weights that depend on the seed alone.
+
+    Where the mask is a row of an embedding that is the head too, it passes through the layers, and a fresh drafter is sure of
+    the rows that look like it: on a model of 49,152 tokens its first loss was 71 to 76 nats, where a guess costs 11. A vector
+    of its own, in a direction that no row has, is free of that.
+
+    Args:
+        config (`SpecDiffConfig`): the drafter's shape.
+        seed (`int`): of the weights.
+        target (`transformers.PreTrainedModel`, *optional*): tells how large a mask embedding of its own should be.
+
+    Returns:
+        `SpecDiffDrafter`: in training mode.
+    """
     torch.manual_seed(seed)
-    return SpecDiffDrafter(config)
+    drafter = SpecDiffDrafter(config)
+    if config.has_mask_embedding and target is not None:
+        size = target.get_input_embeddings().weight.detach().float().square().mean().sqrt()
+        drafter.mask_embedding.data.normal_(0.0, float(size))
+    return drafter

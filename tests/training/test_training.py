@@ -37,6 +37,7 @@ from hf_specdiff.training.prompts import read_prompts
 from hf_specdiff.training.trainer import SpecDiffTrainer
 from hf_specdiff.training.trainer import SpecDiffTrainingArguments
 from hf_specdiff.training.trainer import make_drafter_config
+from hf_specdiff.training.trainer import new_drafter
 from hf_specdiff.training.trainer import spread_layers
 from tests.conftest import MASK_TOKEN_ID
 from tests.conftest import make_drafter
@@ -69,10 +70,12 @@ class KillAfter(TrainerCallback):
             raise RuntimeError("killed")
 
 
-@pytest.mark.parametrize("layers", [None, [0, 2]])
-def test_training_windows_give_the_logits_of_decoding(layers: list[int] | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layers", "has_own"), [(None, False), ([0, 2], False), ([0, 2], True)])
+def test_training_windows_give_the_logits_of_decoding(layers: list[int] | None, has_own: bool, tmp_path: Path) -> None:
     """A window inside the training mask is the window of a decoding round: same logits, to rounding."""
-    target, drafter = make_target(), make_drafter(layers)
+    target, drafter = make_target(), make_drafter(layers, has_mask_embedding=has_own)
+    if has_own:
+        drafter.mask_embedding.data.normal_()
     trainer = make_trainer(tmp_path, drafter, num_anchors=3)
     batch = collate([trainer.train_dataset[i] for i in range(4)])
     with torch.no_grad():
@@ -95,6 +98,27 @@ def test_training_windows_give_the_logits_of_decoding(layers: list[int] | None, 
             with torch.no_grad():
                 logits = decoding.window_logits(window, Text.of_prompt(text), given)
             torch.testing.assert_close(outputs["log_probs"][row * 3 + column], logits[0].log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_mask_of_its_own_is_learnt_and_begins_without_a_favourite(tmp_path: Path) -> None:
+    """A target of tied weights, where the mask's row stands in many others: a fresh drafter is sure of those without one."""
+    first = {}
+    for has_own in (False, True):
+        target = make_target(tie_word_embeddings=True)
+        weight = target.get_input_embeddings().weight.data
+        weight[-8:] = 3 * weight[MASK_TOKEN_ID]
+        config = make_drafter_config(target, mask_token_id=MASK_TOKEN_ID, target_layer_ids=[0, 2], has_mask_embedding=has_own)
+        config.initializer_range = 0.02
+        drafter = new_drafter(config, 0, target)
+        trainer = make_trainer(tmp_path, drafter, max_steps=2)
+        trainer.target = target
+        batch = collate([trainer.train_dataset[i] for i in range(16)])
+        first[has_own] = float(trainer.compute_loss(drafter.train(), batch).detach())
+        if has_own:
+            before = drafter.mask_embedding.detach().clone()
+            trainer.train()
+            assert not torch.equal(drafter.mask_embedding, before)
+    assert first[True] < 0.5 * first[False]
 
 
 def test_windows_hold_the_text_behind_their_anchor() -> None:
