@@ -43,7 +43,7 @@ def make_target(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
 
 
 def make_drafter(target_layer_ids: list[int] | None = None, seed: int = 0, **overrides: object) -> SpecDiffDrafter:
-    """Return a random drafter for `make_target`'s models."""
+    """Return a random drafter for `make_target`'s models, published with a size, so that rounds are whole and read no clock."""
     torch.manual_seed(seed)
     fields = {
         "vocab_size": VOCAB_SIZE,
@@ -60,7 +60,9 @@ def make_drafter(target_layer_ids: list[int] | None = None, seed: int = 0, **ove
         **SPECIAL_IDS,
         **overrides,
     }
-    return SpecDiffDrafter(SpecDiffConfig(**fields)).eval()
+    drafter = SpecDiffDrafter(SpecDiffConfig(**fields)).eval()
+    drafter.generation_config.tree_budget = 32
+    return drafter
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,10 @@ class Method:
         """
         arguments = {**inputs, **settings, **self.arguments}
         if self.assistant is not None:
-            arguments["assistant_model"] = (models.drafters | models.assistants)[self.assistant]
+            arguments["assistant_model"] = assistant = (models.drafters | models.assistants)[self.assistant]
+            if self.arguments.get("draft_shape") == "chain" and getattr(assistant.generation_config, "gamma", None) is None:
+                # A chain that is compared is a whole window, also of a drafter that would follow the machine.
+                arguments.setdefault("gamma", assistant.config.max_gamma)
         return generate(models.target, **arguments) if self.is_ours else models.target.generate(**arguments)
 
 

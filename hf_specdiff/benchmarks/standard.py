@@ -39,9 +39,9 @@ from hf_specdiff.benchmarks.runner import run_block
 from hf_specdiff.benchmarks.tables import speed_table
 from hf_specdiff.benchmarks.tables import time_tables
 from hf_specdiff.core.checks import check_pair
+from hf_specdiff.core.measuring import measure_profile
 from hf_specdiff.core.profiling import isolated_profiles
 from hf_specdiff.core.profiling import machine_of
-from hf_specdiff.core.profiling import measure_profile
 from hf_specdiff.core.speculation import resolve_speculation
 from hf_specdiff.demo.bundle import PROMPT_SETS
 from hf_specdiff.demo.bundle import load_demo

@@ -19,14 +19,14 @@ from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import run_block
-from hf_specdiff.core.budget import Profile
 from hf_specdiff.core.checks import SPECIAL_IDS
 from hf_specdiff.core.checks import check_layers
 from hf_specdiff.core.checks import check_pair
 from hf_specdiff.core.checks import check_special_id
 from hf_specdiff.core.checks import check_vocabulary
 from hf_specdiff.core.checks import check_width
-from hf_specdiff.core.profiling import measure_profile
+from hf_specdiff.core.costs import Profile
+from hf_specdiff.core.measuring import measure_profile
 from hf_specdiff.core.speculation import resolve_speculation
 from hf_specdiff.core.trial import why_not_chained
 from hf_specdiff.core.trial import why_not_masked

@@ -5,6 +5,7 @@ loaded from the Hub is of another class than the installed one. This file is als
 `custom_generate/generate.py`.
 """
 
+import time
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -66,15 +67,17 @@ def generate(
         assistant_model (`SpecDiffDrafter` or `Drafter`): the drafter, made for this target; or any object with `draft` and
             `target_layer_ids`, with which of the arguments of speculation only `draft_shape` and `acceptance` go.
         **kwargs: all arguments of `model.generate`, and those of speculation, each with the drafter's own default:
-            `gamma` (`int`): tokens drafted per round, by default `block_size - 1`; `"auto"`: as many as pay on this machine
-            (also for a tree's nodes);
+            `gamma` (`int`): tokens drafted per round; `"auto"`: at most `block_size - 1`, round by round as many as pay on this
+            machine (also of a tree's nodes). The default, as that of `tree_budget`, unless the drafter names a measured size of
+            its own in its generation config: then the whole window;
             `num_denoising_steps` (`int`): drafter passes per round, by default 1;
             `reveal_order` (`str`): `"confidence"` (default) or `"left_to_right"`, for more than one denoising step;
             `draft_shape` (`str`): `"chain"`, `"samples"`, `"tree"` or `"auto"` (default: a tree where the model takes one);
             `num_drafts` (`int`): joint drafts of the shape `"samples"`, by default 8;
-            `tree_budget` (`int`): nodes of the shape `"tree"`, by default 32; `"auto"`: as many as pay on this machine;
-            `profile` (`Profile` or path, *optional*): what passes cost, for `"auto"`; by default measured once and kept in the
-            user's cache;
+            `tree_budget` (`int`): nodes of the shape `"tree"`; `"auto"`, the default as of `gamma`: as many as pay;
+            `profile` (`Profile` or path, *optional*): what passes cost, for `"auto"`; by default measured once, for 2 seconds
+            or 20 plain steps, kept in the user's cache, and corrected by what rounds take. With a given profile no clock is
+            read, and a seed gives the same sampled text again;
             `draft_temperature` (`float`): of the draft distribution; 0 drafts the most probable tokens; by default 1.0, but
             `"auto"` for the drawn children of a tree: round by round what agreed best with the target so far;
             `acceptance` (`str`): `"match"`, `"ratio"`, `"block"`, `"self_selection"` or `"auto"` (default: the rule that
@@ -161,7 +164,9 @@ def generate(
             if speculation.is_adaptive:
                 measured = profile_of(model, assistant_model, speculation, input_ids.device, profile)
                 draws_children = drafting.draft_shape == "tree" and drafting.acceptance == "ratio"
-                budget = Budget(measured, text.num_rows, draws_children=draws_children)
+                # With a given profile nothing depends on a clock, so that a run can be repeated.
+                clock = time.perf_counter if profile is None else None
+                budget = Budget(measured, text.num_rows, draws_children=draws_children, clock=clock)
             if is_own:
                 drafter: Drafter = OwnDrafter(assistant_model, drafting, text_config.vocab_size, max_length)
             else:
@@ -178,7 +183,7 @@ def generate(
             if not generation_config.return_dict_in_generate:
                 target.release()
         if budget is not None and profile is None:
-            learn(model, assistant_model, speculation, budget.calibration.factors)
+            learn(model, assistant_model, input_ids.device, budget)
         output = ordinary(output)
         return output if generation_config.return_dict_in_generate else output.sequences
 

@@ -1,58 +1,57 @@
-"""What rounds cost here: measured once for a pair of models, kept in the user's cache, and given to `Budget`.
+"""What rounds cost here: measured once for a pair of models, within a bounded time, kept in the user's cache, and corrected by
+what later calls see.
 
 Knows clocks and files.
 """
 
 import hashlib
-import itertools
 import json
 import math
 import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from dataclasses import dataclass
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import transformers
-from transformers import GenerationConfig
-from transformers import LogitsProcessorList
 from transformers.utils import logging
 
-from .budget import Profile
-from .conditioning import make_drafter
-from .draft import Draft
-from .draft import DraftTree
-from .masked_target import MaskedTarget
-from .shapes import DraftShaper
+from .budget import Budget
+from .costs import Profile
+from .measuring import FINE_SIZES
+from .measuring import MOST_SECONDS
+from .measuring import MOST_STEPS
+from .measuring import machine_of
+from .measuring import measure_profile
 from .speculation import SpeculationConfig
-from .stateful_target import chain_target_class
-from .target import fresh_kwargs
-from .text import Text
 
 logger = logging.get_logger(__name__)
 
-# Both sides of where matrix kernels begin a new tile of rows: there a pass becomes dearer at once, between hardly at all.
-SIZES = [1, 2, 4, 8, 9, 16, 17, 24, 25, 32, 33, 48, 49, 64, 65]
-CONTEXT_LENGTH = 192
-NUM_REPEATS = 9
 CACHE_VARIABLE = "HF_SPECDIFF_CACHE"
-# A calibration is written again when the logarithm of a factor has moved by so much since it was written.
+# What was learnt is written again when the logarithm of a factor, or the allowance in plain steps, has moved by this much.
 NOTABLE_CHANGE = 0.5
-# What was measured or read in this process, by the pair's key.
-_KNOWN: dict[str, Profile] = {}
-# The factors that stand in the pair's file, as far as this process knows.
-_WRITTEN: dict[str, list[float]] = {}
-# Keys by target, drafter and what else may change from call to call: writing out two configurations takes a millisecond.
-_KEYS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple[Any, ...], str]]] = WeakKeyDictionary()
+# Weights that a fingerprint reads: tensors, and numbers of each.
+NUM_SAMPLES = 16
+
+
+@dataclass(slots=True)
+class _Known:
+    """What this process knows of a pair: its profile, what stands in its file, and when a doubtful one is measured again."""
+
+    profile: Profile | None
+    written: Profile | None = None
+    calls_left: int = 0
+    interval: int = 1
+
+
+_KNOWN: dict[str, _Known] = {}
+# Hashes of two configurations by target, drafter and what else may change: writing them out takes a millisecond.
+_CONFIGS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple[Any, ...], str]]] = WeakKeyDictionary()
 
 
 def profile_of(
@@ -60,10 +59,13 @@ def profile_of(
 ) -> Profile:
     """Return what rounds cost: as given, as stored, or measured now and stored.
 
+    One profile serves a pair on a machine in every shape, greedy and sampled: `Budget` learns the difference from the rounds.
+    One that turns out doubtful is measured again by the next call, and, where it stays doubtful, after 1, 2, 4, ... more.
+
     Args:
         model (`transformers.PreTrainedModel`): the target.
         drafter (`SpecDiffDrafter`): the drafter.
-        speculation (`SpeculationConfig`): the shape decides how passes are prepared.
+        speculation (`SpeculationConfig`): how passes are prepared, where there is something to measure.
         device (`torch.device`): of the call's inputs.
         given (`Profile` or path, *optional*): to be used as it is, so that a run can be repeated.
 
@@ -79,84 +81,52 @@ def profile_of(
         if not isinstance(given, str | Path):
             raise ValueError(f"`profile` must be a Profile or a file that holds one, got {type(given).__name__}.")
         return _read(Path(given))
-    key = _pair_key(model, drafter, speculation)
-    if key not in _KNOWN:
-        _KNOWN[key] = _stored_or_measured(cache_folder() / f"{key}.json", model, drafter, speculation, device)
-    return _KNOWN[key]
+    key = _pair_key(model, drafter, device)
+    path = cache_folder() / f"{key}.json"
+    known = _KNOWN.setdefault(key, _Known(_stored(path)))
+    if known.profile is None or (known.profile.is_doubtful and known.calls_left == 0):
+        known.profile = known.written = _measured(path, known.profile, model, drafter, speculation, device)
+        known.calls_left, known.interval = known.interval, 2 * known.interval
+    elif known.profile.is_doubtful:
+        known.calls_left -= 1
+    return known.profile
 
 
-def learn(model: Any, drafter: Any, speculation: SpeculationConfig, factors: list[float]) -> None:
-    """Let the next call with this pair start from what this one has learnt of the drafter.
+def learn(model: Any, drafter: Any, device: torch.device, budget: Budget) -> None:
+    """Let the next call with this pair start from what this one has learnt.
 
     Args:
         model (`transformers.PreTrainedModel`): the target.
         drafter (`SpecDiffDrafter`): the drafter.
-        speculation (`SpeculationConfig`): of the call.
-        factors (`list[float]`): where the call's `Calibration` ended.
+        device (`torch.device`): of the call's inputs.
+        budget (`Budget`): of the call, at its end.
     """
-    key = _pair_key(model, drafter, speculation)
+    key = _pair_key(model, drafter, device)
     known = _KNOWN[key]
+    assert known.profile is not None
+    old, factors = known.profile, budget.calibration.factors
     # Half way from knowing nothing: one text is not like the next. Of what did not come up nothing new is known.
-    halved = [math.sqrt(new) if new != old else old for new, old in zip(factors, known.factors, strict=True)]
-    _KNOWN[key] = profile = replace(known, factors=halved)
-    written = _WRITTEN.setdefault(key, known.factors)
-    if max(abs(math.log(new / old)) for new, old in zip(halved, written, strict=True)) < NOTABLE_CHANGE:
+    halved = [math.sqrt(new) if new != before else before for new, before in zip(factors, old.factors, strict=True)]
+    is_doubtful = old.is_doubtful or budget.pace.is_too_quick
+    known.profile = replace(old, factors=halved, allowance=budget.allowance.for_next_call, is_doubtful=is_doubtful)
+    if not _is_notable(known.written, known.profile):
         return
     path = cache_folder() / f"{key}.json"
     try:
         if path.is_file():
-            write_profile(profile, path)
-            _WRITTEN[key] = halved
+            write_profile(known.profile, path)
+            known.written = known.profile
     except OSError as error:
         # The text has been generated; what was learnt of the drafter must not cost it.
         logger.warning(f"What was learnt of this drafter could not be kept in {path} ({error}).")
 
 
-def measure_profile(model: Any, drafter: Any, speculation: SpeculationConfig, device: torch.device) -> Profile:
-    """Measure target passes over 1 to 65 tokens and the drafter's pass, each with all that the loop does around it.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the target.
-        drafter (`SpecDiffDrafter`): the drafter.
-        speculation (`SpeculationConfig`): what rounds look like.
-        device (`torch.device`): of the call's inputs.
-
-    Returns:
-        `Profile`: medians of several passes; a larger pass never counts as cheaper than a smaller one. torch's generators are
-        left as they were.
-    """
-    config = model.config.get_text_config()
-    room = getattr(config, "max_position_embeddings", None) or CONTEXT_LENGTH + SIZES[-1]
-    sizes = [size for size in SIZES if size <= max(2, room - CONTEXT_LENGTH)]
-    ids = torch.arange(max(1, min(CONTEXT_LENGTH, room - sizes[-1] - 1)), device=device)[None] * 7 % config.vocab_size
-    ids = torch.where(ids == drafter.config.mask_token_id, (ids + 1) % config.vocab_size, ids)
-    put_around = make_drafter(drafter, model, speculation, LogitsProcessorList(), shaper=DraftShaper(speculation))
-    target_class = chain_target_class(model) if speculation.draft_shape == "chain" else MaskedTarget
-    target = target_class(model, GenerationConfig(), fresh_kwargs(model, ids), put_around.target_layer_ids)
-    with torch.no_grad(), torch.random.fork_rng():
-        text = Text.of_prompt(ids)
-        target.prefill(text)
-        features = target.commit([[0]], 0)
-        text = text.extended([[int(ids[0, 0])]])
-        put_around.draft(text, features)
-
-        def one_pass(draft: Draft | DraftTree) -> None:
-            target.verify(text, draft)
-            target.forget(draft.num_tokens + 1)  # the next pass stands where this one stood
-
-        is_tree = speculation.draft_shape != "chain"
-        calls: list[Callable[[], Any]] = [partial(one_pass, _chain_of(ids[:, :1], size - 1, is_tree=is_tree)) for size in sizes]
-        calls.append(lambda: put_around.draft(text, None))
-        # In turn, so that a drifting machine hits all alike; the first passes are not like the others.
-        times = [[_seconds(call, device) for call in calls] for _ in range(NUM_REPEATS + 1)][1:]
-    *target_seconds, drafter_seconds = (statistics.median(column) for column in zip(*times, strict=True))
-    return Profile(sizes, list(itertools.accumulate(target_seconds, max)), drafter_seconds, machine_of(device))
-
-
-def machine_of(device: torch.device) -> str:
-    """Return what tells this machine from another one, as far as speed goes."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {platform.processor()}"
-    return f"{name} ({os.cpu_count()} cores, {torch.get_num_threads()} threads), torch {torch.__version__}"
+def _is_notable(written: Profile | None, now: Profile) -> bool:
+    if written is None or now.is_doubtful != written.is_doubtful or written.allowance is None:
+        return True
+    changes = [math.log(new / old) for new, old in zip(now.factors, written.factors, strict=True)]
+    assert now.allowance is not None
+    return max(map(abs, [*changes, now.allowance - written.allowance])) >= NOTABLE_CHANGE
 
 
 @contextmanager
@@ -187,18 +157,28 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "hf_specdiff") / "profiles"
 
 
-def _stored_or_measured(path: Path, model: Any, drafter: Any, speculation: SpeculationConfig, device: torch.device) -> Profile:
-    machine = machine_of(device)
-    if path.is_file():
-        try:
-            stored = _read(path)
-            if stored.machine == machine:
-                return stored
-            reason = f"was measured on {stored.machine}"
-        except ValueError as error:
-            reason = f"cannot be read ({error})"
-        logger.warning(f"The stored profile {path} {reason}; measuring again on {machine}.")
+def _stored(path: Path) -> Profile | None:
+    if not path.is_file():
+        return None
+    try:
+        return _read(path)
+    except ValueError as error:
+        logger.warning(f"The stored profile {path} cannot be read ({error}); measuring again.")
+        return None
+
+
+def _measured(
+    path: Path, earlier: Profile | None, model: Any, drafter: Any, speculation: SpeculationConfig, device: torch.device
+) -> Profile:
+    """Measure, say so, and keep the result, or the least of it and of an earlier profile."""
+    reason = "" if earlier is None else " again, since rounds did not agree with it or other programs were running"
+    logger.warning_once(
+        f"Measuring what passes of this pair cost{reason}, for at most {MOST_SECONDS:.0f} seconds or {MOST_STEPS} plain steps. "
+        f"It is kept in {path}; with `profile=` nothing is measured."
+    )
     profile = measure_profile(model, drafter, speculation, device)
+    if earlier is not None:
+        profile = profile.least(earlier)
     try:
         write_profile(profile, path)
     except OSError as error:
@@ -221,36 +201,27 @@ def _read(path: Path) -> Profile:
         raise ValueError(f"`profile` must be a Profile or a file that holds one, got {str(path)!r}: {error}") from error
 
 
-def _pair_key(model: Any, drafter: Any, speculation: SpeculationConfig) -> str:
-    """Return a name for everything about a pair that decides what its rounds cost, but for the machine."""
-    parts = [transformers.__version__, str(SIZES), speculation.draft_shape, speculation.acceptance, str(speculation.gamma)]
+def _pair_key(model: Any, drafter: Any, device: torch.device) -> str:
+    """Return a name for the machine and for everything about a pair that decides what its rounds cost and bring."""
+    parts = [machine_of(device), transformers.__version__, str(FINE_SIZES)]
     for network in (model, drafter):
         placement = getattr(network, "hf_device_map", None) or network.device.type
         config = network.config.get_text_config()
         parts += [str(network.dtype), str(network.config._attn_implementation), str(placement)]
         parts += [str(config.num_hidden_layers), str(config.hidden_size), str(config.vocab_size)]
-    keys = _KEYS.setdefault(model, WeakKeyDictionary()).setdefault(drafter, {})
+    configs = _CONFIGS.setdefault(model, WeakKeyDictionary()).setdefault(drafter, {})
     state = tuple(parts)
-    if state not in keys:
-        parts += [model.config.to_json_string(), drafter.config.to_json_string()]
-        keys[state] = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    return keys[state]
+    if state not in configs:
+        configs[state] = _hash(*parts, model.config.to_json_string(), drafter.config.to_json_string())
+    return _hash(configs[state], _fingerprint(model), _fingerprint(drafter))
 
 
-def _chain_of(token: torch.Tensor, count: int, *, is_tree: bool) -> Draft | DraftTree:
-    tokens = token.expand(1, count)
-    return DraftTree(tokens, [list(range(count))]) if is_tree else Draft(tokens, None, has_prefix_law=True)
+def _fingerprint(network: Any) -> str:
+    """Return what tells a network's weights from others: a few numbers of a few tensors. Offloaded ones are not read."""
+    weights = [weight.detach() for weight in network.parameters() if weight.device.type != "meta" and weight.numel()]
+    some = weights[:: max(1, len(weights) // NUM_SAMPLES)]
+    return str([weight.flatten()[:: max(1, weight.numel() // NUM_SAMPLES)][:NUM_SAMPLES].tolist() for weight in some])
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the time of a call."""
-    _wait(device)
-    start = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]

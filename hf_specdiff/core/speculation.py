@@ -15,6 +15,7 @@ DRAFT_SHAPES = ("auto", "chain", "samples", "tree")
 ACCEPTANCES = ("auto", "match", "ratio", "block", "self_selection")
 MAX_NUM_DRAFTS = 256
 MAX_TREE_BUDGET = 1024
+DEFAULT_TREE_BUDGET = 32
 AUTO_TREE_BUDGET = 64
 # What each rule does with each shape. A pair that is not here would not be lossless, or mean nothing.
 RULES_OF_SHAPE = {"chain": ("match", "ratio", "block"), "samples": ("match", "self_selection"), "tree": ("match", "ratio")}
@@ -56,7 +57,7 @@ class SpeculationConfig:
     reveal_order: str = "confidence"
     draft_shape: str = "chain"
     num_drafts: int = 8
-    tree_budget: int = 32
+    tree_budget: int = DEFAULT_TREE_BUDGET
     is_adaptive: bool = False
     draft_temperature: float = 1.0
     is_tempered: bool = False
@@ -108,8 +109,7 @@ def resolve_speculation(
     """
     values = {name: _value(name, arguments, drafter) for name in SPECULATION_ARGUMENTS}
     max_gamma = drafter.config.max_gamma
-    is_auto = {name: values[name] == "auto" for name in ("gamma", "tree_budget")}
-    gamma = max_gamma if values["gamma"] is None or is_auto["gamma"] else values["gamma"]
+    gamma = max_gamma if values["gamma"] in (None, "auto") else values["gamma"]
     most = "`block_size`" if drafter.config.predicts_from_anchor else "`block_size` - 1"
     gamma = _integer("gamma", gamma, 1, max_gamma, f" ({most}) or 'auto'")
     steps = 1 if values["num_denoising_steps"] is None else values["num_denoising_steps"]
@@ -119,8 +119,9 @@ def resolve_speculation(
     acceptance = _choice("acceptance", values["acceptance"] or "auto", ACCEPTANCES)
     is_preferred = arguments.get("draft_shape") is None and shape != "auto"
     num_drafts = _integer("num_drafts", 8 if values["num_drafts"] is None else values["num_drafts"], 1, MAX_NUM_DRAFTS)
-    budget = AUTO_TREE_BUDGET if is_auto["tree_budget"] else 32 if values["tree_budget"] is None else values["tree_budget"]
-    budget = _integer("tree_budget", budget, 1, MAX_TREE_BUDGET, " or 'auto'")
+    budget = None if values["tree_budget"] in (None, "auto") else values["tree_budget"]
+    if budget is not None:
+        budget = _integer("tree_budget", budget, 1, MAX_TREE_BUDGET, " or 'auto'")
     is_tempered = values["draft_temperature"] in (None, "auto")
     temperature = 1.0 if is_tempered else _temperature(values["draft_temperature"])
     if is_preferred and not _fits(shape, acceptance, steps, temperature, why_no_tree):
@@ -128,12 +129,12 @@ def resolve_speculation(
     shape = _shape(shape, acceptance, steps, temperature, why_no_tree)
     if shape == "chain" and not do_sample:
         temperature = 0.0
-    is_adaptive = any(is_auto.values())
-    if is_adaptive and (shape == "samples" or steps > 1):
-        raise ValueError(
-            f"`gamma` and `tree_budget` must be integers with `draft_shape` {shape!r} and `num_denoising_steps` {steps}, got "
-            "'auto': there are no probabilities of one pass to choose by. Pass numbers, or draft_shape='tree'."
-        )
+    why_not_adaptive = _why_not_adaptive(shape, steps)
+    if why_not_adaptive is not None and "auto" in (values["gamma"], values["tree_budget"]):
+        raise ValueError(f"`gamma` and `tree_budget` must be integers with {why_not_adaptive}, got 'auto'. Pass numbers.")
+    is_adaptive = why_not_adaptive is None and _is_adaptive(shape, values, drafter)
+    if budget is None:
+        budget = AUTO_TREE_BUDGET if is_adaptive else DEFAULT_TREE_BUDGET
     speculation = SpeculationConfig(
         gamma, steps, order, shape, num_drafts, budget, is_adaptive, temperature, is_tempered, acceptance
     )
@@ -195,6 +196,24 @@ def _shape(shape: str, acceptance: str, steps: int, temperature: float, why_no_t
     if obstacle is not None:
         raise ValueError(f"`draft_shape` must be 'chain' here, got {shape!r}: {obstacle}.")
     return shape
+
+
+def _why_not_adaptive(shape: str, steps: int) -> str | None:
+    """Return which settings leave no probabilities of one pass to choose a size by, or `None`."""
+    if shape != "samples" and steps == 1:
+        return None
+    return f"`draft_shape` {shape!r} and `num_denoising_steps` {steps}, where no pass says what each size would bring"
+
+
+def _is_adaptive(shape: str, values: dict[str, Any], drafter: Any) -> bool:
+    """Return whether a chain or tree follows the machine: where that was asked for, or its size was left to us.
+
+    A drafter that names a size was published with a measured shape: what it leaves open stays as large as it can be.
+    """
+    if "auto" in (values["gamma"], values["tree_budget"]):
+        return True
+    is_published = any(getattr(drafter.generation_config, name, None) is not None for name in ("gamma", "tree_budget"))
+    return not is_published and values["tree_budget" if shape == "tree" else "gamma"] is None
 
 
 def _with_rule(speculation: SpeculationConfig, *, do_sample: bool) -> SpeculationConfig:

@@ -1,41 +1,46 @@
-"""Draft sizes that follow the machine: what is chosen, when drafting pauses, and that the profile is kept and checked."""
+"""Draft sizes that follow the machine: what is chosen, when nothing is drafted, and what that may cost."""
 
-import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from dataclasses import replace
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
-from transformers import GPT2Config
-from transformers import GPT2LMHeadModel
 from transformers import LlamaForCausalLM
-from transformers.utils import logging
 
 import hf_specdiff
 from hf_specdiff import SpecDiffDrafter
-from hf_specdiff.core import profiling
 from hf_specdiff.core.budget import FIRST_PAUSE
+from hf_specdiff.core.budget import FIRST_STEPS
+from hf_specdiff.core.budget import MOST_ADVANCE
+from hf_specdiff.core.budget import Allowance
 from hf_specdiff.core.budget import Budget
-from hf_specdiff.core.budget import Profile
-from hf_specdiff.core.calibration import LARGEST_FACTOR
+from hf_specdiff.core.budget import Pauses
+from hf_specdiff.core.budget import best_count
 from hf_specdiff.core.calibration import NUM_CLASSES
 from hf_specdiff.core.calibration import Calibration
+from hf_specdiff.core.costs import Profile
 from hf_specdiff.core.draft import Draft
 from hf_specdiff.core.draft import DraftTree
 from hf_specdiff.core.draft import Outcome
-from hf_specdiff.core.speculation import SpeculationConfig
+from hf_specdiff.core.profiling import isolated_profiles
 from hf_specdiff.core.tree import TreeShape
 from hf_specdiff.core.tree import last_children
-from tests.conftest import SPECIAL_IDS
 from tests.conftest import make_drafter
 from tests.conftest import make_target
 
 from .test_batches import batch_of
 
-CPU = torch.device("cpu")
-FREE = Profile([1, 65], [0.010, 0.0101], drafter_seconds=0.001)  # tokens of a pass cost next to nothing
-STEEP = Profile([1, 65], [0.010, 0.330], drafter_seconds=0.001)  # each costs half of a whole pass
-DEAR = Profile([1, 65], [0.010, 0.0101], drafter_seconds=1.0)  # the drafter costs a hundred passes
+FREE = Profile([1, 65], [0.010, 0.0101], drafter_seconds=0.001, allowance=9.0)  # tokens of a pass cost next to nothing
+STEEP = Profile([1, 65], [0.010, 0.330], drafter_seconds=0.001, allowance=99.0)  # each costs half of a whole pass
+DEAR = Profile([1, 65], [0.010, 0.0101], drafter_seconds=1.0, allowance=1e3)  # the drafter costs a hundred passes
+# Two targets on two CPU cores: one of 8 layers with a drafter of 2, and SmolLM2-135M.
+SHALLOW = Profile([1, 8, 16, 32, 64], [0.0064, 0.0073, 0.0081, 0.0097, 0.0134], 0.0028)
+SMOLLM2 = Profile([1, 8, 16, 32, 64], [0.061, 0.084, 0.092, 0.121, 0.178], 0.010)
 NEUTRAL = [1.0] * (2 * NUM_CLASSES)
 AUTO = {"tree": {"tree_budget": "auto"}, "chain": {"draft_shape": "chain", "gamma": "auto"}}
 
@@ -46,18 +51,64 @@ def chain(values: list[float]) -> TreeShape:
     return TreeShape(list(range(size)), list(range(1, size + 1)), [0] * size, values)
 
 
-def written(count: int, num_rows: int = 1) -> Outcome:
-    """Return a round that added `count` tokens to each row and tells nothing of its nodes."""
-    draft = Draft.nothing(torch.zeros(num_rows, 1, dtype=torch.long))
-    return Outcome(draft, [[5] * count] * num_rows, [list(range(count))] * num_rows, [False] * num_rows)
+def outcome_of(values: list[float], num_accepted: int, num_rows: int = 1) -> Outcome:
+    """Return a round in which each row drafted a chain and accepted so much of it."""
+    tokens = torch.full((num_rows, len(values)), 5)
+    draft = Draft(tokens, None, has_prefix_law=True, values=[values] * num_rows)
+    path = list(range(num_accepted + 1))
+    return Outcome(draft, [[5] * (num_accepted + 1)] * num_rows, [path] * num_rows, [False] * num_rows)
 
 
-def test_costs_are_interpolated_and_extrapolated() -> None:
-    profile = Profile([1, 3, 5], [1.0, 2.0, 6.0], 0.5)
-    assert [profile.target_cost(n) for n in (1, 2, 3, 4, 5, 6)] == pytest.approx([1.0, 1.5, 2.0, 4.0, 6.0, 8.0])
-    # One token that begins a new tile does not make each of a large batch's tokens so dear.
-    tiles = Profile([1, 33, 64, 65], [1.0, 2.0, 3.0, 4.0], 0.5)
-    assert tiles.target_cost(97) == pytest.approx(6.0)
+@dataclass
+class World:
+    """Chains of a drafter that claims one probability a token, and is right with another one.
+
+    Args:
+        claimed (`float`): probability of each token, given that those before it are right, as the drafter says.
+        true (`list[float]`): what it is, for each stretch of 20 tokens in turn.
+        seed (`int`): of the draws.
+    """
+
+    claimed: float
+    true: list[float]
+    seed: int = 0
+
+    def rounds(self, budget: Budget, costs: Profile, num_tokens: int) -> Iterator[tuple[int, float]]:
+        """Yield the tokens and seconds of each round, up to so many tokens."""
+        random, written = Random(self.seed), 0
+        while written < num_tokens:
+            is_drafted, values = budget.wants_draft(1), list(accumulate([self.claimed] * 15, mul))
+            count = budget.choose([chain(values)]) if is_drafted else 0
+            rate = self.true[written // 20 % len(self.true)]
+            accepted = next((i for i in range(count) if random.random() > rate), count)
+            written += accepted + 1
+            yield accepted + 1, costs.round_cost(count + 1, is_drafted=is_drafted)
+            budget.observe(outcome_of(values[:count], accepted))
+
+    def speed(self, budget: Budget, costs: Profile, num_tokens: int) -> float:
+        """Return tokens per second over plain decoding's."""
+        tokens, seconds = (sum(column) for column in zip(*self.rounds(budget, costs, num_tokens), strict=True))
+        return tokens / seconds * costs.target_cost(1)
+
+
+class Clock:
+    """A clock that shows what rounds have taken so far."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_best_count_is_the_best_of_all() -> None:
+    gains, costs = [0.95, 0.9, 0.85, 0.8, 0.75, 0.1], [1.0, 1.5, 1.6, 2.5, 2.6, 4.0, 4.1]
+    for rate in (0.1, 0.5, 0.9, 1.5, 3.0):
+        worth = [sum(gains[:n]) - rate * cost for n, cost in enumerate(costs)]
+        assert best_count(gains, costs, rate) == max(range(7), key=worth.__getitem__)
+        assert best_count(gains, costs[:4], rate) == max(range(4), key=worth.__getitem__)
+        assert best_count(gains, costs, rate, fewest=2) == max(range(2, 7), key=worth.__getitem__)
+    assert best_count([], [1.0], 1.0, fewest=1) == 0
 
 
 def test_more_is_drafted_where_tokens_are_cheap_and_likely() -> None:
@@ -71,17 +122,16 @@ def test_more_is_drafted_where_tokens_are_cheap_and_likely() -> None:
     assert counts["free", "likely"] > counts["steep", "likely"] > counts["steep", "unlikely"]
 
 
-def test_the_choice_is_the_best_of_all() -> None:
-    budget = Budget(STEEP, 1)
-    values = [0.95, 0.9, 0.85, 0.8, 0.75, 0.1]
-    rates = [(1 + sum(values[:n])) / (STEEP.drafter_seconds + STEEP.target_cost(n + 1)) for n in range(7)]
+def test_the_first_round_is_the_best_by_itself_and_later_ones_what_the_time_brings_elsewhere() -> None:
+    budget, values = Budget(STEEP, 1), [0.95, 0.9, 0.85, 0.8, 0.75, 0.1]
+    rates = [(1 + sum(values[:n])) / STEEP.round_cost(n + 1, is_drafted=True) for n in range(7)]
+    budget.wants_draft(1)
     first = budget.choose([chain(values)])
     assert first == max(range(7), key=rates.__getitem__)
-    # From then on, the most over what such a time has brought of late.
-    budget.observe(written(1))
+    budget.observe(outcome_of([], 0))
     budget.wants_draft(1)
-    gains = [sum(values[:n]) - budget.rate * STEEP.target_cost(n + 1) for n in range(7)]
-    assert budget.choose([chain(values)]) == max(range(7), key=gains.__getitem__)
+    costs = [STEEP.round_cost(n + 1, is_drafted=True) for n in range(7)]
+    assert budget.choose([chain(values)]) == best_count(values, costs, budget.rate)
 
 
 def test_nodes_that_are_worth_more_than_they_say_are_not_left_out() -> None:
@@ -91,57 +141,143 @@ def test_nodes_that_are_worth_more_than_they_say_are_not_left_out() -> None:
 
 
 def test_a_pass_is_filled_to_where_the_next_tile_begins() -> None:
-    tiles = Profile([1, 8, 9, 16, 17, 32], [0.010, 0.0101, 0.020, 0.0201, 0.040, 0.0401], drafter_seconds=0.001)
+    tiles = Profile([1, 8, 9, 16, 17, 32], [0.010, 0.0101, 0.020, 0.0201, 0.040, 0.0401], 0.001, allowance=9.0)
     values = [0.8**i for i in range(1, 31)]
     assert Budget(tiles, 1).choose([chain(values)]) == 7
 
 
-def test_factors_follow_what_was_accepted_class_by_class() -> None:
-    """Sure nodes that fail half of the time, and drawn children that are accepted more often than their rank says."""
-    calibration = Calibration(NEUTRAL)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(300):
-        sure, drawn = (float(x) < rate for x, rate in zip(torch.rand(2, generator=generator), (0.5, 0.16), strict=True))
-        calibration.forget()
-        calibration.learn([0.98, 0.02], [False, True], [sure, drawn])
-    assert 0.5 < calibration.rate(0.98, is_drawn=False) < 0.6
-    assert 0.08 < calibration.rate(0.02, is_drawn=True) < 0.16
-    # What was never seen is read as it stands.
-    assert calibration.rate(0.02, is_drawn=False) == pytest.approx(0.02)
-    assert calibration.rate(0.98, is_drawn=True) == pytest.approx(0.98)
+def test_a_drawn_child_is_worth_what_it_has_been_and_its_sibling_by_rank_again() -> None:
+    factors = list(NEUTRAL)
+    factors[NUM_CLASSES + 1] = 2.0  # drawn, probability between 1/4 and 1/2
+    budget = Budget(replace(FREE, factors=factors), 1, draws_children=True)
+    # The second node takes the drawing over from the first, which then counts by its rank.
+    assert budget.gains(TreeShape([0, 0], [1, 1], [0, 1], [0.4, 0.3])) == pytest.approx([0.8, 0.6 + 0.4 - 0.8])
+    assert Budget(budget.profile, 1).gains(TreeShape([0, 0], [1, 1], [0, 1], [0.4, 0.3])) == pytest.approx([0.4, 0.3])
 
 
-def test_a_round_is_one_observation_however_many_nodes_it_has() -> None:
-    few, many = Calibration(NEUTRAL), Calibration(NEUTRAL)
-    few.learn([0.9], [False], [False])
-    many.learn([0.9] * 15, [False] * 15, [False] * 15)
-    assert few.rate(0.9, is_drawn=False) == pytest.approx(many.rate(0.9, is_drawn=False), rel=0.02)
+def test_pauses_grow_while_drafting_does_not_pay() -> None:
+    pauses, tried = Pauses(), []
+    for step in range(40):
+        if not pauses.is_on():
+            tried.append(step)
+            pauses.judge(1.0, 2.0, plain_rate=1.0)
+            pauses.observe(1.0, 2.0)
+    assert tried == [0, FIRST_PAUSE + 1, 3 * FIRST_PAUSE + 2, 7 * FIRST_PAUSE + 3]
 
 
-def test_what_was_learnt_is_forgotten_and_no_rate_exceeds_one() -> None:
-    calibration = Calibration(NEUTRAL)
+def test_one_place_that_is_hard_to_foresee_is_no_reason_to_pause() -> None:
+    pauses = Pauses()
+    for _ in range(3):
+        pauses.judge(8.0, 2.0, plain_rate=1.0)
+        pauses.observe(8.0, 2.0)
+    paused = []
     for _ in range(30):
-        calibration.learn([0.6, 0.001], [False, True], [True, True])
-    assert calibration.rate(0.9, is_drawn=False) == 1
-    assert calibration.rate(0.001, is_drawn=True) == pytest.approx(0.001 * LARGEST_FACTOR)
-    assert calibration.rate(0.0, is_drawn=False) == 0
-    for _ in range(2000):
-        calibration.forget()
-    assert calibration.factors == pytest.approx(NEUTRAL)
+        paused.append(pauses.is_on())
+        if not paused[-1]:
+            pauses.judge(1.0, 2.0, plain_rate=1.0)
+            pauses.observe(1.0, 2.0)
+    assert not any(paused[:4])
+    assert any(paused)  # but many of them are
+
+
+def test_what_drafting_may_lose_is_what_it_has_saved_and_a_share_of_the_time() -> None:
+    allowance = Allowance(1.0)
+    allowance.settle(saved=-0.5, spent=1.5)
+    assert allowance.steps == pytest.approx(0.5 + 0.015)
+    allowance.promise(3.0)
+    allowance.settle(saved=2.0, spent=1.0)
+    assert allowance.steps == pytest.approx(2.5 + 0.015 + 0.02)
+    # A drafter that nothing is known of is lent what it promises, once.
+    for promised, advance in ((-1.0, 0.0), (0.5, 0.5), (9.0, MOST_ADVANCE)):
+        unknown = Allowance(None)
+        unknown.promise(promised)
+        unknown.promise(promised)
+        assert unknown.steps == pytest.approx(FIRST_STEPS + advance)
+
+
+@pytest.mark.parametrize("calls", ["first", "later"])
+@pytest.mark.parametrize("dearer", [0.1, 1.0, 3.0, 30.0])
+@pytest.mark.parametrize("claimed", [0.0, 0.01, 0.1])
+@pytest.mark.parametrize("costs", [SHALLOW, SMOLLM2], ids=["shallow", "smollm2"])
+def test_an_untrained_drafter_costs_three_percent_at_most(costs: Profile, claimed: float, dearer: float, calls: str) -> None:
+    """On answers of 40 tokens, whatever its passes cost; less on longer ones."""
+    costs = replace(costs, drafter_seconds=dearer * costs.drafter_seconds)
+    profile = costs if calls == "first" else replace(costs, allowance=FIRST_STEPS, factors=[0.7] * len(NEUTRAL))
+    world = World(claimed, [0.0])
+    assert world.speed(Budget(profile, 1), costs, 39) >= 0.97
+    assert world.speed(Budget(profile, 1), costs, 1000) >= 0.985
+
+
+@pytest.mark.parametrize("costs", [SHALLOW, SMOLLM2], ids=["shallow", "smollm2"])
+def test_a_drafter_that_is_sure_of_nonsense_costs_little_more(costs: Profile) -> None:
+    world = World(0.95, [0.0])
+    # Once the advance, and two percent.
+    assert world.speed(Budget(costs, 1), costs, 39) >= 0.92
+    later = replace(costs, allowance=FIRST_STEPS)
+    assert world.speed(Budget(later, 1), costs, 39) >= 0.96
+    assert world.speed(Budget(later, 1), costs, 1000) >= 0.975
+
+
+@pytest.mark.parametrize("costs", [SHALLOW, SMOLLM2], ids=["shallow", "smollm2"])
+@pytest.mark.parametrize(("true", "kept"), [(0.6, 0.95), (0.8, 0.995), (0.95, 0.995)])
+def test_a_drafter_that_is_worth_it_loses_next_to_nothing(true: float, kept: float, costs: Profile) -> None:
+    """Against a budget without any bound, over many texts that a pair is new to."""
+    worlds = [World(true, [true], seed) for seed in range(40)]
+    free = [1 / world.speed(Budget(replace(costs, allowance=1e9), 1), costs, 120) for world in worlds]
+    bound = [1 / world.speed(Budget(costs, 1), costs, 120) for world in worlds]
+    assert sum(free) / sum(bound) >= kept
 
 
 def test_a_drafter_that_failed_is_tried_again_and_can_recover() -> None:
     """Also where an earlier call has left so little trust that no node seems worth its cost."""
-    profile = Profile([1, 65], [0.010, 0.090], 0.003, factors=[0.31] * len(NEUTRAL))
-    budget, drafted = Budget(profile, 1), []
-    shape = chain([0.9**i for i in range(1, 16)])
-    for _ in range(1500):
-        count = budget.choose([shape]) if budget.wants_draft(1) else 0
-        if count:
-            budget.calibration.learn(shape.values[:count], [False] * count, [True] * count)
-        budget.observe(written(1 + count))
-        drafted.append(count)
-    assert sum(count > 0 for count in drafted[-300:]) > 200
+    profile = Profile([1, 65], [0.010, 0.090], 0.003, factors=[0.31] * len(NEUTRAL), allowance=FIRST_STEPS)
+    budget = Budget(profile, 1)
+    nonsense = list(World(0.9, [0.0]).rounds(budget, profile, 400))
+    recovered = list(World(0.9, [1.0]).rounds(budget, profile, 4000))
+    assert max(tokens for tokens, _ in nonsense) == 1
+    late = recovered[-100:]
+    assert sum(tokens for tokens, _ in late) / sum(seconds for _, seconds in late) > 3 / profile.target_cost(1)
+
+
+def test_a_text_that_changes_is_followed() -> None:
+    """Stretches that are easy and stretches that cannot be foreseen at all."""
+    world = World(0.9, [0.95, 0.0])
+    assert world.speed(Budget(SMOLLM2, 1), SMOLLM2, 400) > 1.3
+
+
+def test_rounds_correct_what_a_profile_says() -> None:
+    """A drafter pass costs ten times as much as was measured: with a clock the budget sees that it does not pay."""
+    costs, world = replace(SMOLLM2, drafter_seconds=0.1), World(0.5, [0.5])
+    speeds = []
+    for has_clock in (False, True):
+        clock, tokens = Clock(), 0
+        budget = Budget(replace(SMOLLM2, allowance=FIRST_STEPS), 1, clock=clock if has_clock else None)
+        for new, taken in world.rounds(budget, costs, 1000):
+            clock.now += taken
+            tokens += new
+        speeds.append(tokens / clock.now * costs.target_cost(1))
+    assert speeds[0] < 0.8
+    assert speeds[1] > 0.93
+
+
+def test_without_a_clock_nothing_is_compared() -> None:
+    budget = Budget(SMOLLM2, 1)
+    list(World(0.9, [0.9]).rounds(budget, SMOLLM2, 100))
+    assert budget.pace.ratio(is_drafted=True) == budget.pace.ratio(is_drafted=False) == 1
+
+
+def test_the_rate_to_beat_is_that_of_the_rows_that_are_left() -> None:
+    steep = Profile([1, 65], [0.0057, 0.0133], drafter_seconds=0.002, allowance=99.0)
+    values = [0.8**i for i in range(1, 16)]
+    shrunk = Budget(steep, 16)
+    for _ in range(3):
+        shrunk.wants_draft(16)
+        shrunk.choose([chain(values)] * 16)
+        shrunk.observe(outcome_of(values[:4], 4, num_rows=16))
+    shrunk.wants_draft(1)
+    alone = Budget(steep, 1)
+    alone.calibration = shrunk.calibration
+    assert shrunk.choose([chain(values)]) == alone.choose([chain(values)])
 
 
 def test_what_stands_of_unequal_rows() -> None:
@@ -165,31 +301,6 @@ def test_a_row_that_has_ended_teaches_nothing() -> None:
     assert budget.calibration.factors != NEUTRAL
 
 
-def test_what_a_call_learns_goes_half_way_and_no_further(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HF_SPECDIFF_CACHE", str(tmp_path))
-    monkeypatch.setattr(profiling, "_KNOWN", {})
-    monkeypatch.setattr(profiling, "_WRITTEN", {})
-    monkeypatch.setattr(profiling, "measure_profile", lambda *pair: replace(FREE, factors=[4.0] * len(NEUTRAL)))
-    pair = (make_target(), make_drafter(), SpeculationConfig(5, draft_shape="tree"))
-    profiling.profile_of(*pair, CPU)
-    path = next(tmp_path.rglob("*.json"))
-    before = path.read_bytes()
-    profiling.learn(*pair, [4.0] * (len(NEUTRAL) - 1) + [9.0])
-    assert profiling.profile_of(*pair, CPU).factors == [4.0] * (len(NEUTRAL) - 1) + [3.0]
-    assert path.read_bytes() == before  # not by enough
-    profiling.learn(*pair, [0.25, *[4.0] * (len(NEUTRAL) - 2), 3.0])
-    assert profiling._read(path).factors == [0.5, *[4.0] * (len(NEUTRAL) - 2), 3.0]
-
-
-def test_a_drawn_child_is_worth_what_it_has_been_and_its_sibling_by_rank_again() -> None:
-    factors = list(NEUTRAL)
-    factors[NUM_CLASSES + 1] = 2.0  # drawn, probability between 1/4 and 1/2
-    budget = Budget(replace(FREE, factors=factors), 1, draws_children=True)
-    # The second node takes the drawing over from the first, which then counts by its rank.
-    assert budget._gains(TreeShape([0, 0], [1, 1], [0, 1], [0.4, 0.3])) == pytest.approx([0.8, 0.6 + 0.4 - 0.8])
-    assert Budget(budget.profile, 1)._gains(TreeShape([0, 0], [1, 1], [0, 1], [0.4, 0.3])) == pytest.approx([0.4, 0.3])
-
-
 @pytest.mark.parametrize("shape", AUTO)
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_the_outcome_that_is_learnt_from_is_what_was_accepted(
@@ -206,13 +317,13 @@ def test_the_outcome_that_is_learnt_from_is_what_was_accepted(
         learn(self, values, drawn, outcome)
 
     monkeypatch.setattr(Calibration, "learn", recording)
-    gains, kinds = Budget._gains, set()
+    gains, kinds = Budget.gains, set()
 
     def noting(self: Budget, shape: TreeShape) -> list[float]:
         kinds.add(self.draws_children)
         return gains(self, shape)
 
-    monkeypatch.setattr(Budget, "_gains", noting)
+    monkeypatch.setattr(Budget, "gains", noting)
     torch.manual_seed(0)
     settings = {"do_sample": do_sample, "max_new_tokens": 40, "attention_mask": mask, "return_dict_in_generate": True}
     rule = {"acceptance": "ratio", "draft_shape": shape} if do_sample else {"draft_shape": shape}
@@ -223,34 +334,6 @@ def test_the_outcome_that_is_learnt_from_is_what_was_accepted(
     assert learnt == accepted[: len(learnt)]
     assert len(learnt) >= max(len(accepted) - 1, 1)
     assert kinds == {do_sample and shape == "tree"}
-
-
-def test_one_place_that_is_hard_to_foresee_is_no_reason_to_pause() -> None:
-    profile = Profile([1, 65], [0.010, 0.020], drafter_seconds=0.005)
-    sure, unsure = chain([0.99] * 15), chain([0.05, 0.01])
-    budget = Budget(profile, 1)
-    for _ in range(3):
-        assert budget.wants_draft(1)
-        budget.choose([sure])
-        budget.observe(written(16))
-    pauses = []
-    for _ in range(40):
-        pauses.append(not budget.wants_draft(1))
-        if not pauses[-1]:
-            budget.choose([unsure])
-        budget.observe(written(1))
-    assert not any(pauses[:4])
-    assert any(pauses)  # but many of them are
-
-
-def test_drafting_pauses_where_it_does_not_pay_and_tries_again() -> None:
-    budget, drafted = Budget(DEAR, 1), []
-    for step in range(40):
-        if budget.wants_draft(1):
-            drafted.append(step)
-            budget.choose([chain([0.9, 0.8])])
-        budget.observe(written(1))
-    assert drafted == [0, FIRST_PAUSE + 1, 3 * FIRST_PAUSE + 2, 7 * FIRST_PAUSE + 3]
 
 
 @pytest.mark.parametrize("profile", [FREE, STEEP, DEAR], ids=["free", "steep", "dear"])
@@ -300,51 +383,9 @@ def test_features_of_paused_rounds_reach_the_drafter() -> None:
         torch.testing.assert_close(paused[length], steady[length], atol=1e-5, rtol=1e-4)
 
 
-def test_a_measured_profile_is_kept_and_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drafter: SpecDiffDrafter
-) -> None:
-    monkeypatch.setenv("HF_SPECDIFF_CACHE", str(tmp_path))
-    monkeypatch.setattr(profiling, "_KNOWN", {})
-    target, speculation = make_target(), SpeculationConfig(5, draft_shape="tree")
-    first = profiling.profile_of(target, drafter, speculation, CPU)
-    assert first.sizes[0] == 1
-    assert first.target_seconds == sorted(first.target_seconds)
-    monkeypatch.setattr(profiling, "measure_profile", lambda *pair: pytest.fail("measured twice"))
-    assert profiling.profile_of(target, drafter, speculation, CPU) == first
-    profiling._KNOWN.clear()
-    assert profiling.profile_of(target, drafter, speculation, CPU) == first
-    assert profiling.profile_of(target, drafter, speculation, CPU, next(tmp_path.rglob("*.json"))) == first
-
-
-@pytest.mark.parametrize("damage", ["other machine", "not JSON"])
-def test_a_profile_of_another_machine_is_measured_again_with_one_line(
-    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_target: LlamaForCausalLM, token_drafter: SpecDiffDrafter
-) -> None:
-    monkeypatch.setenv("HF_SPECDIFF_CACHE", str(tmp_path))
-    monkeypatch.setattr(profiling, "_KNOWN", {})
-    speculation = SpeculationConfig(5, draft_shape="tree")
-    profiling.profile_of(tiny_target, token_drafter, speculation, CPU)
-    path = next(tmp_path.rglob("*.json"))
-    stored = json.loads(path.read_text())
-    path.write_text(json.dumps({**stored, "machine": "an abacus"}) if damage == "other machine" else "{")
-    profiling._KNOWN.clear()
-    lines: list[str] = []
-    monkeypatch.setattr(logging.get_logger("hf_specdiff.core.profiling"), "warning", lines.append)
-    profile = profiling.profile_of(tiny_target, token_drafter, speculation, CPU)
-    assert profile.machine == stored["machine"]
-    assert len(lines) == 1
-    assert ("an abacus" if damage == "other machine" else "cannot be read") in lines[0]
-
-
 def test_bad_profiles_and_bad_autos_are_refused(
     tmp_path: Path, tiny_target: LlamaForCausalLM, token_drafter: SpecDiffDrafter, prompt: torch.Tensor
 ) -> None:
-    with pytest.raises(ValueError, match="rising `sizes`"):
-        Profile([1, 1], [1.0, 2.0], 1.0)
-    with pytest.raises(ValueError, match="must hold numbers"):
-        Profile([1, "2"], [1.0, 2.0], 1.0)
-    with pytest.raises(ValueError, match="positive times and factors"):
-        Profile([1, 2], [0.0, 2.0], 1.0)
     cases = [
         ({"tree_budget": "auto", "profile": tmp_path / "none.json"}, "`profile` must be a Profile or a file"),
         ({"tree_budget": "auto", "profile": {"sizes": 1}}, "`profile` must be a Profile or a file"),
@@ -359,6 +400,19 @@ def test_bad_profiles_and_bad_autos_are_refused(
             hf_specdiff.generate(tiny_target, prompt, assistant_model=token_drafter, max_new_tokens=4, **kwargs)
 
 
+def test_without_arguments_a_drafter_that_names_no_size_follows_the_machine(
+    tiny_target: LlamaForCausalLM, prompt: torch.Tensor, tmp_path: Path
+) -> None:
+    drafter, settings = make_drafter(), {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
+    drafter.generation_config.tree_budget = None
+    result = hf_specdiff.generate(tiny_target, prompt, assistant_model=drafter, **settings, profile=DEAR)
+    assert [0] in result.speculation.num_drafted
+    with isolated_profiles(tmp_path):
+        plain = hf_specdiff.generate(tiny_target, prompt, assistant_model=drafter, **settings)
+    assert torch.equal(plain.sequences, result.sequences)
+    assert len(list((tmp_path / "profiles").iterdir())) == 1
+
+
 @pytest.mark.parametrize("arguments", [{"gamma": "auto"}, {"tree_budget": "auto"}], ids=["gamma", "tree_budget"])
 def test_either_auto_makes_any_shape_adaptive(
     arguments: dict, tiny_target: LlamaForCausalLM, token_drafter: SpecDiffDrafter, prompt: torch.Tensor
@@ -367,72 +421,3 @@ def test_either_auto_makes_any_shape_adaptive(
         settings = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "draft_shape": shape}
         result = hf_specdiff.generate(tiny_target, prompt, assistant_model=token_drafter, **settings, **arguments, profile=DEAR)
         assert [0] in result.speculation.num_drafted
-
-
-def test_the_rate_to_beat_is_that_of_the_rows_that_are_left() -> None:
-    steep = Profile([1, 65], [0.0057, 0.0133], drafter_seconds=0.002)
-    values = chain([0.8**i for i in range(1, 16)])
-    shrunk = Budget(steep, 16)
-    for _ in range(3):
-        shrunk.wants_draft(16)
-        shrunk.choose([values] * 16)
-        shrunk.observe(written(5, num_rows=16))
-    shrunk.wants_draft(1)
-    assert shrunk.choose([values]) == Budget(steep, 1).choose([values])
-
-
-@pytest.mark.parametrize("mask_token_id", [0, 30])
-def test_measuring_leaves_the_generators_alone_and_fits_short_models(mask_token_id: int) -> None:
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 31}
-    target = GPT2LMHeadModel(GPT2Config(**sizes, **SPECIAL_IDS)).eval()
-    drafter = make_drafter(mask_token_id=mask_token_id)
-    before = torch.random.get_rng_state()
-    profile = profiling.measure_profile(target, drafter, SpeculationConfig(5, draft_shape="tree", draft_temperature=1.0), CPU)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert profile.sizes[0] == 1
-
-
-def test_a_cache_that_cannot_be_written_costs_no_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: torch.Tensor
-) -> None:
-    monkeypatch.setenv("HF_SPECDIFF_CACHE", str(tmp_path))
-    monkeypatch.setattr(profiling, "_KNOWN", {})
-    monkeypatch.setattr(profiling, "measure_profile", lambda *pair: FREE)
-    monkeypatch.setattr(profiling, "machine_of", lambda device: FREE.machine)
-    lines: list[str] = []
-    monkeypatch.setattr(logging.get_logger("hf_specdiff.core.profiling"), "warning", lines.append)
-    target, drafter = make_target(), make_drafter()
-    settings = {"do_sample": False, "max_new_tokens": 12}
-    expected = target.generate(prompt, **settings)
-    for _ in range(2):
-        result = hf_specdiff.generate(target, prompt, assistant_model=drafter, tree_budget="auto", **settings)
-        assert torch.equal(result, expected)
-        assert next(tmp_path.rglob("*.json")).is_file()
-
-        def full_disk(*arguments: object) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(profiling, "write_profile", full_disk)
-        monkeypatch.setattr(profiling, "NOTABLE_CHANGE", 1e-9)  # anything learnt is to be written
-    assert len(lines) == 1
-    assert "could not be kept" in lines[0]
-
-
-def test_the_next_call_goes_on_from_what_was_learnt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: torch.Tensor
-) -> None:
-    monkeypatch.setenv("HF_SPECDIFF_CACHE", str(tmp_path))
-    monkeypatch.setattr(profiling, "_KNOWN", {})
-    monkeypatch.setattr(profiling, "measure_profile", lambda *pair: FREE)
-    monkeypatch.setattr(profiling, "machine_of", lambda device: FREE.machine)
-    target, drafter = make_target(0, eos_token_id=None), make_drafter(eos_token_id=None)  # as good as never accepted
-    settings = {"do_sample": False, "max_new_tokens": 30, "tree_budget": "auto"}
-    for _ in range(12):
-        hf_specdiff.generate(target, prompt, assistant_model=drafter, **settings)
-    (known,) = profiling._KNOWN.values()
-    assert min(known.factors) < 0.9
-    stored = profiling._read(next(tmp_path.rglob("*.json")))
-    assert stored.factors == pytest.approx(known.factors, rel=profiling.NOTABLE_CHANGE)
-    # A given profile is neither changed nor learnt from.
-    hf_specdiff.generate(target, prompt, assistant_model=drafter, **settings, profile=FREE)
-    assert next(iter(profiling._KNOWN.values())) == known

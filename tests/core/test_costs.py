@@ -1,0 +1,70 @@
+"""What a profile says of passes between its sizes, and how far rounds may disagree with it."""
+
+import pytest
+
+from hf_specdiff.core.calibration import NUM_CLASSES
+from hf_specdiff.core.costs import Pace
+from hf_specdiff.core.costs import Profile
+
+
+def test_costs_are_interpolated_and_extrapolated() -> None:
+    profile = Profile([1, 3, 5], [1.0, 2.0, 6.0], 0.5)
+    assert [profile.target_cost(n) for n in (1, 2, 3, 4, 5, 6)] == pytest.approx([1.0, 1.5, 2.0, 4.0, 6.0, 8.0])
+    assert profile.round_cost(3, is_drafted=True) == pytest.approx(2.5)
+    assert profile.round_cost(3, is_drafted=False) == pytest.approx(2.0)
+    # One token that begins a new tile does not make each of a large batch's tokens so dear.
+    tiles = Profile([1, 33, 64, 65], [1.0, 2.0, 3.0, 4.0], 0.5)
+    assert tiles.target_cost(97) == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (([1, 1], [1.0, 2.0], 1.0), "rising `sizes`"),
+        (([1, 2], [1.0], 1.0), "rising `sizes`"),
+        (([1, "2"], [1.0, 2.0], 1.0), "must hold numbers"),
+        (([1, 2], [1.0, 2.0], 1.0, "", [1.0] * (2 * NUM_CLASSES), True), "must hold numbers"),
+        (([1, 2], [0.0, 2.0], 1.0), "positive times and factors"),
+        (([1, 2], [1.0, 2.0], 1.0, "", [1.0]), "`factors`, got 1"),
+    ],
+)
+def test_profiles_that_mean_nothing_are_refused(fields: tuple, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Profile(*fields)
+
+
+def test_the_least_of_two_profiles_keeps_what_was_known_of_the_drafter() -> None:
+    factors = [0.5] * (2 * NUM_CLASSES)
+    earlier = Profile([1, 9], [2.0, 3.0], 0.4, "here", factors, allowance=1.5, is_doubtful=True)
+    now = Profile([1, 5, 9], [1.0, 4.0, 5.0], 0.5, "here")
+    assert now.least(earlier) == Profile([1, 5, 9], [1.0, 2.5, 3.0], 0.4, "here", factors, allowance=1.5)
+
+
+def test_a_busy_machine_slows_both_kinds_of_rounds() -> None:
+    """Rounds that were not seen yet are expected to be as slow as the others, so that no choice changes."""
+    pace = Pace()
+    for _ in range(100):
+        pace.observe(2.0, is_drafted=True)
+    assert pace.ratio(is_drafted=True) == pytest.approx(2.0, rel=0.1)
+    assert pace.ratio(is_drafted=False) == pytest.approx(2.0, rel=0.15)
+    assert not pace.is_too_quick
+    for _ in range(100):
+        pace.observe(1.0, is_drafted=False)
+    assert pace.ratio(is_drafted=False) == pytest.approx(1.0, rel=0.1)
+
+
+def test_one_slow_round_is_no_reason() -> None:
+    pace = Pace()
+    for _ in range(20):
+        pace.observe(1.0, is_drafted=True)
+    pace.observe(50.0, is_drafted=True)
+    assert pace.ratio(is_drafted=True) < 1.1
+
+
+@pytest.mark.parametrize("is_drafted", [True, False])
+def test_rounds_that_are_quicker_than_a_pass_can_be_accuse_the_profile(is_drafted: bool) -> None:
+    pace = Pace()
+    assert not pace.is_too_quick
+    for _ in range(6):
+        pace.observe(0.5, is_drafted=is_drafted)
+    assert pace.is_too_quick
