@@ -32,7 +32,7 @@ NUM_NEW = 32
 TIE = 1e-3
 SHORT_LIST = ["llama", "gemma3_text", "gpt2", "bloom", "qwen3_next", "mamba"]
 IDENTICAL, REFUSED, WRONG = "identical", "refused", "**differs**"
-GREEDY = {"do_sample": False, "max_new_tokens": NUM_NEW, "pad_token_id": 0}
+GREEDY = {"do_sample": False, "max_new_tokens": NUM_NEW, "pad_token_id": 0, "use_cache": True}
 
 
 @dataclass
@@ -150,7 +150,7 @@ class Trial:
         except ValueError as error:
             if "hf_specdiff" not in traceback.extract_tb(error.__traceback__)[-1].filename:
                 self.row.add(column, WRONG, f"{column}: {type(error).__name__}: {str(error)[:160]}")
-            elif conditioning == "features" and "token-conditioned" in str(error):
+            elif conditioning == "features" and "that reads tokens" in str(error):
                 self.row.add(column, IDENTICAL, str(error))  # the other drafter says how the model does
             else:
                 self.row.add(column, REFUSED, str(error))
@@ -229,7 +229,7 @@ def page(found: list[Row]) -> str:
         "the windows of sliding and chunked layers, with end tokens inside a draft, and three prompts of different lengths at "
         "a time.",
         "",
-        '- "identical": token for token what `model.generate` writes.',
+        '- "identical": token for token what `model.generate` writes; for a batch, of each prompt alone or of that batch.',
         '- "refused": a `ValueError` before anything is written, for the reason given.',
         '- "differs": it does not, and says nothing; a defect.',
         "",
@@ -245,23 +245,31 @@ def page(found: list[Row]) -> str:
     ]
     for row in ran:
         cells = " | ".join(row.outcomes[column] for column in COLUMNS)
-        lines.append(f"| {row.model_type} | {cells} | {'; '.join(map(_shortened, row.reasons))} |")
+        lines.append(f"| {row.model_type} | {cells} | {_why(row)} |")
     missing = [row for row in found if not row.outcomes]
     lines += ["", "Not tried, since no tiny model of these could be made from a config alone:", ""]
-    lines += [f"- {row.model_type}: {_shortened(row.reasons[0])}" for row in missing]
+    lines += [f"- {row.model_type}: {_why(row)}" for row in missing]
     return "\n".join(lines) + "\n"
 
 
 COLUMNS = ("chain", "tree", "batch")
 
 
-def _shortened(reason: str) -> str:
-    """Return a reason fit for a cell of the table: what comes before the remedy, which the page tells once."""
-    flat = " ".join(reason.split()).replace("|", "/")
-    for opening in (
-        "`draft_shape` must be 'chain' here, got 'tree': ",
-        "`input_ids` must be one sequence and `num_return_sequences` 1",
-    ):
-        if flat.startswith(opening):
-            flat = flat[len(opening) :].removeprefix(" for this model, got 3 sequences: ")
-    return flat.split(". Call generate once")[0].split(" Use plain model.generate")[0].rstrip(". ")
+OPENINGS = (
+    "`draft_shape` must be 'chain' here, got 'tree': ",
+    "`input_ids` must be one sequence and `num_return_sequences` 1 for this model, got 3 sequences: ",
+    "`model` must give drafted tokens in one pass the logits that it gives them one by one, but ",
+)
+
+
+def _why(row: Row) -> str:
+    """Return a row's reasons for the table, each once, without the class's name and what the page tells once for all."""
+    found = []
+    for reason in row.reasons:
+        flat = " ".join(reason.split()).replace("|", "/")
+        for opening in OPENINGS:
+            flat = flat.removeprefix(opening)
+        for remedy in (". Call generate once", ". Use plain model.generate", ". Use a drafter that reads tokens"):
+            flat = flat.split(remedy)[0]
+        found.append(flat.removeprefix(row.name).strip().rstrip("."))
+    return "; ".join(dict.fromkeys(found))
