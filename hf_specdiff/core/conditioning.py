@@ -105,6 +105,8 @@ class FeatureDrafter(DenoisingDrafter):
         self.embed = embed
         self.head = head
         self.dtype = network.dtype
+        self.knows_token_before = network.config.knows_token_before
+        self.states: torch.Tensor | None = None  # of the last pass, which heads read again
 
     def window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
         """Run the network over the new features and the window; see `DenoisingDrafter.window_logits`."""
@@ -123,8 +125,15 @@ class FeatureDrafter(DenoisingDrafter):
             cached_position_ids=self.cached_positions(text, counts),
         )
         self.keep_context(counts)
-        states = outputs.last_hidden_state
-        return self.network.window_logits(states if is_shifted else states[:, 1:], self.head).to(device)
+        self.states = outputs.last_hidden_state if is_shifted else outputs.last_hidden_state[:, 1:]
+        return self.network.window_logits(self.states, self.head).to(device)
+
+    def step(
+        self, logits: torch.Tensor, index: int, rows: list[int], previous: torch.Tensor, memory: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the law of one position given the token before it; see `DenoisingDrafter.step`."""
+        assert self.states is not None
+        return self.network.step_logits(logits, self.states[rows, index], previous, memory)
 
 
 def make_drafter(

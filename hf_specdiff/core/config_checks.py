@@ -23,6 +23,11 @@ SIZES = {
     "block_size": (2, 2**24),
     "max_position_embeddings": (1, 2**40),
     "format_version": (1, 2**31),
+    "markov_rank": (0, 2**14),
+    "selector_rank": (0, 2**14),
+    "selector_top_k": (1, 2**24),
+    "conv_kernel_size": (0, 2**10),
+    "conv_group_size": (1, 2**17),
 }
 OPTIONAL_SIZES = {
     "mask_token_id": (0, 2**24),

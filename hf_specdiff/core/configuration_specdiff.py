@@ -53,6 +53,14 @@ class SpecDiffConfig(Qwen3Config):
         draft_vocab_size (`int`, *optional*): rows of its own head, if that knows only some of the target's tokens; the buffer
             `d2t` holds, for each row, the token's id less the row.
         target_hidden_size (`int`, *optional*): width of the target, if it differs from `hidden_size`.
+        markov_rank (`int`): rank of a head that adds a bias from the token before to each slot's logits; 0: none.
+        markov_head_type (`str`): `"vanilla"`, `"gated"` (by the slot's state) or `"rnn"` (with a memory).
+        enable_confidence_head (`bool`): whether a head says how likely each slot's token is to be accepted.
+        confidence_head_with_markov (`bool`): whether that head reads the token before too.
+        selector_rank (`int`): rank of a selector that chooses among each slot's best tokens by the token before; 0: none.
+        selector_top_k (`int`): tokens of a slot that it chooses among.
+        conv_kernel_size (`int`): taps of the convolutions around attention and MLP, along the window; 0: none.
+        conv_group_size (`int`): channels that share a tap.
         rope_interleaved (`bool`): whether rotary pairs are neighbours, instead of the two halves of a head.
         training (`dict`, *optional*): how the drafter was made, for its card: "data" (what it learnt from), "objective",
             "steps" and whatever else the trainer writes down.
@@ -84,6 +92,14 @@ class SpecDiffConfig(Qwen3Config):
     draft_vocab_size: int | None = None
     target_hidden_size: int | None = None
     rope_interleaved: bool = False
+    markov_rank: int = 0
+    markov_head_type: str = "vanilla"
+    enable_confidence_head: bool = False
+    confidence_head_with_markov: bool = False
+    selector_rank: int = 0
+    selector_top_k: int = 16
+    conv_kernel_size: int = 0
+    conv_group_size: int = 16
     training: dict | None = None
     format_version: int = FORMAT_VERSION
 
@@ -120,6 +136,11 @@ class SpecDiffConfig(Qwen3Config):
     def max_gamma(self) -> int:
         """The most tokens that one pass drafts."""
         return self.block_size if self.predicts_from_anchor else self.block_size - 1
+
+    @property
+    def knows_token_before(self) -> bool:
+        """Whether a head makes each slot's law one that is given the token before it."""
+        return self.markov_rank > 0 or self.selector_rank > 0
 
     def layer_window(self, layer_idx: int) -> int | None:
         """Return how many tokens a layer sees, itself included; `None`: all."""
@@ -191,6 +212,7 @@ class SpecDiffConfig(Qwen3Config):
             names = []
         else:
             names = ["predicts_from_anchor", "has_own_embedding", "has_own_head", "has_mask_embedding", "target_hidden_size"]
+            names += ["markov_rank", "selector_rank", "conv_kernel_size", "enable_confidence_head"]
         for name in [name for name in names if getattr(self, name)]:
             raise ValueError(
                 f"`{name}` must be left out for a token-conditioned drafter, got {getattr(self, name)}. It is a switch of "
@@ -207,3 +229,21 @@ class SpecDiffConfig(Qwen3Config):
                 f"`target_hidden_size` must be `hidden_size` {self.hidden_size} for a drafter that borrows the target's "
                 f"embedding or head, got {self.target_hidden_size}."
             )
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        if self.markov_head_type not in ("vanilla", "gated", "rnn"):
+            raise ValueError(f"`markov_head_type` must be vanilla, gated or rnn, got {self.markov_head_type!r}.")
+        if self.confidence_head_with_markov and not (self.enable_confidence_head and self.markov_rank):
+            raise ValueError(
+                "`confidence_head_with_markov` must be False without `enable_confidence_head` and a `markov_rank`, got True."
+            )
+        if self.selector_rank and (self.selector_top_k > self.vocab_size or self.draft_vocab_size is not None):
+            raise ValueError(
+                f"`selector_top_k` must be at most `vocab_size` {self.vocab_size}, and the vocabulary whole, got "
+                f"{self.selector_top_k} and `draft_vocab_size` {self.draft_vocab_size}."
+            )
+        if self.markov_rank and self.selector_rank:
+            raise ValueError("`selector_rank` must be 0 beside a `markov_rank`, got both.")
+        if self.conv_kernel_size and self.hidden_size % self.conv_group_size:
+            raise ValueError(f"`conv_group_size` must divide `hidden_size` {self.hidden_size}, got {self.conv_group_size}.")

@@ -14,6 +14,7 @@ from transformers import LogitsProcessorList
 from .attention import grouped_heads
 from .cache import RaggedCache
 from .cache import context_cache
+from .conditional import Conditionals
 from .denoising import reveal_by_confidence
 from .denoising import reveal_counts
 from .denoising import reveal_left_to_right
@@ -78,6 +79,10 @@ class Shaper(Protocol):
         """Return many drafts from the marginals of one pass."""
         ...
 
+    def draft_in_order(self, laws: Conditionals) -> Draft | DraftTree:
+        """Return many drafts from laws that are given the token before."""
+        ...
+
     def observe(self, outcome: Outcome) -> None:
         """Take in what became of the last draft."""
         ...
@@ -86,7 +91,8 @@ class Shaper(Protocol):
 class DenoisingDrafter:
     """Draft with a masked-diffusion network: a window [anchor, mask x gamma], revealed in T passes.
 
-    Subclasses say how the committed text conditions the window: `window_logits`. A drafter serves one generation.
+    Subclasses say how the committed text conditions the window: `window_logits`; and, where `knows_token_before`, how the token
+    before conditions the next: `step`. A drafter serves one generation.
 
     Args:
         network (`SpecDiffDrafter`): the network.
@@ -118,6 +124,7 @@ class DenoisingDrafter:
         self.mask_token_id = network.config.mask_token_id
         self.cache = context_cache(network.config)
         self.rows: RaggedCache | None = None  # from the first draft on, which tells how many rows there are
+        self.knows_token_before = False
         self._unseen: list[Features] = []
         self.device = network.device  # read once: the host goes through the weights for it
         self._home = network.device  # where the target's processors hold their tensors
@@ -159,6 +166,8 @@ class DenoisingDrafter:
         shaper, speculation = self.shaper, self.speculation
         if speculation.draft_shape != "chain":
             assert shaper is not None
+            if self.knows_token_before:
+                return shaper.draft_in_order(self._conditionals(text, logits))
             return shaper.draft(self._free_scores(logits))
         steps = reveal_counts(window.shape[1] - 1, speculation.num_denoising_steps)
         if len(steps) > 1:
@@ -237,24 +246,19 @@ class DenoisingDrafter:
             `tuple`: tokens `(B, n)` and probabilities `(B, n, V)`, or `None` for a point mass.
         """
         temperature = self.speculation.draft_temperature
-        if is_prefix_free(self.processors):
+        if not self.knows_token_before and is_prefix_free(self.processors):
             return draw_from_scores(self._free_scores(logits), temperature)
-        logits = self._without_mask(logits)
-        row_processors = [processors_of_row(self.processors, row) for row in text.rows]
-        tokens, probs = prefix, []
+        tokens, probs, memory = prefix, [], None
         is_open = [not self.end_token_ids & set(row) for row in prefix.tolist()]
         for i in range(logits.shape[1]):
-            rows = []
-            for row, processors in enumerate(row_processors):
-                own, scores = logits[row, i : i + 1].to(self._home), None
-                if is_open[row]:
-                    ids = torch.cat([text.row(row), tokens[row : row + 1]], dim=1)
-                    scores = process_if_taken(processors, ids.to(self._home), own.clone())
-                    is_open[row] = scores is not None
-                rows.append(own if scores is None else scores)
+            raw = logits[:, i]
+            if self.knows_token_before:
+                previous = tokens[:, -1] if tokens.shape[1] else text.anchors()[:, 0]
+                raw, memory = self.step(raw, i, list(range(len(raw))), previous, memory)
+            scores, is_open = self._scores_after(text, tokens, raw, is_open)
             if may_stop and i > 0 and not any(is_open):
                 break
-            token, law = draw_from_scores(torch.stack(rows).to(logits.device), temperature)
+            token, law = draw_from_scores(scores[:, None], temperature)
             is_open = [
                 going and drawn not in self.end_token_ids for going, (drawn,) in zip(is_open, token.tolist(), strict=True)
             ]
@@ -264,9 +268,58 @@ class DenoisingDrafter:
                 break
         return tokens[:, prefix.shape[1] :], None if probs[0] is None else torch.cat(probs, dim=1)
 
+    def _scores_after(
+        self, text: Text, drafted: torch.Tensor, logits: torch.Tensor, is_open: list[bool]
+    ) -> tuple[torch.Tensor, list[bool]]:
+        """Return one position's logits `(B, V)` after the processors, and which rows go on.
+
+        Processors may read the text and what was drafted `(B, m)`. A row that has ended, or whose draft they do not take, goes
+        on without them.
+        """
+        if is_prefix_free(self.processors):
+            return self._free_scores(logits[:, None])[:, 0], is_open
+        logits = self._without_mask(logits)
+        rows, goes_on = [], list(is_open)
+        for row, place in enumerate(text.rows):
+            own, scores = logits[row : row + 1].to(self._home), None
+            if is_open[row]:
+                ids = torch.cat([text.row(row), drafted[row : row + 1]], dim=1)
+                scores = process_if_taken(processors_of_row(self.processors, place), ids.to(self._home), own.clone())
+                goes_on[row] = scores is not None
+            rows.append(own if scores is None else scores)
+        return _alive(torch.cat(rows).to(logits.device)), goes_on
+
+    def _conditionals(self, text: Text, logits: torch.Tensor) -> Conditionals:
+        """Return the laws of a pass with the raw logits `(B, G, V)`, given the token before each."""
+
+        def step(
+            index: int, rows: list[int], previous: torch.Tensor, memory: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            raw, memory = self.step(logits[rows, index], index, rows, previous, memory)
+            return self._free_scores(raw[:, None])[:, 0], memory
+
+        return Conditionals(step, text.anchors()[:, 0], logits.shape[1])
+
+    def step(
+        self, logits: torch.Tensor, index: int, rows: list[int], previous: torch.Tensor, memory: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the raw logits of one position given the token before it.
+
+        Args:
+            logits (`torch.Tensor` of shape `(n, V)`): of the position by itself.
+            index (`int`): the position, 0 to G - 1.
+            rows (`list[int]`): which rows of the batch these are; several of them may be the same.
+            previous (`torch.Tensor` of shape `(n,)`, int64): the token before it; at position 0 the anchor.
+            memory (`torch.Tensor`, *optional*): what this returned for the position before.
+
+        Returns:
+            `tuple`: logits `(n, V)`, and the memory for the next position.
+        """
+        raise NotImplementedError
+
     def _free_scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Return logits after the processors, none of which reads a prefix, `(B, n, V)` float32."""
-        return process_without_prefix(self.processors, self._without_mask(logits).to(self._home)).to(logits.device)
+        return _alive(process_without_prefix(self.processors, self._without_mask(logits).to(self._home)).to(logits.device))
 
     def _without_mask(self, logits: torch.Tensor) -> torch.Tensor:
         """Return float32 logits in which the mask id cannot be drafted."""
@@ -338,3 +391,11 @@ class DenoisingDrafter:
         """Keep the new context of the last pass in the cache, forget its window."""
         assert self.rows is not None
         self.rows.keep([list(range(count)) for count in counts])
+
+
+def _alive(scores: torch.Tensor) -> torch.Tensor:
+    """Return scores `(..., V)` that leave something to draw: where processors forbid all that a drafter knows, any law will "
+    "do.
+    """
+    is_dead = (scores == -torch.inf).all(dim=-1, keepdim=True)
+    return scores.masked_fill(is_dead, 0.0)

@@ -28,6 +28,10 @@ from .candidate_generator import SpecDiffCandidateGenerator
 from .checks import check_prompt
 from .checks import check_stock_call
 from .configuration_specdiff import SpecDiffConfig
+from .heads import CandidateSelector
+from .heads import ConfidenceHead
+from .heads import MarkovHead
+from .heads import WindowConvolution
 from .repository import RepositoryMixin
 from .weights import check_finite
 from .weights import check_weight_files
@@ -133,6 +137,10 @@ class SpecDiffLayer(nn.Module):
         self.mlp = Qwen3MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.has_convolutions = config.conv_kernel_size > 0
+        if self.has_convolutions:
+            self.attention_conv = WindowConvolution(config.hidden_size, config.conv_kernel_size, config.conv_group_size)
+            self.mlp_conv = WindowConvolution(config.hidden_size, config.conv_kernel_size, config.conv_group_size)
 
     def forward(
         self,
@@ -143,11 +151,14 @@ class SpecDiffLayer(nn.Module):
         past_key_values: Cache | None,
     ) -> torch.Tensor:
         """Run the layer; arguments and result as `SpecDiffAttention.forward`."""
-        mixed = self.self_attn(
-            self.input_layernorm(hidden_states), context_states, position_embeddings, attention_mask, past_key_values
-        )
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        seen = (context_states, position_embeddings, attention_mask, past_key_values)
+        if not self.has_convolutions:
+            hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), *seen)
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        read, taps = self.attention_conv.before(self.input_layernorm(hidden_states))
+        hidden_states = hidden_states + self.attention_conv.after(self.self_attn(read, *seen), taps)
+        read, taps = self.mlp_conv.before(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.mlp_conv.after(self.mlp(read), taps)
 
 
 class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
@@ -198,6 +209,13 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList([SpecDiffLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = _rotary(config)
+        size, num_tokens = config.hidden_size, config.draft_vocab_size or config.vocab_size
+        if config.markov_rank:
+            self.markov_head = MarkovHead(config.vocab_size, num_tokens, config.markov_rank, size, config.markov_head_type)
+        if config.selector_rank:
+            self.candidate_selector = CandidateSelector(config.vocab_size, size, config.selector_rank, config.selector_top_k)
+        if config.enable_confidence_head:
+            self.confidence_head = ConfidenceHead(size + config.markov_rank * config.confidence_head_with_markov)
         self.post_init()
         self._set_assistant_defaults()
 
@@ -246,10 +264,34 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
             logits = logits * config.output_multiplier
         if config.final_logit_softcapping:
             logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+        return self._over_the_vocabulary(logits, -torch.inf)
+
+    def step_logits(
+        self, logits: torch.Tensor, states: torch.Tensor, previous: torch.Tensor, memory: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the logits of one slot given the token before it, for drafters whose heads know that token.
+
+        Args:
+            logits (`torch.Tensor` of shape `(n, V)`): of the slot by itself, from `window_logits`.
+            states (`torch.Tensor` of shape `(n, D)`): `last_hidden_state` at the slot.
+            previous (`torch.Tensor` of shape `(n,)`, int64): the token before the one that the slot predicts.
+            memory (`torch.Tensor` of shape `(n, R)`, *optional*): what this returned for the slot before.
+
+        Returns:
+            `tuple`: logits `(n, V)`, minus infinity for tokens that are not drafted; and the memory, if the head has one.
+        """
+        if self.config.selector_rank:
+            return self.candidate_selector(logits, states, previous), None
+        bias, memory = self.markov_head(states, previous, memory)
+        return logits + self._over_the_vocabulary(bias, 0.0).to(logits.dtype), memory
+
+    def _over_the_vocabulary(self, logits: torch.Tensor, other: float) -> torch.Tensor:
+        """Put what a reduced vocabulary's rows say at their tokens' places, `(..., V)`; the other tokens get one value."""
+        config = self.config
         if config.draft_vocab_size is None:
             return logits
         token_ids = self.d2t + torch.arange(config.draft_vocab_size, device=self.d2t.device)
-        everything = logits.new_full((*logits.shape[:-1], config.vocab_size), -torch.inf)
+        everything = logits.new_full((*logits.shape[:-1], config.vocab_size), other)
         return everything.index_copy_(-1, token_ids, logits)
 
     @classmethod

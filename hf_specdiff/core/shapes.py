@@ -9,6 +9,9 @@ from collections.abc import Callable
 import torch
 
 from .budget import Budget
+from .conditional import Conditionals
+from .conditional import conditional_tree
+from .conditional import sample_drafts
 from .draft import Draft
 from .draft import DraftTree
 from .draft import Outcome
@@ -123,6 +126,22 @@ class DraftShaper:
             return draft_tree(scores, self.speculation, temperature=self.child_temperature)
         budget = self.budget
         return draft_tree(scores, self.speculation, budget.choose, budget.smallest_value, self.child_temperature)
+
+    def draft_in_order(self, laws: Conditionals) -> Draft | DraftTree:
+        """Return joint samples or a tree of a drafter whose heads know the token before.
+
+        Args:
+            laws (`Conditionals`): of one pass.
+
+        Returns:
+            as `draft`.
+        """
+        if self.speculation.draft_shape == "samples":
+            return sample_drafts(laws, self.speculation)
+        temper = None if self.child_temperature is None else self.child_temperature.law
+        if self.budget is None:
+            return conditional_tree(laws, self.speculation, temper=temper)
+        return conditional_tree(laws, self.speculation, self.budget.choose, self.budget.smallest_value, temper)
 
     def observe(self, outcome: Outcome) -> None:
         """Take in what became of the last draft; what is learnt may change later ones."""

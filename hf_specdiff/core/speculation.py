@@ -114,6 +114,11 @@ def resolve_speculation(
     gamma = _integer("gamma", gamma, 1, max_gamma, f" ({most}) or 'auto'")
     steps = 1 if values["num_denoising_steps"] is None else values["num_denoising_steps"]
     steps = _integer("num_denoising_steps", steps, 1, gamma, " (`gamma`)")
+    if steps > 1 and getattr(drafter.config, "knows_token_before", False):
+        raise ValueError(
+            f"`num_denoising_steps` must be 1 for a drafter whose heads know the token before, got {steps}: they write a "
+            "window from left to right already."
+        )
     order = _choice("reveal_order", values["reveal_order"] or "confidence", REVEAL_ORDERS)
     shape = _choice("draft_shape", values["draft_shape"] or "auto", DRAFT_SHAPES)
     acceptance = _choice("acceptance", values["acceptance"] or "auto", ACCEPTANCES)

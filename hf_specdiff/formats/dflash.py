@@ -11,7 +11,7 @@ from hf_specdiff.formats.record import Record
 from hf_specdiff.formats.record import agreed
 from hf_specdiff.formats.record import sliding_layers
 
-ARCHITECTURES = {"DFlashDraftModel": "z-lab DFlash"}
+ARCHITECTURES = {"DFlashDraftModel": "z-lab DFlash", "DFlash2DraftModel": "z-lab DFlash 2"}
 DEFAULT_BLOCK_SIZE = 16
 
 
@@ -29,7 +29,8 @@ def read(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], ignored: It
     Raises:
         ValueError: if a field is missing, contradicts another or is not understood.
     """
-    name = "JetSpec" if "causal_head" in (config.get("dflash_config") or {}) else "z-lab DFlash"
+    architecture = config["architectures"][0]
+    name = "JetSpec" if "causal_head" in (config.get("dflash_config") or {}) else ARCHITECTURES[architecture]
     top, section = Fields(config, name), Fields(config.get("dflash_config") or {}, name, "`dflash_config`")
     top.take("dflash_config")
     body = top.body()
@@ -61,9 +62,24 @@ def read(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], ignored: It
             f"`target_hidden_size` in `dflash_config` of the format {name} must be `hidden_size` {body['hidden_size']}, got "
             f"{width}. Such drafters have an adapter of random weights: train one for this target."
         )
+    if architecture == "DFlash2DraftModel":
+        fields |= selector(section, top)
     section.finish(is_strict=True)
     top.finish(ignored)
     return Record(name, fields)
+
+
+def selector(*places: Fields) -> dict[str, Any]:
+    """Return the fields of DFlash 2's convolutions and of its candidate selector.
+
+    Args:
+        *places (`Fields`): where they may stand.
+
+    Returns:
+        `dict`: of `SpecDiffConfig`; what the files leave out as speculators fills it.
+    """
+    defaults = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 256, "selector_top_k": 16}
+    return {name: agreed(places[0].format, name, *places) or value for name, value in defaults.items()}
 
 
 def default_layer_ids(num_target_layers: int, num_draft_layers: int) -> list[int]:

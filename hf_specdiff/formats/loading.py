@@ -12,6 +12,7 @@ import torch
 from hf_specdiff.core.checks import check_pair
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
+from hf_specdiff.formats import deepspec
 from hf_specdiff.formats import dflash
 from hf_specdiff.formats import muse
 from hf_specdiff.formats import speculators
@@ -21,6 +22,7 @@ from hf_specdiff.formats.source import Source
 # From an architecture's name to who reads it.
 READERS = {
     **dict.fromkeys(dflash.ARCHITECTURES, dflash.read),
+    **dict.fromkeys(deepspec.ARCHITECTURES, deepspec.read),
     **dict.fromkeys(muse.ARCHITECTURES, muse.read),
 }
 # Formats that are known and not read: a word of their architecture's name, and what is missing here.

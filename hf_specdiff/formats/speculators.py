@@ -8,12 +8,14 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from hf_specdiff.formats.deepspec import heads
+from hf_specdiff.formats.dflash import selector
 from hf_specdiff.formats.record import BODY
 from hf_specdiff.formats.record import Fields
 from hf_specdiff.formats.record import Record
 from hf_specdiff.formats.record import sliding_layers
 
-KINDS = ("dflash",)
+KINDS = ("dflash", "dspark", "dflash2")
 # The last version whose files were read.
 NEWEST = (0, 9)
 
@@ -32,8 +34,8 @@ def read(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], ignored: It
     _check_version(top)
     body = _body(top, name, ignored)
     is_sliding = sliding_layers(body, name)
-    is_causal = any(is_sliding) and not top.take("sliding_window_non_causal", False)
-    top.take("sliding_window_non_causal")
+    non_causal = top.take("sliding_window_non_causal", kind == "dflash2")
+    is_causal = any(is_sliding) and not non_causal
     block_size = top.need("block_size")
     draft_vocab_size = top.take("draft_vocab_size", body["vocab_size"])
     is_reduced = draft_vocab_size != body["vocab_size"]
@@ -54,6 +56,10 @@ def read(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], ignored: It
     if any(is_sliding):
         # A window's slots all see as far back as its anchor, and that at a distance of the window's size too.
         fields |= {"sliding_window": fields["sliding_window"] + 1, "window_from_anchor": True}
+    if kind == "dspark":
+        fields |= heads(top, has_defaults=True)
+    elif kind == "dflash2":
+        fields |= selector(top)
     top.finish(ignored)
     unused = [r"^t2d$", r"^verifier_lm_head\.", r"^verifier_norm\."]
     return Record(name, fields, unused=unused if is_reduced else [*unused, r"^d2t$"])

@@ -30,6 +30,12 @@ def random_rounds(drafter: Any, counts: tuple[int, ...] = (7, 3, 2)) -> list[Rou
 @torch.no_grad()
 def our_rounds(drafter: Any, target: Any, rounds: list[Round]) -> list[torch.Tensor]:
     """Return our logits at the slots that predict, `(1, gamma, V)` for each round."""
+    return [drafter.window_logits(states, target.get_output_embeddings()) for states in our_states(drafter, target, rounds)]
+
+
+@torch.no_grad()
+def our_states(drafter: Any, target: Any, rounds: list[Round]) -> list[torch.Tensor]:
+    """Return our states at the slots that predict, `(1, gamma, D)` for each round."""
     cache, found = context_cache(drafter.config), []
     for window, features, _ in rounds:
         states = drafter(
@@ -38,8 +44,7 @@ def our_rounds(drafter: Any, target: Any, rounds: list[Round]) -> list[torch.Ten
             past_key_values=cache,
         ).last_hidden_state
         roll_back(cache, window.shape[1])
-        states = states if drafter.config.predicts_from_anchor else states[:, 1:]
-        found.append(drafter.window_logits(states, target.get_output_embeddings()))
+        found.append(states if drafter.config.predicts_from_anchor else states[:, 1:])
     return found
 
 

@@ -15,6 +15,7 @@ from tests.conftest import make_target
 from tests.formats.referees import speculators
 from tests.formats.rounds import check_greedy
 from tests.formats.rounds import our_rounds
+from tests.formats.rounds import our_states
 from tests.formats.rounds import random_rounds
 
 KEPT = [0, 2, 3, 5, 6, 7, 9, 10, 11, 13, 17, 20, 22, 29]
@@ -148,3 +149,60 @@ def test_how_many_tokens_are_proposed_settles_who_predicts(tmp_path: Path, num_t
     config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] = num_tokens
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert hf_specdiff.load_drafter(tmp_path, target=target).config.predicts_from_anchor == is_from_anchor
+
+
+HEADS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    kind: ("DSparkDraftModel", {}, {"markov_rank": 4, "markov_head_type": kind}) for kind in ("vanilla", "gated", "rnn")
+}
+HEADS["reduced vocabulary"] = ("DSparkDraftModel", {}, {"markov_rank": 4, "draft_vocab_size": len(KEPT)})
+HEADS["not from the anchor"] = ("DSparkDraftModel", {}, {"markov_rank": 4, "sample_from_anchor": False})
+HEADS["selector"] = (
+    "DFlash2DraftModel",
+    SLIDING,
+    {"conv_group_size": 4, "selector_rank": 4, "selector_top_k": 5, "conv_kernel_size": 3},
+)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_laws_given_the_token_before_are_theirs(name: str, tmp_path: Path) -> None:
+    """Along one greedy chain, slot by slot, and a wrong token before must give another law."""
+    class_name, body, fields = HEADS[name]
+    target = make_target()
+    is_from_anchor = fields.get("sample_from_anchor", class_name == "DSparkDraftModel")
+    theirs = their_drafter(getattr(speculators, class_name), target, body, {**fields, "sample_from_anchor": is_from_anchor})
+    for parameter_name, parameter in theirs.named_parameters():
+        if any(part in parameter_name for part in ("markov", "conv", "selector", "confidence")):
+            torch.nn.init.normal_(parameter, 0.0, 0.5)
+    theirs.save_pretrained(tmp_path)
+    ours = hf_specdiff.load_drafter(tmp_path, target=target)
+    rounds = random_rounds(ours)
+    skip = 0 if is_from_anchor else 1
+    generator = torch.Generator().manual_seed(1)
+    pairs = zip(
+        rounds, our_rounds(ours, target, rounds), our_states(ours, target, rounds), their_rounds(theirs, rounds), strict=True
+    )
+    for (window, _, _), logits, states, (hidden, expected) in pairs:
+        torch.testing.assert_close(states, hidden[:, skip:], atol=1e-5, rtol=0)
+        previous = torch.randint(3, VOCAB_SIZE - 1, (1, states.shape[1]), generator=generator)
+        previous[0, 0] = window[0, 0]
+        laws = their_laws(theirs, hidden[:, skip:], expected[:, skip:], previous)
+        memory = None
+        for index, law in enumerate(laws):
+            found, memory = ours.step_logits(logits[:, index], states[:, index], previous[:, index], memory)
+            if theirs.use_draft_vocab:
+                found = found[..., KEPT]
+            torch.testing.assert_close(found, law, atol=1e-5, rtol=0)
+    other, _ = ours.step_logits(logits[:, 0], states[:, 0], previous[:, 0] - 1)
+    assert not torch.allclose(other[..., KEPT] if theirs.use_draft_vocab else other, laws[0])
+    check_greedy(target, ours)
+
+
+@torch.no_grad()
+def their_laws(drafter: Any, hidden: torch.Tensor, logits: torch.Tensor, previous: torch.Tensor) -> list[torch.Tensor]:
+    """Return their logits `(1, draft vocabulary)` of each slot given the tokens before, by their own heads."""
+    if hasattr(drafter, "candidate_selector"):
+        candidates, scores = drafter.candidate_selector.select(logits, hidden, previous)
+        laws = torch.full_like(logits, -torch.inf).scatter(-1, candidates, scores)
+    else:
+        laws = logits + drafter.markov_head.block_bias(prev_token_ids=previous, hidden_states=hidden)
+    return list(laws.unbind(dim=1))

@@ -1,0 +1,214 @@
+"""Heads that know the token before: the output's law by exact enumeration on tables, with controls that must fail.
+
+Tables in float64: the target's law of each token given all before it, and the drafter's given the one before it. All runs of a
+round are walked through: every draw goes through an oracle that replays choices and multiplies their probabilities.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from transformers import LogitsProcessorList
+
+import hf_specdiff
+from hf_specdiff.core.conditional import Conditionals
+from hf_specdiff.core.conditional import conditional_tree
+from hf_specdiff.core.conditional import sample_drafts
+from hf_specdiff.core.draft import Draft
+from hf_specdiff.core.draft import DraftTree
+from hf_specdiff.core.rules import make_rule
+from hf_specdiff.core.sampling import Scores
+from hf_specdiff.core.sampling import draw
+from hf_specdiff.core.speculation import SpeculationConfig
+from hf_specdiff.core.text import Text
+from tests.conftest import make_drafter
+from tests.conftest import make_target
+from tests.core.test_lossless import all_runs
+from tests.core.test_lossless import distance
+from tests.core.test_lossless import law_of
+
+V, G = 3, 2
+EXACT = 1e-12
+
+
+@pytest.fixture(autouse=True)
+def tables_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_specdiff.core.sampling.to_float", lambda logits: logits.double())
+
+
+def law(*prefix: int, seed: int) -> torch.Tensor:
+    """Return a table's row: logits `(V,)` that hang on the whole prefix."""
+    generator = torch.Generator().manual_seed(seed + 7 * len(prefix) + sum(31**i * (t + 1) for i, t in enumerate(prefix)))
+    return 1.5 * torch.randn(V, generator=generator, dtype=torch.float64)
+
+
+def target_logits(path: tuple[int, ...]) -> torch.Tensor:
+    return law(*path, seed=1)
+
+
+def drafter_logits(index: int, previous: int) -> torch.Tensor:
+    return law(index, previous, seed=1000)
+
+
+def conditionals() -> Conditionals:
+    def step(index: int, rows: list[int], previous: torch.Tensor, memory: Any) -> tuple[torch.Tensor, None]:
+        return torch.stack([drafter_logits(index, token) for token in previous.tolist()]), None
+
+    return Conditionals(step, torch.tensor([0]), G)
+
+
+def scores_of(draft: Draft | DraftTree) -> Scores:
+    """Return the target's scores after the anchor and after each drafted token, by the path that leads there."""
+    tokens = draft.tokens[0].tolist()
+    parents = list(range(len(tokens))) if isinstance(draft, Draft) else draft.parents[0]
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(tokens, parents, strict=True):
+        paths.append((*paths[max(parent, 0)], token))
+    logits = torch.stack([target_logits(path) for path in paths])[None]
+    return Scores(LogitsProcessorList(), Text.of_prompt(torch.tensor([[0]]), None), draft.tokens, logits)
+
+
+def output_law(make: Callable[[], Draft | DraftTree], acceptance: str, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Return the law of the next G + 1 tokens: those of a round, and behind them the target's own."""
+    rule = make_rule(acceptance, do_sample=True)
+
+    def call() -> torch.Tensor:
+        draft = make()
+        accepted = rule(draft, scores_of(draft))
+        return torch.tensor(accepted.new_tokens(draft.tokens)[0])
+
+    found: Counter = Counter()
+    for written, probability in all_runs(call, monkeypatch):
+        for rest in product(range(V), repeat=G + 1 - len(written)):
+            text, weight = written, probability
+            for token in rest:
+                weight *= float(torch.softmax(target_logits(text), 0)[token])
+                text = (*text, token)
+            found[text] += weight
+    return found
+
+
+def total_variation(found: dict) -> float:
+    distance = 0.0
+    for text in product(range(V), repeat=G + 1):
+        p = 1.0
+        for i, token in enumerate(text):
+            p *= float(torch.softmax(target_logits(text[:i]), 0)[token])
+        distance += abs(p - found.get(text, 0.0)) / 2
+    return distance
+
+
+def chain(*, hand_over: str) -> Draft:
+    """Draw a chain left to right; hand over the laws it was drawn from, or (a control) those of another token before."""
+    laws, previous, tokens, probs = conditionals(), torch.tensor([0]), [], []
+    for index in range(G):
+        drawn_from = torch.softmax(laws.step(index, [0], previous, None)[0], -1)
+        before = torch.tensor([0]) if hand_over == "wrong" else previous
+        probs.append(torch.softmax(laws.step(index, [0], before, None)[0], -1))
+        if hand_over == "marginals" and index > 0:
+            first = torch.softmax(drafter_logits(0, 0), 0)
+            each = torch.stack([torch.softmax(drafter_logits(1, token), 0) for token in range(V)])
+            probs[-1] = (first @ each)[None]
+        previous = draw(drawn_from)
+        tokens.append(previous)
+    return Draft(torch.stack(tokens, dim=1), torch.stack(probs, dim=1), has_prefix_law=True)
+
+
+@pytest.mark.parametrize("acceptance", ["match", "ratio", "block"])
+def test_chains_keep_the_law(acceptance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert total_variation(output_law(lambda: chain(hand_over="own"), acceptance, monkeypatch)) < EXACT
+
+
+@pytest.mark.parametrize("hand_over", ["marginals", "wrong"])
+@pytest.mark.parametrize("acceptance", ["ratio", "block"])
+def test_control_other_laws_handed_over_are_seen(hand_over: str, acceptance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert total_variation(output_law(lambda: chain(hand_over=hand_over), acceptance, monkeypatch)) > 1e-3
+
+
+@pytest.mark.parametrize("budget", [1, 3, 5, 8])
+@pytest.mark.parametrize("acceptance", ["match", "ratio"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_trees_keep_the_law(budget: int, acceptance: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    speculation = SpeculationConfig(G, draft_shape="tree", tree_budget=budget, acceptance=acceptance)
+
+    def temper(laws: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(laws.log() / temperature, dim=-1)
+
+    make = lambda: conditional_tree(conditionals(), speculation, temper=temper)  # noqa: E731
+    assert total_variation(output_law(make, acceptance, monkeypatch)) < EXACT
+
+
+def test_control_a_tree_whose_children_were_drawn_given_another_token_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The laws of the second position are those of one token before, whichever was drawn."""
+    speculation = SpeculationConfig(G, draft_shape="tree", tree_budget=6, acceptance="ratio")
+
+    def make() -> Draft | DraftTree:
+        tree = conditional_tree(conditionals(), speculation)
+        assert isinstance(tree, DraftTree)
+        assert tree.sampled is not None
+        laws = tree.sampled.laws.clone()
+        assert len(laws) > 1
+        laws[1:] = torch.softmax(drafter_logits(1, 0), 0)
+        return DraftTree(
+            tree.tokens, tree.parents, sampled=type(tree.sampled)(laws, tree.sampled.row_of, tree.sampled.token_of)
+        )
+
+    assert total_variation(output_law(make, "ratio", monkeypatch)) > 1e-3
+
+
+@pytest.mark.parametrize("acceptance", ["match", "self_selection"])
+def test_joint_samples_keep_the_law(acceptance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    speculation = SpeculationConfig(G, draft_shape="samples", num_drafts=2, acceptance=acceptance)
+    assert total_variation(output_law(lambda: sample_drafts(conditionals(), speculation), acceptance, monkeypatch)) < EXACT
+
+
+def test_a_tree_holds_the_most_probable_prefixes_given_their_own_tokens() -> None:
+    speculation = SpeculationConfig(G, draft_shape="tree", tree_budget=6, acceptance="match")
+    tree = conditional_tree(conditionals(), speculation)
+    assert isinstance(tree, DraftTree)
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(tree.tokens[0].tolist(), tree.parents[0], strict=True):
+        paths.append((*paths[parent], token))
+    values = {}
+    for length in range(1, G + 1):
+        for path in product(range(V), repeat=length):
+            value = 1.0
+            for index, token in enumerate(path):
+                value *= float(torch.softmax(drafter_logits(index, path[index - 1] if index else 0), 0)[token])
+            values[path] = value
+    assert set(paths[1:]) == set(sorted(values, key=lambda path: -values[path])[:6])
+
+
+HEADS: list[dict[str, Any]] = [
+    {"markov_rank": 2},
+    {"markov_rank": 2, "markov_head_type": "rnn", "predicts_from_anchor": True, "block_size": 2},
+    {"selector_rank": 2, "selector_top_k": 2},
+]
+
+
+@pytest.mark.parametrize("fields", HEADS, ids=lambda fields: next(iter(fields)) + fields.get("markov_head_type", ""))
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"draft_shape": "chain", "acceptance": "block"},
+        {"draft_shape": "chain", "acceptance": "ratio", "repetition_penalty": 1.3},
+        {"draft_shape": "tree", "tree_budget": 3, "acceptance": "ratio", "top_k": 2},
+    ],
+    ids=lambda scheme: scheme["draft_shape"] + scheme["acceptance"],
+)
+def test_the_whole_loop_keeps_the_law(fields: dict[str, Any], scheme: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    target = make_target(vocab_size=4, initializer_range=0.5)
+    settings = {"vocab_size": 4, "mask_token_id": 3, "block_size": 3, "pad_token_id": 0, **fields}
+    drafter = make_drafter([0], seed=5, **settings)
+    for name, parameter in drafter.named_parameters():
+        if "markov" in name or "selector" in name:
+            torch.nn.init.normal_(parameter, 0.0, 1.0)
+    prompt = torch.tensor([[1, 2]])
+    common = {"do_sample": True, "max_new_tokens": 3, "eos_token_id": 2, "pad_token_id": 0}
+    common |= {name: scheme[name] for name in ("repetition_penalty", "top_k") if name in scheme}
+    plain = law_of(lambda: target.generate(prompt, **common), monkeypatch)
+    ours = law_of(lambda: hf_specdiff.generate(target, prompt, assistant_model=drafter, **{**common, **scheme}), monkeypatch)
+    assert distance(plain, ours) < 2e-6
