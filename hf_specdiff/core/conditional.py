@@ -7,10 +7,10 @@ marginals serve all nodes of a depth. Draws through `sampling` only.
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
-from typing import TypeAlias
 
 import torch
 
+from .draft import Conditionals
 from .draft import Draft
 from .draft import DraftTree
 from .draft import SampledChildren
@@ -19,30 +19,6 @@ from .sampling import to_probs
 from .speculation import SpeculationConfig
 from .tree import TreeShape
 from .tree import merge_drafts
-
-# What a head keeps of the tokens before, `(n, R)`, if it keeps something.
-Memory: TypeAlias = torch.Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Conditionals:
-    """The laws of one pass, position by position.
-
-    Attributes:
-        step (`Callable`): from a position (0 to G - 1), the batch rows of n nodes, the tokens before `(n,)` and the memory of
-            the nodes before `(n, R)` to processed logits `(n, V)` float32 and the memory for the nodes behind.
-        anchors (`torch.Tensor` of shape `(B,)`, int64): the tokens before position 0.
-        gamma (`int`): G.
-    """
-
-    step: Callable[[int, list[int], torch.Tensor, Memory], tuple[torch.Tensor, Memory]]
-    anchors: torch.Tensor
-    gamma: int
-
-    @property
-    def num_rows(self) -> int:
-        """B."""
-        return len(self.anchors)
 
 
 @dataclass

@@ -4,9 +4,11 @@ Letters: B batch, G drafted tokens of a chain (gamma), N nodes of a tree, V voca
 before children. Knows no model and draws nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 
@@ -94,6 +96,31 @@ class Draft:
             `torch.Tensor` of shape `(B, G, V)`, float32, minus infinity where the probability is 0.
         """
         return self.dense_probs(vocab_size).log()
+
+
+# What a head keeps of the tokens before, `(n, R)`, if it keeps something.
+Memory: TypeAlias = torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Conditionals:
+    """The laws of one pass, position by position.
+
+    Attributes:
+        step (`Callable`): from a position (0 to G - 1), the batch rows of n nodes, the tokens before `(n,)` and the memory of
+            the nodes before `(n, R)` to processed logits `(n, V)` float32 and the memory for the nodes behind.
+        anchors (`torch.Tensor` of shape `(B,)`, int64): the tokens before position 0.
+        gamma (`int`): G.
+    """
+
+    step: Callable[[int, list[int], torch.Tensor, Memory], tuple[torch.Tensor, Memory]]
+    anchors: torch.Tensor
+    gamma: int
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.anchors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,10 @@ from transformers import LogitsProcessorList
 from .attention import grouped_heads
 from .cache import RaggedCache
 from .cache import context_cache
-from .conditional import Conditionals
 from .denoising import reveal_by_confidence
 from .denoising import reveal_counts
 from .denoising import reveal_left_to_right
+from .draft import Conditionals
 from .draft import Draft
 from .draft import DraftTree
 from .draft import Outcome

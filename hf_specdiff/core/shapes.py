@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 
 from .budget import Budget
-from .conditional import Conditionals
 from .conditional import conditional_tree
 from .conditional import sample_drafts
+from .draft import Conditionals
 from .draft import Draft
 from .draft import DraftTree
 from .draft import Outcome

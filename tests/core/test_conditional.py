@@ -14,9 +14,9 @@ import torch
 from transformers import LogitsProcessorList
 
 import hf_specdiff
-from hf_specdiff.core.conditional import Conditionals
 from hf_specdiff.core.conditional import conditional_tree
 from hf_specdiff.core.conditional import sample_drafts
+from hf_specdiff.core.draft import Conditionals
 from hf_specdiff.core.draft import Draft
 from hf_specdiff.core.draft import DraftTree
 from hf_specdiff.core.rules import make_rule
