@@ -28,6 +28,7 @@ from transformers import TrainerControl
 from transformers import TrainerState
 from transformers import TrainingArguments
 
+from hf_specdiff.benchmarks.clocks import Clock
 from hf_specdiff.benchmarks.clocks import wait
 from hf_specdiff.benchmarks.journal import Journal
 from hf_specdiff.demo.bundle import MAX_NEW_TOKENS
@@ -125,9 +126,11 @@ class StepTimer(TrainerCallback):
     Args:
         size (`Size`): how many steps.
         device (`torch.device`): where they run.
+        clock (`Callable[[], float]`): tells the seconds.
     """
 
-    def __init__(self, size: Size, device: torch.device) -> None:
+    def __init__(self, size: Size, device: torch.device, clock: Clock = time.perf_counter) -> None:
+        self.clock = clock
         self.first = size.num_untimed_steps
         self.last = size.num_untimed_steps + size.num_timed_steps
         self.device = device
@@ -145,7 +148,7 @@ class StepTimer(TrainerCallback):
 
     def _now(self) -> float:
         wait(self.device)
-        return time.perf_counter()
+        return self.clock()
 
 
 # Trains for so many steps and saves into a folder; checkpoints go to its `work` subfolder.

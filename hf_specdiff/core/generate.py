@@ -70,8 +70,8 @@ def generate(
             `gamma` (`int`): tokens drafted per round; `"auto"`: at most `block_size - 1`, round by round as many as pay on this
             machine (also of a tree's nodes). The default, as that of `tree_budget`, unless the drafter names a measured size of
             its own in its generation config: then the whole window;
-            `num_denoising_steps` (`int`): drafter passes per round, by default 1;
-            `reveal_order` (`str`): `"confidence"` (default) or `"left_to_right"`, for more than one denoising step;
+            `num_denoising_steps` (`int`): drafter passes per round, by default 1; more are experimental (not measured);
+            `reveal_order` (`str`): `"confidence"` (default) or `"left_to_right"`, for several denoising steps (experimental);
             `draft_shape` (`str`): `"chain"`, `"samples"`, `"tree"` or `"auto"` (default: a tree where the model takes one);
             `num_drafts` (`int`): joint drafts of the shape `"samples"`, by default 8;
             `tree_budget` (`int`): nodes of the shape `"tree"`; `"auto"`, the default as of `gamma`: as many as pay;

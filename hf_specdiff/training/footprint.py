@@ -13,7 +13,7 @@ from transformers import TrainerState
 from transformers import TrainingArguments
 
 # Not every system has it.
-_RESOURCE: Any = import_module("resource") if find_spec("resource") else None
+RESOURCE: Any = import_module("resource") if find_spec("resource") else None
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -28,9 +28,9 @@ def peak_memory(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if _RESOURCE is None:
+    if RESOURCE is None:
         return None
-    peak: int = _RESOURCE.getrusage(_RESOURCE.RUSAGE_SELF).ru_maxrss
+    peak: int = RESOURCE.getrusage(RESOURCE.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # there in bytes, elsewhere in KiB
 
 

@@ -66,7 +66,7 @@ def test_peak_memory_is_in_bytes_whatever_the_system_counts_in(
     platform: str, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = SimpleNamespace(getrusage=lambda who: SimpleNamespace(ru_maxrss=3), RUSAGE_SELF=0)
-    monkeypatch.setattr(footprint, "_RESOURCE", usage)
+    monkeypatch.setattr(footprint, "RESOURCE", usage)
     monkeypatch.setattr(footprint, "sys", SimpleNamespace(platform=platform))
     assert peak_memory(torch.device("cpu")) == expected
 
@@ -79,7 +79,7 @@ def test_peak_memory_is_of_this_process() -> None:
 
 
 def test_a_system_that_does_not_tell_its_memory_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(footprint, "_RESOURCE", None)
+    monkeypatch.setattr(footprint, "RESOURCE", None)
     clock = Footprint(torch.device("cpu"))
     assert clock.of_all_steps() == {}
     assert clock.summary() == "0 steps."
