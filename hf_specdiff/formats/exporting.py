@@ -51,6 +51,10 @@ NEUTRAL = {
     "draft_vocab_size": None,
     "target_hidden_size": None,
     "rope_interleaved": False,
+    "markov_rank": 0,
+    "selector_rank": 0,
+    "conv_kernel_size": 0,
+    "enable_confidence_head": False,
 }
 # Which of them a layout can say, causality apart.
 SAYS = {

@@ -103,6 +103,16 @@ def test_switches_come_back(to: str, fields: dict[str, Any], tmp_path: Path) -> 
         ("dflash", {"causal_layers": [True, False]}, "`causal_layers`"),
         ("speculators", {"causal_layers": [True, True]}, "`causal_layers`"),
         ("speculators", {"output_multiplier": 2.0}, "`output_multiplier`"),
+        *(
+            (to, fields, f"`{name}` must be {neutral} .* Choose another layout")
+            for to in ("dflash", "speculators")
+            for name, neutral, fields in (
+                ("markov_rank", 0, {"markov_rank": 4, "markov_head_type": "rnn"}),
+                ("selector_rank", 0, {"selector_rank": 4}),
+                ("conv_kernel_size", 0, {"conv_kernel_size": 2}),
+                ("enable_confidence_head", False, {"enable_confidence_head": True}),
+            )
+        ),
         ("gguf", {}, "`to` must be one of"),
     ],
 )
