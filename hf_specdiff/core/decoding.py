@@ -6,6 +6,7 @@ Letters: B batch, V vocabulary. Knows drafters through the `Drafter` protocol on
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -109,6 +110,8 @@ def run(
     processors: LogitsProcessorList,
     text: Text,
     streamer: Any | None = None,
+    *,
+    is_kept: bool = False,
 ) -> SpecDiffGenerateOutput:
     """Run the loop to its end: stream, count and time what it yields.
 
@@ -120,6 +123,8 @@ def run(
         processors (`LogitsProcessorList`): of the target's logits.
         text (`Text`): the prompt.
         streamer (`BaseStreamer`, *optional*): gets every token once, on the CPU, in order; for a single row.
+        is_kept (`bool`): whether the caller gets the cache, or more of the passes than their tokens: then the target ends where
+            plain decoding would have left it.
 
     Returns:
         `SpecDiffGenerateOutput`: sequences, scores, logits, hidden states, cache (of a single row: rows of a batch leave it
@@ -145,15 +150,50 @@ def run(
                 streamer.put(torch.tensor([token]))
     if streamer is not None:
         streamer.end()
+    sequences = record.sequences(config.pad_token_id)
+    if is_kept and (logits := target.finish(sequences)) is not None:
+        _add_padding(record, stop, processors, text, sequences, logits, target.hidden_states)
     stats.prefill_seconds = watches["prefill"].seconds()
     stats.drafter_seconds = watches["draft"].seconds()
     stats.target_seconds = watches["verify"].seconds()
     stats.total_seconds = time.perf_counter() - start
     return SpecDiffGenerateOutput(
-        sequences=record.sequences(config.pad_token_id),
+        sequences=sequences,
         scores=None if stop.scores is None else stack_steps(stop.scores),
         logits=None if record.logits is None else stack_steps(record.logits),
         hidden_states=record.steps_of_states() if target.keeps_states else None,
         past_key_values=target.cache if text.num_rows == 1 else None,
         speculation=stats,
     )
+
+
+def _add_padding(
+    record: Record,
+    stop: StopCheck,
+    processors: LogitsProcessorList,
+    text: Text,
+    sequences: torch.Tensor,
+    logits: torch.Tensor,
+    hidden_states: tuple[torch.Tensor, ...] | None,
+) -> None:
+    """Take in what plain decoding computes in rows that have ended, while the last one goes on.
+
+    Args:
+        record (`Record`): of all that was written; changed in place.
+        stop (`StopCheck`): with the scores so far; changed in place.
+        processors (`LogitsProcessorList`): of the target's logits.
+        text (`Text`): the prompts.
+        sequences (`torch.Tensor` of shape `(B, L)`, int64): the finished text.
+        logits (`torch.Tensor` of shape `(B, n, V)`): raw logits after the last token of each row and the padding behind it.
+        hidden_states (`tuple[torch.Tensor, ...]`, *optional*): of that pass.
+    """
+    written = text.extended(record.tokens)
+    missing = [sequences.shape[1] - length for length in written.lengths]
+    written = replace(written, tokens=sequences)
+    padding = written.gather(written.lengths, logits.shape[1] - 1)
+    scores = Scores(processors, written, padding, logits)
+    nodes = [list(range(count)) for count in missing]
+    stop.add(scores, nodes)
+    tokens = [row[length:].tolist() for row, length in zip(sequences, written.lengths, strict=True)]
+    outcome = Outcome(Draft(padding, None, has_prefix_law=True), tokens, nodes, [True] * len(nodes))
+    record.add(Round(text.rows, outcome, scores, hidden_states))

@@ -50,6 +50,7 @@ from .speculation import resolve_speculation
 from .stateful_target import is_stateful
 from .stopping import StopCheck
 from .targets import make_target
+from .targets import wants_passes
 from .text import Text
 from .trial import why_not_chained
 from .trial import why_not_masked
@@ -175,11 +176,10 @@ def generate(
             target = make_target(
                 model, generation_config, model_kwargs, drafter.target_layer_ids, drafting, text.num_rows, why_no_masks
             )
-            if own_cache is not None:
+            is_kept = own_cache is not None or bool(generation_config.return_dict_in_generate)
+            if own_cache is not None or wants_passes(generation_config):
                 target.keep_rows()
-            output = run(target, drafter, speculation, stop, logits_processor, text, streamer)
-            if own_cache is not None or generation_config.return_dict_in_generate:
-                target.finish(output.sequences)
+            output = run(target, drafter, speculation, stop, logits_processor, text, streamer, is_kept=is_kept)
             if not generation_config.return_dict_in_generate:
                 target.release()
         if budget is not None and profile is None:

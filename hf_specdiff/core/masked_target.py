@@ -157,27 +157,28 @@ class MaskedTarget(Target):
                 self.model_kwargs[name] = self.model_kwargs[name][rows]
 
     def keep_rows(self) -> None:
-        """Let the cache hold all rows after `finish`, because it is the caller's; to be called before the prefill."""
+        """Let `finish` bring back rows that have ended, because the caller gets what they hold; called before the prefill."""
         self._keeps_rows = True
 
-    def finish(self, tokens: torch.Tensor) -> None:
+    def finish(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Bring the caller's cache to what plain decoding leaves behind; see `Target.finish`.
 
         Rows that ended early have left; the host would have fed them padding until the last one ended, so they join again and
         read it in one pass.
         """
         if self.rows is None or not self.rows.keeps_parted:
-            return
+            return None
         text, self.prompt_mask, self.num_leading, self.lag, token_types = self._whole
         self.model_kwargs |= token_types
         self.rows.rejoin()
         missing = [self.num_cached + tokens.shape[1] - 1 - end for end in self.rows.ends]
         if max(missing) == 0:
-            return
+            return None
         lengths = [end - self.num_cached + 1 for end in self.rows.ends]
         text = Text(tokens, lengths, text.prompt_length, text.prompt_mask, text.rows)
-        self.verify(text, Draft(text.gather(lengths, max(missing) - 1), None, has_prefix_law=True))
+        logits = self.verify(text, Draft(text.gather(lengths, max(missing) - 1), None, has_prefix_law=True))
         self.rows.keep([list(range(count)) for count in missing])
+        return logits
 
     def _layout(self, text: Text, draft: Draft | DraftTree) -> tuple[torch.Tensor, Any]:
         """Return positions of the nodes `(B, N + 1)` or `(planes, B, N + 1)`, and the mask that the model reads, if any."""

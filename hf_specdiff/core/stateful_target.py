@@ -106,14 +106,15 @@ class StatefulTarget(Target):
         assert self.snapshot is not None
         self.snapshot.put_back(self.num_pending + num_tokens)
 
-    def finish(self, tokens: torch.Tensor) -> None:
+    def finish(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Bring the cache to the committed text without its last token; see `Target.finish`."""
         if self.num_pending == 0:
-            return
+            return None
         inputs = self._inputs_of_last(tokens[:, :-1], self.num_pending, -1)
         with unlimited_steps(self._limited):
             self._run(inputs, 1, tokens.device)
         self.num_pending = 0
+        return None
 
 
 @contextmanager

@@ -70,6 +70,12 @@ class StopCheck:
             self.scores[row] = own
         return count, is_done
 
+    def add(self, scores: Scores, nodes: list[list[int]]) -> None:
+        """Keep the scores behind some nodes of every row, if scores are kept at all: what ended rows had to read."""
+        for row, path in enumerate(nodes if self.scores is not None else []):
+            if path:
+                self.scores[row] += scores.along(row, path).unbind()
+
     def _cut_in_closed_form(self, length: int, tokens: list[int]) -> tuple[int, bool]:
         """Apply the length limit and the end tokens, without a call per token."""
         room = len(tokens) if self.max_length is None else max(1, self.max_length - length)

@@ -213,15 +213,20 @@ class Target:
     def select_rows(self, rows: list[int]) -> None:
         """Forget all but some rows of the batch: nothing here, where the single row is never taken away."""
 
-    def finish(self, tokens: torch.Tensor) -> None:
+    def finish(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Bring the cache to what plain decoding leaves behind: nothing to do here.
 
         Args:
             tokens (`torch.Tensor` of shape `(B, L)`, int64): the finished text, as it is given back.
+
+        Returns:
+            `torch.Tensor` of shape `(B, n, V)`, *optional*: where rows ended before others, raw logits after each row's last
+                token and the padding behind it; `None`: no pass was needed for that.
         """
+        return None
 
     def keep_rows(self) -> None:
-        """Let the cache hold all rows after `finish`, because it is the caller's: nothing to do for a single one."""
+        """Let `finish` bring rows back that have ended, because the caller gets what they hold: nothing to do for one row."""
 
     def release(self) -> None:
         """Give back what the next call can use: nothing here. To be called where the caller does not get the cache."""

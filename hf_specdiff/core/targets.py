@@ -53,7 +53,10 @@ def make_target(
         `Target`: of the kind that the call needs.
     """
     if generation_config.cache_implementation == "static":
-        obstacle = why_not_static(model, model_kwargs) or why_no_masks()
+        # The rows that end early join again at the end, behind the longest one: a length that nobody knows before.
+        is_kept = num_rows > 1 and wants_passes(generation_config)
+        obstacle = "scores or states of a batch are wanted" if is_kept else why_not_static(model, model_kwargs)
+        obstacle = obstacle or why_no_masks()
         if obstacle is None:
             widths = widths_of(speculation.max_nodes, is_adaptive=speculation.is_adaptive)
             return StaticTarget(model, generation_config, model_kwargs, layer_ids, widths, num_rows)
@@ -65,6 +68,12 @@ def make_target(
         needs_masks = _needs_masks_for_window(model, cache_of(model_kwargs), why_no_masks, generation_config.max_length)
     target_class = MaskedTarget if needs_masks else chain_target_class(model)
     return target_class(model, generation_config, model_kwargs, layer_ids)
+
+
+def wants_passes(generation_config: GenerationConfig) -> bool:
+    """Return whether a call wants more of its passes than tokens: scores, logits or hidden states."""
+    wanted = [getattr(generation_config, f"output_{name}") for name in ("scores", "logits", "hidden_states")]
+    return bool(generation_config.return_dict_in_generate and any(wanted))
 
 
 def _needs_masks_for_window(model: Any, cache: Any, why_no_masks: Callable[[], str | None], max_length: int | None) -> bool:

@@ -157,6 +157,29 @@ def test_scores_and_logits_are_those_of_plain_generate(shape: str, drafter: Spec
         torch.testing.assert_close(torch.stack(result[name]), torch.stack(expected[name]), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("more", [{}, {"do_sample": True, "top_k": 1}, {"cache_implementation": "static"}], ids=str)
+def test_rows_that_have_ended_have_plain_generates_scores(more: dict, drafter: SpecDiffDrafter) -> None:
+    """The host goes on computing them, behind padding, until the last row has ended."""
+    target = make_target(0, eos_token_id=None)
+    drafter = make_drafter(drafter.config.target_layer_ids, eos_token_id=None)
+    ids, mask = batch_of([4, 6, 5], 1)
+    settings = {"do_sample": False, "max_new_tokens": 16, "attention_mask": mask, "repetition_penalty": 1.3, "pad_token_id": 0}
+    free = target.generate(ids, **settings)[:, ids.shape[1] :]
+    end = next(token for token in free[1, 4:].tolist() if token not in free[0, :9].tolist())
+    settings |= {"eos_token_id": end, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    settings |= {"output_hidden_states": True, **more}
+    expected = target.generate(ids, **settings)
+    ends = (expected.sequences[:, ids.shape[1] :] == end).any(dim=1)
+    assert ends.sum() > 0
+    for shape in ({"draft_shape": "chain"}, {"draft_shape": "tree"}):
+        result = hf_specdiff.generate(target, ids, assistant_model=drafter, **settings, **shape)
+        assert torch.equal(result.sequences, expected.sequences)
+        for name in ("scores", "logits"):
+            torch.testing.assert_close(torch.stack(result[name]), torch.stack(expected[name]), atol=1e-4, rtol=1e-4)
+        for ours, plain in zip(result.hidden_states[1:], expected.hidden_states[1:], strict=True):
+            torch.testing.assert_close(torch.stack(ours), torch.stack(plain), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 @pytest.mark.parametrize("lengths", [[5], [4, 6]], ids=["one", "batch"])
 def test_hidden_states_are_those_of_plain_generate(lengths: list[int], shape: str, drafter: SpecDiffDrafter) -> None:
