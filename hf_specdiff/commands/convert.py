@@ -39,7 +39,7 @@ def import_command(
 def export_command(
     drafter: Annotated[str, typer.Argument(help="the drafter: a folder or a Hub repository")],
     output: Annotated[Path, typer.Argument(help="folder for it in the other layout")],
-    to: Annotated[str, typer.Option(help="dflash (vLLM, SGLang, z-lab's loop) or speculators (vLLM)")],
+    to: Annotated[str, typer.Option(help="dflash (vLLM, SGLang, z-lab's loop), speculators (vLLM) or deepspec")],
     target: Annotated[str | None, typer.Option(help="the target; by default the one that the drafter's config names")] = None,
     prompt: Annotated[str | None, typer.Option(help="of the self-check; by default a bundled one")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "float32",
@@ -76,7 +76,8 @@ def self_check(target: Any, drafter: Any, tokenizer: Any, prompt: str) -> float:
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(target.device)
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": CHECK_TOKENS, "return_dict_in_generate": True}
     plain = target.generate(**inputs, **settings)
-    ours = generate(target, **inputs, assistant_model=drafter, draft_shape="chain", **settings)
+    whole = {"draft_shape": "chain", "gamma": drafter.config.max_gamma}  # whatever size would pay on this machine
+    ours = generate(target, **inputs, assistant_model=drafter, **whole, **settings)
     if target.dtype == torch.float32 and not torch.equal(plain.sequences, ours.sequences):
         raise ValueError(
             f"`drafter` must leave greedy tokens as they are, got others on {prompt!r}. Please report this target."

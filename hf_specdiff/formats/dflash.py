@@ -46,13 +46,13 @@ def read(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], ignored: It
     softcap = agreed(name, "final_logit_softcapping", section, top)
     fields = {
         **body,
-        "block_size": agreed(name, "block_size", section, top) or DEFAULT_BLOCK_SIZE,
+        "block_size": _or_default(agreed(name, "block_size", section, top), DEFAULT_BLOCK_SIZE),
         "mask_token_id": mask_token_id,
         "target_layer_ids": layer_ids,
         "num_target_layers": num_target_layers,
         "causal_layers": _causal_layers(top, section, is_sliding),
-        "input_embedding_scale": float(agreed(name, "input_embedding_scale", section, top) or 1.0),
-        "output_multiplier": float(agreed(name, "output_multiplier", section, top) or 1.0),
+        "input_embedding_scale": float(_or_default(agreed(name, "input_embedding_scale", section, top), 1.0)),
+        "output_multiplier": float(_or_default(agreed(name, "output_multiplier", section, top), 1.0)),
         "final_logit_softcapping": float(softcap) if softcap and softcap > 0 else None,
         "has_mask_embedding": "mask_embedding" in shapes,
     }
@@ -79,7 +79,7 @@ def selector(*places: Fields) -> dict[str, Any]:
         `dict`: of `SpecDiffConfig`; what the files leave out as speculators fills it.
     """
     defaults = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 256, "selector_top_k": 16}
-    return {name: agreed(places[0].format, name, *places) or value for name, value in defaults.items()}
+    return {name: _or_default(agreed(places[0].format, name, *places), value) for name, value in defaults.items()}
 
 
 def default_layer_ids(num_target_layers: int, num_draft_layers: int) -> list[int]:
@@ -96,6 +96,11 @@ def default_layer_ids(num_target_layers: int, num_draft_layers: int) -> list[int
         return [num_target_layers // 2]
     first, last = 1, num_target_layers - 3
     return [round(first + i * (last - first) / (num_draft_layers - 1)) for i in range(num_draft_layers)]
+
+
+def _or_default(value: Any, default: Any) -> Any:
+    """Return what a file says, 0 included, or what its silence means."""
+    return default if value is None else value
 
 
 def _check_projector(section: Fields) -> None:

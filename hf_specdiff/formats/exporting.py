@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from hf_specdiff.core.checks import check_pair
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.formats.source import CONFIG
 from hf_specdiff.formats.source import INDEX
@@ -38,6 +39,7 @@ BODY = (
     "layer_types",
     "initializer_range",
 )
+HEADS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
 # Our switches and the values that change nothing.
 NEUTRAL = {
     "predicts_from_anchor": False,
@@ -52,15 +54,22 @@ NEUTRAL = {
     "target_hidden_size": None,
     "rope_interleaved": False,
     "markov_rank": 0,
+    "markov_head_type": "vanilla",
     "selector_rank": 0,
     "conv_kernel_size": 0,
     "enable_confidence_head": False,
+    "confidence_head_with_markov": False,
 }
 # Which of them a layout can say, causality apart.
 SAYS = {
     "dflash": {"input_embedding_scale", "output_multiplier", "final_logit_softcapping"},
     "speculators": {"predicts_from_anchor", "window_from_anchor", "has_own_embedding", "has_own_head", "draft_vocab_size"},
+    "deepspec": {"predicts_from_anchor", "has_own_embedding", "has_own_head", *HEADS},
 }
+# Which layers may be causal in each.
+CAUSALITY = {"dflash": "all, none, or those that slide", "speculators": "none, or those that slide", "deepspec": "none"}
+# DeepSpec's class asks for this size of its training steps; drafting does not read it.
+NUM_ANCHORS = 512
 
 
 def export_drafter(drafter: Any, folder: str | os.PathLike, to: str = "dflash", target: Any = None) -> list[str]:
@@ -69,16 +78,23 @@ def export_drafter(drafter: Any, folder: str | os.PathLike, to: str = "dflash", 
     Args:
         drafter (`SpecDiffDrafter`): feature-conditioned.
         folder (`str` or path): where to; made if it is not there.
-        to (`str`): `"dflash"`: z-lab's, which vLLM and SGLang read; `"speculators"`: vLLM's package.
+        to (`str`): `"dflash"`: z-lab's, which vLLM and SGLang read; `"speculators"`: vLLM's package;
+            `"deepspec"`: DeepSpec's, of drafters whose every slot predicts, with Markov and confidence heads.
         target (`transformers.PreTrainedModel`, *optional*): the model it drafts for; its name and size are written down.
+            DeepSpec's layout holds embedding and head, so it is needed where the drafter borrows them.
 
     Returns:
         `list[str]`: what to tell the engines, a line each.
 
     Raises:
-        ValueError: if the layout is not known, cannot say what the drafter is, or the folder holds other weights.
+        ValueError: if the layout is not known, cannot say what the drafter is, the target that lends to it is missing or
+            does not fit, or the folder holds other weights.
     """
-    writers: dict[str, Callable[[Any, Any], dict[str, Any]]] = {"dflash": _dflash, "speculators": _speculators}
+    writers: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
+        "dflash": _dflash,
+        "speculators": _speculators,
+        "deepspec": _deepspec,
+    }
     if to not in writers:
         raise ValueError(f"`to` must be one of {', '.join(writers)}, got {to!r}.")
     config = drafter.config
@@ -91,6 +107,8 @@ def export_drafter(drafter: Any, folder: str | os.PathLike, to: str = "dflash", 
     place = Path(folder)
     _check_folder(place)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
+    if to == "deepspec":
+        tensors = _borrowed(drafter, target) | tensors
     if to == "speculators" and config.draft_vocab_size is not None:
         token_ids = tensors["d2t"] + torch.arange(config.draft_vocab_size)
         tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, token_ids, True)
@@ -115,7 +133,8 @@ def engine_lines(config: SpecDiffConfig, to: str, folder: str) -> list[str]:
     Returns:
         `list[str]`: a line each.
     """
-    told = json.dumps({"method": "dflash", "model": folder, "num_speculative_tokens": config.max_gamma})
+    method = "dspark" if to == "deepspec" else "dflash"
+    told = json.dumps({"method": method, "model": folder, "num_speculative_tokens": config.max_gamma})
     lines = [f"vLLM:   vllm serve TARGET --speculative-config '{told}'"]
     if to == "dflash":
         lines.append(
@@ -132,11 +151,23 @@ def _check_sayable(config: SpecDiffConfig, to: str) -> None:
         if name == "target_hidden_size" and value == config.hidden_size:
             continue
         if value != neutral and name not in SAYS[to]:
+            others = " or ".join(repr(layout) for layout, names in SAYS.items() if name in names)
+            remedy = f"Choose the layout {others}." if others else "No layout has one: publish it with hf-specdiff publish."
             raise ValueError(
                 f"`{name}` must be {neutral} to be written in the layout {to!r}, got {value}: it has no word for it, and the "
-                "drafter would be read as another one. Choose another layout."
+                f"drafter would be read as another one. {remedy}"
             )
     is_sliding = "sliding_attention" in (config.layer_types or [])
+    if to == "deepspec" and not config.predicts_from_anchor:
+        raise ValueError(
+            "`predicts_from_anchor` must be True to be written in the layout 'deepspec', got False: there every slot predicts. "
+            "Choose the layout 'dflash' or 'speculators'."
+        )
+    if to == "deepspec" and is_sliding:
+        raise ValueError(
+            "`layer_types` must be full attention only to be written in the layout 'deepspec', got sliding layers. Choose "
+            "another layout."
+        )
     if to == "speculators" and is_sliding != config.window_from_anchor:
         raise ValueError(
             "`window_from_anchor` must be True for sliding layers to be written in the layout 'speculators', got False: its "
@@ -144,9 +175,13 @@ def _check_sayable(config: SpecDiffConfig, to: str) -> None:
         )
     if -1 in (config.target_layer_ids or []) and to == "dflash":
         raise ValueError("`target_layer_ids` must not read the embedding's output (-1) in the layout 'dflash', got -1.")
-    if _causality(config) == -2 or (to == "speculators" and _causality(config) == 1):
+    if (
+        _causality(config) == -2
+        or (to == "speculators" and _causality(config) == 1)
+        or (to == "deepspec" and _causality(config) != 0)
+    ):
         raise ValueError(
-            f"`causal_layers` must be all, none, or those that slide to be written in the layout {to!r}, got "
+            f"`causal_layers` must be {CAUSALITY[to]} to be written in the layout {to!r}, got "
             f"{config.causal_layers}: it has no word for it. Choose another layout."
         )
 
@@ -212,6 +247,51 @@ def _dflash(config: SpecDiffConfig, target: Any) -> dict[str, Any]:
         fields["is_causal"] = causality == 1
     num_target_layers = _num_target_layers(config, target)
     return fields if num_target_layers is None else {**fields, "num_target_layers": num_target_layers}
+
+
+def _borrowed(drafter: Any, target: Any) -> dict[str, torch.Tensor]:
+    """Return what a drafter borrows of its target, under the names of DeepSpec's layout: embedding and head."""
+    config = drafter.config
+    getters = {"embed_tokens": (config.has_own_embedding, "get_input_embeddings")}
+    getters["lm_head"] = (config.has_own_head, "get_output_embeddings")
+    lent = {name: getter for name, (has_own, getter) in getters.items() if not has_own}
+    if not lent:
+        return {}
+    if target is None:
+        raise ValueError(
+            "`target` must be given for a drafter that borrows embedding or head to be written in the layout 'deepspec', got "
+            "none: the layout holds both. Pass the model."
+        )
+    check_pair(target, drafter)
+    tensors, shape = {}, (config.vocab_size, config.hidden_size)
+    for name, getter in lent.items():
+        module = getattr(target, getter)()
+        weight = module.weight
+        if tuple(weight.shape) != shape or weight.device.type == "meta" or getattr(module, "bias", None) is not None:
+            raise ValueError(
+                f"`target` must lend a matrix {shape} in memory, without a bias, for `{name}` of the layout 'deepspec', got "
+                f"{tuple(weight.shape)} on {weight.device}. Load a target that fits, whole, or choose another layout."
+            )
+        tensors[f"{name}.weight"] = weight.detach().to("cpu", drafter.dtype, copy=True).contiguous()
+    return tensors
+
+
+def _deepspec(config: SpecDiffConfig, target: Any) -> dict[str, Any]:
+    """Return config.json in DeepSpec's flat layout, where every slot predicts."""
+    return {
+        "architectures": ["Qwen3DSparkModel"],
+        "model_type": "qwen3",
+        **_body(config),
+        **_rope_theta(config),
+        "block_size": config.block_size,
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": list(config.target_layer_ids or []),
+        "num_target_layers": _num_target_layers(config, target),
+        "num_anchors": NUM_ANCHORS,
+        **{name: getattr(config, name) for name in HEADS},
+        "tie_word_embeddings": False,
+        "dtype": str(config.dtype or "float32").removeprefix("torch."),
+    }
 
 
 def _speculators(config: SpecDiffConfig, target: Any) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def decode_held_out(
     steps = torch.arange(1, gamma + 1)
     num_rounds = torch.zeros((), dtype=torch.float64)
     num_reaching, num_drafting = torch.zeros(2, gamma, dtype=torch.float64)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True, "draft_shape": "chain"}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
+    settings |= {"draft_shape": "chain", "gamma": gamma}  # whole windows, whatever size would pay on this machine
     if temperature > 0:
         settings |= {"do_sample": True, "temperature": temperature, "top_k": 0, "acceptance": "ratio"}
     else:

@@ -10,9 +10,14 @@ from transformers import PreTrainedModel
 from transformers import Qwen3Config
 
 import hf_specdiff
+from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
+from hf_specdiff.formats import dflash
 from hf_specdiff.formats.dflash import default_layer_ids
+from hf_specdiff.formats.record import BODY
+from hf_specdiff.formats.record import Fields
 from tests.conftest import MASK_TOKEN_ID
 from tests.conftest import VOCAB_SIZE
+from tests.conftest import make_drafter
 from tests.conftest import make_target
 from tests.formats.rounds import check_greedy
 from tests.formats.rounds import our_rounds
@@ -114,6 +119,7 @@ def test_accepted_lengths_are_those_of_their_loop(name: str, tmp_path: Path, mon
             ids,
             assistant_model=ours,
             draft_shape="chain",
+            gamma=15,
             max_new_tokens=64,
             eos_token_id=-1,
             return_dict_in_generate=True,
@@ -142,3 +148,18 @@ def test_raw_rows_are_read_where_the_target_norms_or_scales_its_embedding(tmp_pa
     embedding.forward = lambda ids: embedding.embed_norm(torch.nn.Embedding.forward(embedding, ids))
     for logits, right in zip(our_rounds(ours, target, rounds), expected, strict=True):
         assert torch.equal(logits, right)
+
+
+def test_what_a_file_says_counts_even_if_it_is_nothing() -> None:
+    """A 0 is not a field left out: a drafter without convolutions is one, and a block of none is refused."""
+    names = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+    told, silent = Fields(dict.fromkeys(names, 0), "z-lab DFlash 2"), Fields({}, "z-lab DFlash 2")
+    assert dflash.selector(told) == dict.fromkeys(names, 0)
+    assert dflash.selector(silent) == dict(zip(names, (2, 16, 256, 16), strict=True))
+    body = {name: value for name, value in make_drafter([0, 2]).config.to_dict().items() if name in BODY}
+    top = {"architectures": ["DFlashDraftModel"], "num_target_layers": 3, "mask_token_id": MASK_TOKEN_ID, **body}
+    fields = {"block_size": 0, "output_multiplier": 0.0, "input_embedding_scale": 0.0}
+    record = dflash.read(top | {"dflash_config": fields}, {}, ())
+    assert {name: record.fields[name] for name in fields} == fields
+    with pytest.raises(ValueError, match="`block_size` must be"):
+        SpecDiffConfig(**record.fields)

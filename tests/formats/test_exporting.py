@@ -15,7 +15,9 @@ from hf_specdiff.demo.bundle import PAIR
 from tests.conftest import make_drafter
 from tests.conftest import make_target
 from tests.formats.referees import speculators
+from tests.formats.rounds import check_greedy
 from tests.formats.rounds import our_rounds
+from tests.formats.rounds import our_states
 from tests.formats.rounds import random_rounds
 from tests.formats.test_speculators import their_rounds
 
@@ -27,7 +29,7 @@ def test_the_bundled_drafter_comes_back_as_it_went(to: str, tmp_path: Path) -> N
     assert f'"num_speculative_tokens": {drafter.config.block_size - 1}' in lines[0]
     back = hf_specdiff.load_drafter(tmp_path, target=target)
     inputs = tokenizer(hf_specdiff.load_prompts("math")[0]["prompt"], return_tensors="pt", return_token_type_ids=False)
-    settings: dict[str, Any] = {"max_new_tokens": 96, "do_sample": False, "return_dict_in_generate": True}
+    settings: dict[str, Any] = {"max_new_tokens": 96, "do_sample": False, "return_dict_in_generate": True, "gamma": 15}
     runs = [
         hf_specdiff.generate(target, **inputs, assistant_model=one, draft_shape="chain", **settings) for one in (drafter, back)
     ]
@@ -104,15 +106,20 @@ def test_switches_come_back(to: str, fields: dict[str, Any], tmp_path: Path) -> 
         ("speculators", {"causal_layers": [True, True]}, "`causal_layers`"),
         ("speculators", {"output_multiplier": 2.0}, "`output_multiplier`"),
         *(
-            (to, fields, f"`{name}` must be {neutral} .* Choose another layout")
+            (to, fields, f"`{name}` must be {neutral} .* {remedy}")
             for to in ("dflash", "speculators")
-            for name, neutral, fields in (
-                ("markov_rank", 0, {"markov_rank": 4, "markov_head_type": "rnn"}),
-                ("selector_rank", 0, {"selector_rank": 4}),
-                ("conv_kernel_size", 0, {"conv_kernel_size": 2}),
-                ("enable_confidence_head", False, {"enable_confidence_head": True}),
+            for name, neutral, fields, remedy in (
+                ("markov_rank", 0, {"markov_rank": 4, "markov_head_type": "rnn"}, "layout 'deepspec'"),
+                ("selector_rank", 0, {"selector_rank": 4}, "hf-specdiff publish"),
+                ("conv_kernel_size", 0, {"conv_kernel_size": 2}, "hf-specdiff publish"),
+                ("enable_confidence_head", False, {"enable_confidence_head": True}, "layout 'deepspec'"),
             )
         ),
+        ("deepspec", {}, "`predicts_from_anchor` must be True"),
+        ("deepspec", {"predicts_from_anchor": True, "rope_interleaved": True}, "`rope_interleaved`"),
+        ("deepspec", {"predicts_from_anchor": True, "causal_layers": [True, True]}, "`causal_layers` must be none"),
+        ("deepspec", {"predicts_from_anchor": True, "selector_rank": 4}, "`selector_rank`.*hf-specdiff publish"),
+        ("deepspec", {"predicts_from_anchor": True}, "`target` must be given"),
         ("gguf", {}, "`to` must be one of"),
     ],
 )
@@ -120,6 +127,38 @@ def test_what_a_layout_cannot_say_is_refused(to: str, fields: dict[str, Any], wo
     with pytest.raises(ValueError, match=words):
         hf_specdiff.export_drafter(make_drafter([0, 2], **fields), tmp_path / "new", to)
     assert not (tmp_path / "new").exists()
+
+
+DEEPSPEC: list[dict[str, Any]] = [
+    {},
+    {"has_own_embedding": True, "has_own_head": True},
+    {"markov_rank": 4},
+    {"markov_rank": 4, "markov_head_type": "rnn", "enable_confidence_head": True, "confidence_head_with_markov": True},
+]
+
+
+@pytest.mark.parametrize("fields", DEEPSPEC)
+def test_deepspec_comes_back_with_embedding_and_heads(fields: dict[str, Any], tmp_path: Path) -> None:
+    target, drafter = make_target(), make_drafter([-1, 2], predicts_from_anchor=True, **fields)
+    lines = hf_specdiff.export_drafter(drafter, tmp_path, "deepspec", target=target)
+    assert '"method": "dspark"' in lines[0]
+    back = hf_specdiff.load_drafter(tmp_path, target=target)
+    expected_fields = {"predicts_from_anchor": True, "target_layer_ids": [-1, 2], **fields}
+    assert {name: getattr(back.config, name) for name in expected_fields} == expected_fields
+    rounds, previous = random_rounds(drafter), torch.tensor([5])
+    states, expected_states = (our_states(one, target, rounds) for one in (back, drafter))
+    logits, expected_logits = (our_rounds(one, target, rounds) for one in (back, drafter))
+    for number in range(len(rounds)):
+        assert torch.equal(logits[number], expected_logits[number])
+        if "markov_rank" in fields:
+            laws = [
+                one.step_logits(rows[number][:, 0], slots[number][:, 0], previous)[0]
+                for one, rows, slots in ((back, logits, states), (drafter, expected_logits, expected_states))
+            ]
+            torch.testing.assert_close(*laws, atol=1e-6, rtol=0)
+    tensors = drafter.state_dict()
+    assert all(torch.equal(back.state_dict()[name], tensor) for name, tensor in tensors.items())
+    check_greedy(target, back)
 
 
 def test_token_conditioned_drafters_and_full_folders_are_refused(tmp_path: Path) -> None:
