@@ -72,7 +72,9 @@ class StopCheck:
 
     def add(self, scores: Scores, nodes: list[list[int]]) -> None:
         """Keep the scores behind some nodes of every row, if scores are kept at all: what ended rows had to read."""
-        for row, path in enumerate(nodes if self.scores is not None else []):
+        if self.scores is None:
+            return
+        for row, path in enumerate(nodes):
             if path:
                 self.scores[row] += scores.along(row, path).unbind()
 
