@@ -6,6 +6,8 @@ loaded from the Hub is of another class than the installed one. This file is als
 """
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -45,6 +47,7 @@ from .profiling import learn
 from .profiling import profile_of
 from .shapes import DraftShaper
 from .speculation import SPECULATION_ARGUMENTS
+from .speculation import SpeculationConfig
 from .speculation import own_speculation
 from .speculation import resolve_speculation
 from .stateful_target import is_stateful
@@ -119,7 +122,33 @@ def generate(
 
     # The host hands a callable only the arguments that it names, and drops `assistant_model` and `streamer`, so they are bound
     # here (transformers 5.17 to 5.23).
-    def speculative_loop(
+    loop = SpeculativeLoop(assistant_model, arguments, profile, own_cache, streamer)
+    return GenerationMixin.generate(model, inputs, streamer=streamer, custom_generate=loop, **kwargs)
+
+
+class SpeculativeLoop:
+    """What takes the place of the host's own loop for one call; the host has prepared and merged everything by then.
+
+    Args:
+        assistant_model (`SpecDiffDrafter` or `Drafter`): a network of ours, or a drafter of the caller's own.
+        arguments (`dict[str, Any]`): of speculation, by name.
+        profile (`Profile` or path, *optional*): what passes cost; `None`: measured, and corrected by the clock.
+        own_cache (`transformers.Cache`, *optional*): the caller's.
+        streamer (`BaseStreamer`, *optional*): the caller's.
+    """
+
+    def __init__(
+        self, assistant_model: Any, arguments: dict[str, Any], profile: Any | None, own_cache: Any | None, streamer: Any | None
+    ) -> None:
+        self.assistant_model = assistant_model
+        self.arguments = arguments
+        self.profile = profile
+        self.own_cache = own_cache
+        self.streamer = streamer
+        self.is_own = is_own_drafter(assistant_model)
+
+    def __call__(
+        self,
         model: Any,
         input_ids: torch.Tensor,
         logits_processor: LogitsProcessorList,
@@ -127,26 +156,20 @@ def generate(
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | torch.Tensor:
-        check_call(input_ids, logits_processor, generation_config, model_kwargs, streamer)
+        """Check the call, put drafter and target together, run them; arguments and result as of the host's `_sample`."""
+        check_call(input_ids, logits_processor, generation_config, model_kwargs, self.streamer)
         text_config, max_length = model.config.get_text_config(), generation_config.max_length
         check_rotary(text_config, input_ids.shape[1], max_length)
         text = Text.of_prompt(input_ids, model_kwargs.get("attention_mask"))
-
         if is_stateful(model):
             check_not_offloaded(cache_of(model_kwargs))
 
         def why_no_masks() -> str | None:
             check_chains(why_not_chained(model, input_ids.device))  # where there is no chain, there is no tree
-            obstacle = why_call_not_masked(text_config, model_kwargs, own_cache, max_length)
+            obstacle = why_call_not_masked(text_config, model_kwargs, self.own_cache, max_length)
             return obstacle or why_not_masked(model, input_ids.device, has_padding=text.prompt_mask is not None)
 
-        if is_own:
-            check_own_drafter(model, assistant_model, text.num_rows)
-            speculation = own_speculation(arguments, why_no_masks)
-        else:
-            do_sample = generation_config.do_sample
-            speculation = resolve_speculation(arguments, assistant_model, do_sample=do_sample, why_no_tree=why_no_masks)
-        check_profile(profile, is_adaptive=speculation.is_adaptive)
+        speculation = self._speculation(model, generation_config, text, why_no_masks)
         stop = StopCheck(stopping_criteria, text.num_rows, keep_scores=_wants(generation_config, "output_scores"))
         obstacle = why_no_masks() if text.num_rows > 1 else None
         check_batch(
@@ -155,39 +178,71 @@ def generate(
         check_chains(why_not_chained(model, input_ids.device))
         # A greedy target meets every draft by match, so there is nothing to draw for another rule.
         drafting = speculation if generation_config.do_sample else replace(speculation, acceptance="match")
-        callbacks = [*logits_processor, *stopping_criteria, streamer, *([assistant_model] if is_own else [])]
-        # A static cache outlives the call, and its tensors with it.
-        is_static = generation_config.cache_implementation == "static"
-        models = [model] if is_own else [model, assistant_model]
-        mode = nullcontext() if is_static else inference(models, callbacks, own_cache)
-        with mode:
-            budget = None
-            if speculation.is_adaptive:
-                measured = profile_of(model, assistant_model, speculation, input_ids.device, profile)
-                draws_children = drafting.draft_shape == "tree" and drafting.acceptance == "ratio"
-                # With a given profile nothing depends on a clock, so that a run can be repeated.
-                clock = time.perf_counter if profile is None else None
-                budget = Budget(measured, text.num_rows, draws_children=draws_children, clock=clock)
-            if is_own:
-                drafter: Drafter = OwnDrafter(assistant_model, drafting, text_config.vocab_size, max_length)
-            else:
-                shaper, ends = DraftShaper(drafting, budget), stop.eos_token_ids
-                drafter = make_drafter(assistant_model, model, drafting, logits_processor, max_length, shaper, ends)
+        with self._mode(model, generation_config, [*logits_processor, *stopping_criteria]):
+            budget = self._budget(model, drafting, text)
+            drafter = self._drafter(model, drafting, logits_processor, generation_config, stop, budget)
             target = make_target(
-                model, generation_config, model_kwargs, drafter.target_layer_ids, drafting, text.num_rows, why_no_masks
+                model, generation_config, model_kwargs, drafter.target_layer_ids, speculation, text.num_rows, why_no_masks
             )
-            is_kept = own_cache is not None or bool(generation_config.return_dict_in_generate)
-            if own_cache is not None or wants_passes(generation_config):
+            is_kept = self.own_cache is not None or bool(generation_config.return_dict_in_generate)
+            if self.own_cache is not None or wants_passes(generation_config):
                 target.keep_rows()
-            output = run(target, drafter, speculation, stop, logits_processor, text, streamer, is_kept=is_kept)
+            output = run(target, drafter, speculation, stop, logits_processor, text, self.streamer, is_kept=is_kept)
             if not generation_config.return_dict_in_generate:
                 target.release()
-        if budget is not None and profile is None:
-            learn(model, assistant_model, input_ids.device, budget)
+        if budget is not None and self.profile is None:
+            learn(model, self.assistant_model, input_ids.device, budget)
         output = ordinary(output)
         return output if generation_config.return_dict_in_generate else output.sequences
 
-    return GenerationMixin.generate(model, inputs, streamer=streamer, custom_generate=speculative_loop, **kwargs)
+    def _speculation(
+        self, model: Any, generation_config: GenerationConfig, text: Text, why_no_masks: Callable[[], str | None]
+    ) -> SpeculationConfig:
+        """Return how to draft and how to accept, checked."""
+        if self.is_own:
+            check_own_drafter(model, self.assistant_model, text.num_rows)
+            speculation = own_speculation(self.arguments, why_no_masks)
+        else:
+            do_sample = generation_config.do_sample
+            speculation = resolve_speculation(
+                self.arguments, self.assistant_model, do_sample=do_sample, why_no_tree=why_no_masks
+            )
+        check_profile(self.profile, is_adaptive=speculation.is_adaptive)
+        return speculation
+
+    def _mode(self, model: Any, generation_config: GenerationConfig, callbacks: list[Any]) -> AbstractContextManager[None]:
+        """Return the mode to run in: torch's inference mode where nothing speaks against it."""
+        if generation_config.cache_implementation == "static":
+            return nullcontext()  # such a cache outlives the call, and its tensors with it
+        models = [model] if self.is_own else [model, self.assistant_model]
+        more = [self.streamer, *([self.assistant_model] if self.is_own else [])]
+        return inference(models, [*callbacks, *more], self.own_cache)
+
+    def _budget(self, model: Any, speculation: SpeculationConfig, text: Text) -> Budget | None:
+        """Return what settles the size of each draft, if it is to follow the machine."""
+        if not speculation.is_adaptive:
+            return None
+        measured = profile_of(model, self.assistant_model, speculation, text.tokens.device, self.profile)
+        draws_children = speculation.draft_shape == "tree" and speculation.acceptance == "ratio"
+        # With a given profile nothing depends on a clock, so that a run can be repeated.
+        clock = time.perf_counter if self.profile is None else None
+        return Budget(measured, text.num_rows, draws_children=draws_children, clock=clock)
+
+    def _drafter(
+        self,
+        model: Any,
+        speculation: SpeculationConfig,
+        logits_processor: LogitsProcessorList,
+        generation_config: GenerationConfig,
+        stop: StopCheck,
+        budget: Budget | None,
+    ) -> Drafter:
+        """Return the drafter: the caller's own, or one around our network."""
+        max_length = generation_config.max_length
+        if self.is_own:
+            return OwnDrafter(self.assistant_model, speculation, model.config.get_text_config().vocab_size, max_length)
+        shaper, ends = DraftShaper(speculation, budget), stop.eos_token_ids
+        return make_drafter(self.assistant_model, model, speculation, logits_processor, max_length, shaper, ends)
 
 
 def _pop_speculation(kwargs: dict[str, Any]) -> dict[str, Any]:
