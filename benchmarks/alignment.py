@@ -26,6 +26,7 @@ from hf_specdiff.benchmarks.journal import Journal
 from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.standard import conditions_of
 from hf_specdiff.benchmarks.standard import write_record
+from hf_specdiff.core.files import write_text_whole
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.demo.bundle import load_demo
 from hf_specdiff.demo.bundle import load_prompts
@@ -157,9 +158,7 @@ def run(bench: Bench, name: str, conditioning: str, seed: int) -> dict[str, Any]
         "tokens_per_round_sampled": drawn.tokens_per_round,
         "seconds_per_step": seconds / bench.steps,
     }
-    beside = finished.with_suffix(".partial")
-    beside.write_text(json.dumps(row), encoding="utf-8")
-    os.replace(beside, finished)
+    write_text_whole(finished, json.dumps(row))
     return row
 
 

@@ -1,13 +1,13 @@
 """The bundled drafters' cards, from what was measured of them: `python -m benchmarks.cards model_cards`."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 from typing import Any
 
 import typer
 
+from hf_specdiff.core.files import write_text_whole
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.hub.card import drafter_card
@@ -60,9 +60,7 @@ def main(output: Annotated[Path, typer.Argument(help="folder for the cards")]) -
     record = json.loads((output.absolute().parent / RESULTS).read_text(encoding="utf-8"))
     output.mkdir(exist_ok=True)
     for kind in KINDS:
-        beside = output / f"{kind}.md.partial"
-        beside.write_text(card_of(kind, record), encoding="utf-8")
-        os.replace(beside, output / f"{kind}.md")
+        write_text_whole(output / f"{kind}.md", card_of(kind, record))
     typer.echo(f"{len(KINDS)} cards written to {output}")
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 
 from hf_specdiff.commands.regenerate import as_chat
-from hf_specdiff.core.files import write_whole
+from hf_specdiff.core.files import write_text_whole
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.training.corpus import read_corpus
 from hf_specdiff.training.data import Sequences
@@ -209,7 +209,7 @@ def make_drafter(output: Path, model: str | None, data: Path | None, held_out: l
     if held_out and not (output / "evaluation.json").is_file():
         drafter = SpecDiffDrafter.from_pretrained(finished, dtype=torch.float32)
         figures = json.dumps(evaluate(target, tokenizer, drafter, held_out, size), indent=2)
-        write_whole(output / "evaluation.json", lambda path: path.write_text(figures + "\n", encoding="utf-8"))
+        write_text_whole(output / "evaluation.json", figures + "\n")
     return True
 
 

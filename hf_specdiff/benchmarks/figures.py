@@ -20,6 +20,7 @@ from hf_specdiff.benchmarks.runner import REFUSAL
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import Call
 from hf_specdiff.benchmarks.runner import Detail
+from hf_specdiff.core.stats import acceptance_shares
 
 NUM_RESAMPLES = 2000
 TAILS = (0.025, 0.975)
@@ -159,21 +160,12 @@ def _rounds(calls: list[Call], *, is_plain: bool) -> dict[str, Any]:
         "tokens_per_round": 1.0 if is_plain else sum(rounds) / len(rounds) if rounds else None,
         "drafted_per_round": sum(drafted) / len(drafted) if drafted else None,
         "histogram": [rounds.count(size) for size in range(max(rounds, default=0) + 1)],
-        "acceptance_per_position": acceptance_shares(rounds, depths),
+        "acceptance_per_position": acceptance_shares(depths, [size - 1 for size in rounds]) if depths else [],
         "num_identical": sum(call.num_identical for call in calls),
         "num_prompts": sum(call.num_prompts for call in calls),
         "num_tokens": sum(call.num_tokens for call in calls),
         "shape_and_rule": calls[0].shape_and_rule or None,
     }
-
-
-def acceptance_shares(rounds: list[int], depths: list[int]) -> list[float]:
-    """Return for each position the share of the drafts reaching so far in which it was accepted."""
-    shares = []
-    for position in range(max(depths, default=0)):
-        reached = [size - 1 > position for size, depth in zip(rounds, depths, strict=True) if depth > position]
-        shares.append(sum(reached) / len(reached))
-    return shares
 
 
 def times_of(details: list[Detail], plain: list[Detail], window: int | None) -> dict[str, Any]:

@@ -4,14 +4,15 @@ Knows JSON lines; knows neither models nor figures.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from hf_specdiff.core.files import PARTIAL
+from hf_specdiff.core.files import write_text_whole
+
 SETTINGS = "settings.json"
 LINES = "journal.jsonl"
-PARTIAL = ".partial"
 
 
 class Journal:
@@ -79,8 +80,6 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place first, so that it is whole or absent; its folder is made."""
+    """Write a text, whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}{PARTIAL}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    write_text_whole(path, text)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from hf_specdiff.benchmarks.methods import NUM_DRAFTS
 from hf_specdiff.benchmarks.time_budget import STRATEGIES
+from hf_specdiff.core.files import write_whole
 
 OURS, THEIRS = "#2a6f97", "#b08968"
 PARTS = (
@@ -168,9 +169,7 @@ def plot_accuracy(rows: list[dict[str, Any]]) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a picture beside its place first, so that it is whole or absent."""
-    beside = path.with_suffix(".partial.png")
-    figure.savefig(beside, dpi=110)
+    """Write a picture, and close it."""
+    write_whole(path, partial(figure.savefig, dpi=110, format="png"))
     plt.close(figure)
-    os.replace(beside, path)
     return path

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from .budget import Budget
 from .costs import Profile
+from .files import write_text_whole
 from .measuring import FINE_SIZES
 from .measuring import MOST_SECONDS
 from .measuring import MOST_STEPS
@@ -187,11 +188,9 @@ def _measured(
 
 
 def write_profile(profile: Profile, path: Path) -> None:
-    """Write a profile as JSON, beside its place first, so that the file is whole or absent."""
+    """Write a profile as JSON; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.partial")
-    beside.write_text(json.dumps(asdict(profile), indent=2), encoding="utf-8")
-    os.replace(beside, path)
+    write_text_whole(path, json.dumps(asdict(profile), indent=2))
 
 
 def _read(path: Path) -> Profile:

@@ -7,6 +7,7 @@ from. Knows no network and no loop.
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 from typing import ClassVar
@@ -15,6 +16,8 @@ from huggingface_hub import try_to_load_from_cache
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import cached_file
+
+from .files import write_whole
 
 # The versions that the code runs with; the host checks them, a bound a line, before it runs any of it.
 REQUIREMENTS = "torch>=2.6\ntransformers>=5.17\ntransformers<6\n"
@@ -69,7 +72,7 @@ def write_custom_generate(folder: Path, config: Any) -> None:
         return
     (folder / PLACE).mkdir(parents=True, exist_ok=True)
     for name, content in (contents | {"requirements.txt": REQUIREMENTS.encode()}).items():
-        _write_whole(folder / PLACE / name, content)
+        write_whole(folder / PLACE / name, partial(Path.write_bytes, data=content))
 
 
 def _files_of_origin(config: Any) -> list[Path]:
@@ -97,12 +100,6 @@ def _origin(config: Any, name: str) -> Path | None:
     options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(source, name, revision=revision, _raise_exceptions_for_gated_repo=False, **options)
     return None if path is None else Path(path)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    beside = path.with_name(f"{path.name}.partial")
-    beside.write_bytes(content)
-    os.replace(beside, path)
 
 
 class RepositoryMixin:
@@ -149,7 +146,7 @@ class RepositoryMixin:
         if self.hub is not None:
             self.hub.write_card(folder, self, repo_id=hub_arguments.get("repo_id"))
         elif not (folder / CARD).exists() and (card := _origin(self.config, CARD)) is not None:
-            _write_whole(folder / CARD, card.read_bytes())
+            write_whole(folder / CARD, partial(Path.write_bytes, data=card.read_bytes()))
         if push_to_hub:
             self.push_to_hub(**{"repo_id": folder.name, "token": kwargs.get("token"), **hub_arguments})
 

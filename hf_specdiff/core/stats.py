@@ -3,8 +3,10 @@
 Knows no tensors.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from dataclasses import field
+from itertools import chain
 
 
 @dataclass(slots=True)
@@ -61,19 +63,30 @@ class SpeculationStats:
     @property
     def acceptance_per_position(self) -> list[float]:
         """For each window position, the share of the drafts reaching so far in which it was accepted."""
-        pairs = [
-            pair
-            for drafted, accepted in zip(self.draft_depths or self.num_drafted, self.num_accepted, strict=True)
-            for pair in zip(drafted, accepted, strict=True)
-        ]
-        longest = max((drafted for drafted, _ in pairs), default=0)
-        shares = []
-        for position in range(longest):
-            reached = [accepted > position for drafted, accepted in pairs if drafted > position]
-            shares.append(sum(reached) / len(reached))
-        return shares
+        return acceptance_shares(chain(*(self.draft_depths or self.num_drafted)), chain(*self.num_accepted))
 
     @property
     def other_seconds(self) -> float:
         """Time that was spent neither in the drafter nor in the target."""
         return self.total_seconds - self.prefill_seconds - self.drafter_seconds - self.target_seconds
+
+
+def acceptance_shares(depths: Iterable[int], accepted: Iterable[int], num_positions: int | None = None) -> list[float]:
+    """Return for each window position the share of the drafts reaching so far in which it was accepted.
+
+    Args:
+        depths (`Iterable[int]`): how far ahead each draft reached.
+        accepted (`Iterable[int]`): drafted tokens of each that were kept, in the same order.
+        num_positions (`int`, *optional*): positions to tell about; by default those that a draft reached.
+
+    Returns:
+        `list[float]`: from 0 to 1; 0 where no draft reached.
+    """
+    pairs = list(zip(depths, accepted, strict=True))
+    if num_positions is None:
+        num_positions = max((depth for depth, _ in pairs), default=0)
+    shares = []
+    for position in range(num_positions):
+        reached = [kept > position for depth, kept in pairs if depth > position]
+        shares.append(sum(reached) / max(len(reached), 1))
+    return shares

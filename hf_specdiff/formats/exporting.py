@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 from hf_specdiff.core.checks import check_pair
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
+from hf_specdiff.core.files import write_text_whole
+from hf_specdiff.core.files import write_whole
 from hf_specdiff.formats.source import CONFIG
 from hf_specdiff.formats.source import INDEX
 from hf_specdiff.formats.source import WEIGHTS
@@ -113,12 +115,8 @@ def export_drafter(drafter: Any, folder: str | os.PathLike, to: str = "dflash", 
         token_ids = tensors["d2t"] + torch.arange(config.draft_vocab_size)
         tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, token_ids, True)
     place.mkdir(parents=True, exist_ok=True)
-    beside = place / f"{WEIGHTS}.partial"
-    save_file(tensors, beside, {"format": "pt"})
-    os.replace(beside, place / WEIGHTS)
-    beside = place / f"{CONFIG}.partial"
-    beside.write_text(json.dumps(writers[to](config, target), indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, place / CONFIG)
+    write_whole(place / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_text_whole(place / CONFIG, json.dumps(writers[to](config, target), indent=2) + "\n")
     return engine_lines(config, to, str(folder))
 
 

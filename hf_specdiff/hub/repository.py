@@ -4,7 +4,6 @@ Knows the Hub's client, and which of a repository's files are ours.
 """
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_specdiff.core.files import write_text_whole
 from hf_specdiff.core.repository import CARD
 from hf_specdiff.core.repository import is_on_hub
 from hf_specdiff.core.speculation import SPECULATION_ARGUMENTS
@@ -40,9 +40,7 @@ def write_card(folder: Path, drafter: Any, **card_arguments: Any) -> None:
     if place.is_file() and not is_own_card(place.read_text(encoding="utf-8")):
         return
     card = drafter_card(drafter.config, drafter.num_parameters(), defaults=own_defaults(drafter), **card_arguments)
-    beside = folder / f"{CARD}.partial"
-    beside.write_text(str(card), encoding="utf-8")
-    os.replace(beside, place)
+    write_text_whole(place, str(card))
 
 
 def own_defaults(drafter: Any) -> dict[str, Any]:

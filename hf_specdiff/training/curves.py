@@ -1,6 +1,6 @@
 """Pictures of a training run: the loss, tokens per round over the steps, and acceptance per position before and after."""
 
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 from matplotlib import pyplot as plt
+
+from hf_specdiff.core.files import write_whole
 
 
 def plot_run(history: list[dict[str, Any]], folder: Path) -> list[Path]:
@@ -62,11 +64,8 @@ def _plot_acceptance(first: dict[str, Any], best: dict[str, Any], path: Path) ->
 
 
 def _save(figure: Any, path: Path) -> Path:
-    """Write a picture beside its place first."""
     for axis in figure.axes:
         axis.grid(alpha=0.3)
-    beside = path.with_suffix(".partial.png")
-    figure.savefig(beside, dpi=120)
+    write_whole(path, partial(figure.savefig, dpi=120, format="png"))
     plt.close(figure)
-    os.replace(beside, path)
     return path

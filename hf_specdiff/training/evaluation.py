@@ -4,36 +4,38 @@ The loss tells how well windows are filled; what counts is how many drafted toke
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 
 from hf_specdiff.core.generate import generate
+from hf_specdiff.core.stats import acceptance_shares
 
 
 @dataclass(frozen=True, slots=True)
 class Streaks:
-    """How far the target followed a drafter's chains, greedily.
+    """How far the target followed a drafter's chains, in the rounds that drafted.
 
     Attributes:
-        num_rounds (`torch.Tensor`, a scalar, float64): rounds that drafted.
-        num_reaching (`torch.Tensor` of shape `(G,)`, float64): rounds that accepted at least 1, 2, ..., G drafted tokens.
-        num_drafting (`torch.Tensor` of shape `(G,)`, float64): rounds that drafted at least 1, 2, ..., G tokens.
+        num_drafted (`list[int]`): drafted tokens of each round, at least 1.
+        num_accepted (`list[int]`): how many of them the target accepted.
+        max_gamma (`int`): the most tokens that the drafter drafts.
     """
 
-    num_rounds: torch.Tensor
-    num_reaching: torch.Tensor
-    num_drafting: torch.Tensor
+    num_drafted: list[int]
+    num_accepted: list[int]
+    max_gamma: int
 
     @property
     def tokens_per_round(self) -> float:
         """Mean tokens that a round adds, the target's own included."""
-        return float(1 + self.num_reaching.sum() / self.num_rounds.clamp(min=1))
+        return 1 + sum(self.num_accepted) / max(len(self.num_accepted), 1)
 
     @property
     def acceptance_per_position(self) -> list[float]:
-        """Share of the rounds that drafted a position in which all up to it were accepted."""
-        return (self.num_reaching / self.num_drafting.clamp(min=1)).tolist()
+        """For each of the `max_gamma` positions, the share of the rounds drafting it in which all up to it were accepted."""
+        return acceptance_shares(self.num_drafted, self.num_accepted, self.max_gamma)
 
 
 def decode_held_out(
@@ -50,12 +52,10 @@ def decode_held_out(
         seed (`int`): of sampling.
 
     Returns:
-        `Streaks`: sums over all prompts.
+        `Streaks`: the rounds of all prompts.
     """
     gamma = drafter.config.max_gamma
-    steps = torch.arange(1, gamma + 1)
-    num_rounds = torch.zeros((), dtype=torch.float64)
-    num_reaching, num_drafting = torch.zeros(2, gamma, dtype=torch.float64)
+    rounds: list[tuple[int, int]] = []
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
     settings |= {"draft_shape": "chain", "gamma": gamma}  # whole windows, whatever size would pay on this machine
     if temperature > 0:
@@ -71,13 +71,11 @@ def decode_held_out(
             for ids in prompts:
                 inputs = torch.tensor([ids], device=target.device)
                 stats = generate(target, inputs, assistant_model=drafter, **settings).speculation
-                for (accepted,), (drafted,) in zip(stats.num_accepted, stats.num_drafted, strict=True):
-                    num_rounds += drafted > 0
-                    num_reaching += accepted >= steps
-                    num_drafting += drafted >= steps
+                pairs = zip(chain(*stats.num_drafted), chain(*stats.num_accepted), strict=True)
+                rounds += [(drafted, accepted) for drafted, accepted in pairs if drafted > 0]
     finally:
         drafter.train(was_training)
-    return Streaks(num_rounds, num_reaching, num_drafting)
+    return Streaks([drafted for drafted, _ in rounds], [accepted for _, accepted in rounds], gamma)
 
 
 def calibration_error(confidence: torch.Tensor, is_right: torch.Tensor, num_bins: int = 10) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hf_specdiff.core.files import write_whole
+from hf_specdiff.core.files import write_text_whole
 from hf_specdiff.core.repository import cached_revision
 
 # Elements of each weight that a digest reads: another training changes all of them.
@@ -77,5 +77,4 @@ def claim(path: Path, settings: dict[str, Any]) -> None:
     """Write down what decides a folder's content, unless that is done; call `check_claim` first."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(settings, indent=2)
-        write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+        write_text_whole(path, json.dumps(settings, indent=2))

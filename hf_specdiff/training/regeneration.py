@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save_file
 
+from hf_specdiff.core.files import write_text_whole
 from hf_specdiff.core.files import write_whole
 from hf_specdiff.training.continuation import Continued
 from hf_specdiff.training.continuation import Prompted
@@ -249,8 +250,7 @@ class Unfinished:
 
     def save(self) -> None:
         """Write down what is in progress."""
-        content = json.dumps(self.texts)
-        write_whole(self.path, lambda path: path.write_text(content, encoding="utf-8"))
+        write_text_whole(self.path, json.dumps(self.texts))
 
 
 def _save(texts: list[Continued], folder: Path, process: int) -> None:

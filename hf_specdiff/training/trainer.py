@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 from transformers import Trainer
 from transformers import TrainerCallback
@@ -185,12 +186,7 @@ class SpecDiffTrainer(Trainer):
         drafter = self.accelerator.unwrap_model(self.model)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         own = decode_held_out(self.target, drafter, self.eval_prompts[rank::world], self.args.eval_tokens)
-        device = self.accelerator.device
-        sums = [
-            self.accelerator.reduce(part.float().to(device), "sum").double().cpu()
-            for part in (own.num_rounds, own.num_reaching, own.num_drafting)
-        ]
-        streaks = Streaks(*sums)
+        streaks = Streaks(gather_object(own.num_drafted), gather_object(own.num_accepted), own.max_gamma)
         acceptance = {f"acceptance_{i}": share for i, share in enumerate(streaks.acceptance_per_position, 1)}
         return {"tokens_per_round": streaks.tokens_per_round, **acceptance}
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from hf_specdiff.benchmarks.figures import acceptance_shares
 from hf_specdiff.benchmarks.figures import share_interval
 from hf_specdiff.benchmarks.figures import speed_ratio
 from hf_specdiff.benchmarks.figures import times_of
@@ -44,11 +43,6 @@ def test_figures_of_times_are_those_worked_out_by_hand() -> None:
     assert found["share_of_limit"] == 8 / 16
     assert found["limit_ratio"] == 40 / 8
     assert found["perfect_ratio"] == 40 / (2 + 2 + 2)  # 16 tokens after the first: two rounds of eight in each call
-
-
-def test_acceptance_counts_the_drafts_that_reach_a_position() -> None:
-    assert acceptance_shares([1, 3, 4], [3, 3, 2]) == pytest.approx([2 / 3, 2 / 3, 0.0])
-    assert acceptance_shares([], []) == []
 
 
 def test_a_shares_interval_is_wilsons() -> None:

@@ -20,6 +20,7 @@ import torch
 import transformers
 
 import hf_specdiff
+from hf_specdiff.core.files import write_text_whole
 from tests.core.oracle import drafter_for
 from tests.core.oracle import oracle
 from tests.core.tiny_models import CAUSAL_TYPES
@@ -195,9 +196,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
     if {path.stem for path in folder.glob("*.json")} >= set(CAUSAL_TYPES):
         rows = [Row(**json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))) for kind in sorted(CAUSAL_TYPES)]
-        beside = PAGE.with_suffix(f".{os.getpid()}.partial")
-        beside.write_text(page(rows), encoding="utf-8")
-        beside.replace(PAGE)
+        write_text_whole(PAGE, page(rows))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -14,7 +14,6 @@ from transformers import GPT2Config
 from transformers import GPT2LMHeadModel
 
 import hf_specdiff
-from hf_specdiff.core.files import write_whole
 from hf_specdiff.training import regeneration
 from hf_specdiff.training.continuation import Continued
 from hf_specdiff.training.continuation import Prompted
@@ -237,19 +236,3 @@ def test_a_model_of_chats_writes_prompts_itself(tokenizer: Any, tmp_path: Path) 
     tokenizer.chat_template = "{{ 'no words of the user' }}"
     with pytest.raises(ValueError, match="does not show where a turn begins"):
         self_prompts(target, tokenizer, 4, tmp_path)
-
-
-def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
-    def fail(path: Path) -> None:
-        path.write_text("half")
-        raise OSError("no room")
-
-    path = tmp_path / "file.json"
-    with pytest.raises(OSError, match="no room"):
-        write_whole(path, fail)
-    assert not list(tmp_path.iterdir())
-    write_whole(path, lambda beside: beside.write_text("whole"))
-    with pytest.raises(OSError, match="no room"):
-        write_whole(path, fail)
-    assert path.read_text() == "whole"
-    assert list(tmp_path.iterdir()) == [path]
