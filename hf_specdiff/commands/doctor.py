@@ -30,13 +30,9 @@ from hf_specdiff.core.measuring import measure_profile
 from hf_specdiff.core.speculation import resolve_speculation
 from hf_specdiff.core.trial import why_not_chained
 from hf_specdiff.core.trial import why_not_masked
-from hf_specdiff.training.evaluation import decode_held_out
 
 # Below it a drafter is as good as untrained: the target's own token is one of them.
 SUSPICIOUS_TOKENS_PER_ROUND = 1.3
-# By how much other layers must win to be pointed out, and on how many tokens that is found out.
-CLEARLY = 1.15
-SHIFT_TOKENS = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,40 +179,6 @@ def try_prompts(models: Models, prompts: dict[str, list[str]], max_new_tokens: i
                 f"`drafter` must be one that the target can verify, got an error for {row['method']}: {row['refusal']}"
             )
     return rows
-
-
-def layers_that_fit_better(models: Models, prompts: dict[str, list[str]]) -> list[str]:
-    """Look whether a drafter reads the target's layers one off, the commonest fault: some formats count from 0, some from 1.
-
-    Args:
-        models (`Models`): the target and one drafter, named "drafter".
-        prompts (`dict[str, list[str]]`): texts by task; the first of each is decoded.
-
-    Returns:
-        `list[str]`: a warning if the neighbours of the layers bring clearly more; also nothing for drafters that read none.
-    """
-    config = models.drafters["drafter"].config
-    own = config.target_layer_ids
-    if own is None:
-        return []
-    num_layers = models.target.config.get_text_config().num_hidden_layers
-    ids = [models.tokenizer(texts[0])["input_ids"] for texts in prompts.values()]
-    rates = {}
-    try:
-        for shift in (0, -1, 1):
-            config.target_layer_ids = [layer + shift for layer in own]
-            if min(config.target_layer_ids) >= 0 and max(config.target_layer_ids) < num_layers:
-                streaks = decode_held_out(models.target, models.drafters["drafter"], ids, SHIFT_TOKENS)
-                rates[shift] = streaks.tokens_per_round
-    finally:
-        config.target_layer_ids = own
-    best = max(rates, key=rates.__getitem__)
-    if rates[best] < CLEARLY * rates[0]:
-        return []
-    return [
-        f"layers read: {[layer + best for layer in own]} bring {rates[best]:.2f} tokens per round where {own} bring "
-        f"{rates[0]:.2f}: the ids are probably one off (here they are counted from 0, and id i reads hidden_states[i + 1])."
-    ]
 
 
 def verdict(rows: list[dict[str, Any]], profile: Profile, models: Models) -> list[str]:

@@ -31,6 +31,7 @@ from hf_specdiff.commands.demo import run_demo
 from hf_specdiff.commands.loading import load_drafter
 from hf_specdiff.commands.loading import load_model
 from hf_specdiff.commands.loading import load_tokenizer
+from hf_specdiff.commands.misreadings import readings_that_fit_better
 from hf_specdiff.core.generate import generate
 from hf_specdiff.core.stats import SpeculationStats
 from hf_specdiff.demo.bundle import BUNDLED_TARGET
@@ -159,7 +160,7 @@ def doctor_command(
     console.print("\n".join(doctor.cost_lines(profile, assistant.config.max_gamma)), highlight=False)
     models = Models(model, tokenizer, {"drafter": assistant})
     rows = doctor.try_prompts(models, prompts, max_new_tokens)
-    shifted = doctor.layers_that_fit_better(models, prompts)
+    misread = readings_that_fit_better(models, prompts)
     cells = [
         [
             r["task"],
@@ -176,7 +177,7 @@ def doctor_command(
         conditions = {**conditions_of(models, command), "device": str(model.device), "max_new_tokens": max_new_tokens}
         write_record(output, {"conditions": conditions, "rows": rows})
         console.print(f"The figures are in {output}.", highlight=False)
-    warnings = [f"{f.name}: {f.warning}" for f in findings if f.warning] + shifted + doctor.verdict(rows, profile, models)
+    warnings = [f"{f.name}: {f.warning}" for f in findings if f.warning] + misread + doctor.verdict(rows, profile, models)
     for warning in warnings:
         console.print(f"! {warning}", style="yellow", highlight=False, markup=False)
     if not warnings:
