@@ -1,1 +1,1 @@
-"""Measurements of the bundled pair."""
+"""What `hf-specdiff bench` and the doctor measure with: methods, clocks, runs, tables, pictures."""
