@@ -93,6 +93,8 @@ def test_options_named_by_themselves_exist() -> None:
     command = typer.main.get_command(app)
     known = {option for part in command.commands.values() for parameter in part.params for option in parameter.opts}
     extra = {"--help", "--work", "--steps", "--num-seeds"}  # of every command; of benchmarks.alignment
+    extra |= {"--speculative-config", "--speculative-algorithm"}  # of vLLM; of SGLang, as the next two
+    extra |= {"--speculative-draft-model-path", "--speculative-num-draft-tokens"}
     for path, text in TEXTS.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known | extra, path.name
 
