@@ -146,7 +146,8 @@ def _check_sayable(config: SpecDiffConfig, to: str) -> None:
     """Refuse switches that the layout has no word for."""
     for name, neutral in NEUTRAL.items():
         value = getattr(config, name)
-        if name == "target_hidden_size" and value == config.hidden_size:
+        says_nothing = {"target_hidden_size": value == config.hidden_size, "markov_head_type": not config.markov_rank}
+        if says_nothing.get(name):
             continue
         if value != neutral and name not in SAYS[to]:
             others = " or ".join(repr(layout) for layout, names in SAYS.items() if name in names)

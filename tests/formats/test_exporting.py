@@ -137,6 +137,12 @@ DEEPSPEC: list[dict[str, Any]] = [
 ]
 
 
+def test_the_kind_of_a_head_that_is_not_there_is_no_obstacle(tmp_path: Path) -> None:
+    drafter = make_drafter([0, 2], markov_head_type="rnn")
+    hf_specdiff.export_drafter(drafter, tmp_path, "dflash")
+    assert "markov_head_type" not in json.loads((tmp_path / "config.json").read_text())
+
+
 @pytest.mark.parametrize("fields", DEEPSPEC)
 def test_deepspec_comes_back_with_embedding_and_heads(fields: dict[str, Any], tmp_path: Path) -> None:
     target, drafter = make_target(), make_drafter([-1, 2], predicts_from_anchor=True, **fields)
