@@ -32,6 +32,9 @@ BATCH_PROCESSORS = (
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
+# Rows by which embeddings are padded: to a multiple of a power of 2 that no model known to us exceeds.
+MOST_PADDING = 1024
+
 
 def check_pair(model: Any, drafter: Any) -> None:
     """Refuse a drafter that was not made for this target.
@@ -78,7 +81,8 @@ def check_target(model: Any) -> None:
 def check_vocabulary(target_config: Any, config: Any) -> None:
     """Refuse a drafter that could draft a token which the target does not have.
 
-    A target may have more: rows that only pad its embedding. A token that the drafter does not know is never drafted.
+    A target may have more: rows that only pad its embedding. A token that the drafter does not know is never drafted. A target
+    that has many more is another one than the drafter was made for.
 
     Args:
         target_config (`PreTrainedConfig`): of the target's text model.
@@ -88,10 +92,11 @@ def check_vocabulary(target_config: Any, config: Any) -> None:
         ValueError: if so.
     """
     has_own = config.has_own_embedding or config.has_own_head
-    if config.vocab_size > target_config.vocab_size or (has_own and config.vocab_size < target_config.vocab_size):
+    missing = target_config.vocab_size - config.vocab_size
+    if not 0 <= missing <= (0 if has_own else MOST_PADDING):
         raise ValueError(
-            f"`assistant_model` must have no more than the target's vocabulary of {target_config.vocab_size} tokens, got "
-            f"{config.vocab_size}. Use a drafter that was made for this target."
+            f"`assistant_model` must have the target's vocabulary of {target_config.vocab_size} tokens, or it without at most "
+            f"{MOST_PADDING} rows of padding, got {config.vocab_size}. Use a drafter that was made for this target."
         )
 
 

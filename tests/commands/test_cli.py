@@ -96,7 +96,7 @@ def test_train_makes_a_drafter_that_loads_and_drafts(tmp_path: Path) -> None:
     [
         (["generate", TARGET, FEATURES], "`--prompt` or `--prompts-file` must be given"),
         (["generate", "nowhere/here", FEATURES, "--prompt", "a"], "`target` must be a model folder"),
-        (["generate", TARGET, TARGET, "--prompt", "a"], "`assistant_model` must be a SpecDiffDrafter"),
+        (["generate", TARGET, TARGET, "--prompt", "a"], "LlamaForCausalLM"),
         (["generate", TARGET, FEATURES, "--prompt", "a", "--gamma", "16"], "`gamma` must be an integer from 1 to 15"),
         (["train", TARGET, "--prompts", "no.jsonl", "--output", "x"], "`prompts` must be a text or JSON-lines file"),
         (["demo", "--num-prompts", "0"], "`num_prompts` must be from 1"),

@@ -19,7 +19,7 @@ def drafter_for(model: Any, layer_ids: list[int] | None = None) -> SpecDiffDraft
     config = model.config.get_text_config()
     ids = {name: getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     torch.manual_seed(3)
-    return SpecDiffDrafter(
+    drafter = SpecDiffDrafter(
         SpecDiffConfig(
             vocab_size=config.vocab_size,
             hidden_size=32 if layer_ids is None else config.hidden_size,
@@ -35,6 +35,8 @@ def drafter_for(model: Any, layer_ids: list[int] | None = None) -> SpecDiffDraft
             **ids,
         )
     ).eval()
+    drafter.generation_config.gamma = drafter.config.max_gamma  # whole windows, whatever the machine makes of them
+    return drafter
 
 
 @contextmanager

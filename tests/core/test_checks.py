@@ -8,7 +8,9 @@ from transformers import MaxLengthCriteria
 from transformers import SynthIDTextWatermarkingConfig
 
 import hf_specdiff
+from hf_specdiff.core.checks import MOST_PADDING
 from hf_specdiff.core.checks import check_rotary
+from hf_specdiff.core.checks import check_vocabulary
 from tests.conftest import MASK_TOKEN_ID
 from tests.conftest import VOCAB_SIZE
 from tests.conftest import make_drafter
@@ -83,7 +85,7 @@ def test_a_target_with_more_tokens_than_the_drafter_is_no_reason(
 
 def test_a_drafter_with_more_tokens_than_the_target_is_refused(prompt: torch.Tensor) -> None:
     for layers in (None, [0]):
-        with pytest.raises(ValueError, match="no more than the target's vocabulary"):
+        with pytest.raises(ValueError, match="must have the target's vocabulary of"):
             hf_specdiff.generate(make_target(), prompt, assistant_model=make_drafter(layers, vocab_size=VOCAB_SIZE + 1))
 
 
@@ -142,3 +144,10 @@ def test_the_stock_loop_refuses_what_would_change_the_text(settings: dict[str, A
     arguments = {"do_sample": False, "max_new_tokens": 8, **settings}
     with pytest.raises(ValueError, match=words):
         make_target().generate(torch.tensor([[1, 5, 9, 4, 7, 7, 3]]), assistant_model=make_drafter(), **arguments)
+
+
+def test_padding_of_a_targets_embedding_is_no_other_vocabulary() -> None:
+    drafter = make_drafter([0, 2])
+    check_vocabulary(make_target(vocab_size=VOCAB_SIZE + MOST_PADDING).config, drafter.config)
+    with pytest.raises(ValueError, match=f"at most {MOST_PADDING} rows of padding, got {VOCAB_SIZE}"):
+        check_vocabulary(make_target(vocab_size=VOCAB_SIZE + MOST_PADDING + 1).config, drafter.config)

@@ -200,7 +200,7 @@ def test_a_link_within_the_folder_is_the_owners_own_card(tokens_folder: Path, tm
     (folder / "README.md").unlink()
     (folder / "card.md").write_text("My own words.")
     (folder / "README.md").symlink_to("card.md")
-    with hub.staged(folder, "org/x") as ready:
+    with hub.staged(folder, "org/x", target=str(PAIR / "target")) as ready:
         assert (ready.folder / "README.md").read_text() == "My own words."
 
 
@@ -211,7 +211,7 @@ def test_notes_in_the_configurations_are_not_published(tmp_path: Path) -> None:
     drafter.config.api_key = "secret-2"
     drafter.config.training = {"data": "100 sequences", "machine": "secret-3", "objective": "ce", "log": ["secret-4"]}
     drafter.save_pretrained(tmp_path)
-    with hub.staged(tmp_path, "org/x") as ready:
+    with hub.staged(tmp_path, "org/x", target=str(PAIR / "target")) as ready:
         texts = [file.read_text() for file in ready.folder.rglob("*.json")] + [(ready.folder / "README.md").read_text()]
         assert not any("secret-" in text for text in texts)
         assert json.loads((ready.folder / "config.json").read_text())["training"] == {
@@ -264,7 +264,7 @@ def test_a_folder_without_a_drafter_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_drafter_without_its_target_or_for_another_one_is_refused(tmp_path: Path) -> None:
-    make_drafter().save_pretrained(tmp_path)
+    make_drafter(vocab_size=5000).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="pass --target"), hub.staged(tmp_path, "org/x"):
         pass
     with pytest.raises(ValueError, match="`target` must be a model folder"), hub.staged(tmp_path, "org/x", target="/nowhere"):
