@@ -69,6 +69,11 @@ class SpeculationConfig:
         return self.num_denoising_steps == 1 or self.reveal_order == "left_to_right"
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether it is known how much a round drafts at most: not of a drafter of the user's own."""
+        return self.gamma > 0
+
+    @property
     def max_nodes(self) -> int:
         """The most tokens that a round drafts for a row, all branches counted."""
         return {"chain": self.gamma, "samples": self.num_drafts * self.gamma, "tree": self.tree_budget}[self.draft_shape]

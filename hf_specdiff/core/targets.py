@@ -53,10 +53,8 @@ def make_target(
         `Target`: of the kind that the call needs.
     """
     if generation_config.cache_implementation == "static":
-        # The rows that end early join again at the end, behind the longest one: a length that nobody knows before.
-        is_kept = num_rows > 1 and wants_passes(generation_config)
-        obstacle = "scores or states of a batch are wanted" if is_kept else why_not_static(model, model_kwargs)
-        obstacle = obstacle or why_no_masks()
+        obstacle = _why_length_is_unknown(generation_config, speculation, num_rows)
+        obstacle = obstacle or why_not_static(model, model_kwargs) or why_no_masks()
         if obstacle is None:
             widths = widths_of(speculation.max_nodes, is_adaptive=speculation.is_adaptive)
             return StaticTarget(model, generation_config, model_kwargs, layer_ids, widths, num_rows)
@@ -68,6 +66,16 @@ def make_target(
         needs_masks = _needs_masks_for_window(model, cache_of(model_kwargs), why_no_masks, generation_config.max_length)
     target_class = MaskedTarget if needs_masks else chain_target_class(model)
     return target_class(model, generation_config, model_kwargs, layer_ids)
+
+
+def _why_length_is_unknown(generation_config: GenerationConfig, speculation: SpeculationConfig, num_rows: int) -> str | None:
+    """Return why nobody can say how many slots a static cache must have, or `None`."""
+    if not speculation.is_bounded:
+        return "a drafter of your own may draft as much as it likes"
+    # Rows that end early join again at the end, behind the longest one.
+    if num_rows > 1 and wants_passes(generation_config):
+        return "scores or states of a batch are wanted"
+    return None
 
 
 def wants_passes(generation_config: GenerationConfig) -> bool:

@@ -165,3 +165,18 @@ def test_widths() -> None:
     assert widths_of(15, is_adaptive=False) == [1, 16]
     assert widths_of(40, is_adaptive=True) == [1, 8, 16, 32, 41]
     assert StaticTarget.takes_trees_and_batches
+
+
+@pytest.mark.parametrize("size", [1, 40])
+def test_drafters_of_ones_own_get_a_dynamic_cache(tiny_target: LlamaForCausalLM, prompt: torch.Tensor, size: int) -> None:
+    """How much they draft is known to nobody before."""
+    plain = tiny_target.generate(prompt, do_sample=False, max_new_tokens=24)
+
+    class Knowing:
+        target_layer_ids = None
+
+        def draft(self, text: hf_specdiff.Text, features: object) -> hf_specdiff.Draft:
+            start = text.lengths[0]
+            return hf_specdiff.Draft(plain[:, start : start + size], None, has_prefix_law=True)
+
+    assert torch.equal(hf_specdiff.generate(tiny_target, prompt, assistant_model=Knowing(), **STATIC), plain)
