@@ -44,19 +44,19 @@ class Size:
     """How much of everything.
 
     Attributes:
-        num_prompts (`dict[tuple[str, float], int]`): prompts of a training set that are answered at a temperature; a set has
-            some at several, or fewer than asked for.
-        num_self_prompts (`int`): prompts that the model writes itself, for greedy answers; about 15 % of them are left out.
+        num_self_prompts (`int`): prompts that the model writes itself; about a seventh of them are left out.
+        num_prompts (`dict[tuple[str, float], int]`): how many prompts, at most, of a training set or of the model's own
+            (`self`) are answered at a temperature.
         max_length (`int`): tokens of a prompt and its answer.
         batch_size (`int`): answers that are written together.
         num_evaluated (`int`): held-out prompts of each set.
         plan (`TrainingPlan`): of the drafter.
     """
 
+    num_self_prompts: int = 1500
     num_prompts: dict[tuple[str, float], int] = field(
-        default_factory=lambda: {("gsm8k_train", 0.0): 1300, ("mbpp_train", 0.0): 500}
+        default_factory=lambda: {("gsm8k_train", 0.0): 1300, ("mbpp_train", 0.0): 500, ("self", 0.0): 800}
     )
-    num_self_prompts: int = 900
     max_length: int = 512
     batch_size: int = 64
     num_evaluated: int = 40
@@ -142,8 +142,11 @@ def answers(target: Any, tokenizer: Any, data: Path | None, work: Path, size: Si
     Returns:
         `Sequences`: all of it.
     """
-    prompts = {(name, temperature): data_set(name, data)[:count] for (name, temperature), count in size.num_prompts.items()}
-    prompts["self", 0.0] = self_prompts(target, tokenizer, size.num_self_prompts, work / "self", batch_size=size.batch_size)
+    own = self_prompts(target, tokenizer, size.num_self_prompts, work / "self", batch_size=size.batch_size)
+    prompts = {
+        (name, temperature): (own if name == "self" else data_set(name, data))[:count]
+        for (name, temperature), count in size.num_prompts.items()
+    }
     settings: dict[str, Any] = {"max_length": size.max_length, "batch_size": size.batch_size}
     parts = [
         regenerate(

@@ -27,8 +27,8 @@ def test_the_recipe_runs_to_its_end_and_does_nothing_twice(tmp_path: Path, monke
     for name, prompts in (("gsm8k_train", "ab"), ("mbpp_train", "cd"), ("held", "ef")):
         lines = [json.dumps({"prompt": f"{letter} is {i}"}) for letter in prompts for i in range(8)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    counts = {("gsm8k_train", 0.0): 8, ("mbpp_train", 0.0): 8}
-    size = Size(counts, num_self_prompts=16, max_length=64, batch_size=16, num_evaluated=2, plan=PLAN)
+    counts = {("gsm8k_train", 0.0): 8, ("mbpp_train", 0.0): 8, ("self", 0.0): 8}
+    size = Size(16, counts, max_length=64, batch_size=16, num_evaluated=2, plan=PLAN)
     arguments = (tmp_path / "out", str(tmp_path / "source"), tmp_path, [tmp_path / "held.jsonl"], size)
     assert make_drafter(*arguments)
     drafter = SpecDiffDrafter.from_pretrained(tmp_path / "out" / "drafter")
