@@ -55,7 +55,7 @@ class Size:
 
     num_self_prompts: int = 1500
     num_prompts: dict[tuple[str, float], int] = field(
-        default_factory=lambda: {("gsm8k_train", 0.0): 1300, ("mbpp_train", 0.0): 500, ("self", 0.0): 800}
+        default_factory=lambda: {("gsm8k_train", 0.0): 900, ("mbpp_train", 0.0): 500, ("self", 0.0): 550}
     )
     max_length: int = 512
     batch_size: int = 64
