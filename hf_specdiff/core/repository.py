@@ -1,19 +1,20 @@
 """Saving a drafter as a whole Hub repository: the code of both roles is copied byte for byte beside the weights.
 
-The host copies the modelling files into the repository's root; the entry and what it imports go into `custom_generate/`. An
-installed package has them beside this file; a drafter that was loaded without it takes them, and its card, from where it came
-from. Knows no network and no loop.
+Both roles, the network and the decoding strategy, share files, and the host lets a strategy lie nowhere but in
+`custom_generate/`: so all code lies there once, and `auto_map` names it there. An installed package has the files beside this
+one; a drafter that was loaded without it takes them, and its card, from where it came from. Knows no network and no loop.
 """
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 from typing import ClassVar
 
 from huggingface_hub import try_to_load_from_cache
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import cached_file
 
@@ -23,6 +24,8 @@ from .files import write_whole
 REQUIREMENTS = "torch>=2.6\ntransformers>=5.17\ntransformers<6\n"
 CARD = "README.md"
 PLACE = "custom_generate"
+# The files that the host loads by name; whatever they import comes along.
+ROLES = ("generate", "configuration_specdiff", "modeling_specdiff")
 
 
 def is_repository(name: str | None) -> bool:
@@ -50,24 +53,39 @@ def cached_revision(name: str | None) -> str | None:
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def entry_files() -> list[Path]:
-    """Return the files of `custom_generate/` that lie beside this one: `generate.py` first, then all it reaches.
+def code_files(config: Any = None) -> list[Path]:
+    """Return all files of code that a repository carries.
+
+    Args:
+        config (`SpecDiffConfig`, *optional*): tells where the drafter came from, for files that do not lie beside this one.
 
     Returns:
-        `list[pathlib.Path]`: found by the host's own search; empty where the package is not installed.
+        `list[pathlib.Path]`: found by the host's own search; empty if one of them is nowhere.
     """
-    entry = Path(__file__).with_name("generate.py")
-    return [entry, *sorted({Path(path) for path in get_relative_import_files(str(entry))})] if entry.is_file() else []
+    found: dict[str, Path] = {}
+    queue = list(ROLES)
+    while queue:
+        name = queue.pop()
+        if name in found:
+            continue
+        path: Path | None = Path(__file__).with_name(f"{name}.py")
+        if path is None or not path.is_file():
+            path = _origin(config, f"{PLACE}/{name}.py")
+        if path is None:
+            return []
+        found[name] = path
+        queue += get_relative_imports(str(path))
+    return list(found.values())
 
 
-def write_custom_generate(folder: Path, config: Any) -> None:
-    """Write the decoding strategy into a repository; other files of its `custom_generate` stay.
+def write_code(folder: Path, config: Any) -> None:
+    """Write the code into a repository; other files of its `custom_generate` stay.
 
     Args:
         folder (`pathlib.Path`): the repository.
         config (`SpecDiffConfig`): tells where the drafter came from.
     """
-    contents = {path.name: path.read_bytes() for path in entry_files() or _files_of_origin(config)}
+    contents = {path.name: path.read_bytes() for path in code_files(config)}
     if not contents:
         return
     (folder / PLACE).mkdir(parents=True, exist_ok=True)
@@ -75,20 +93,22 @@ def write_custom_generate(folder: Path, config: Any) -> None:
         write_whole(folder / PLACE / name, partial(Path.write_bytes, data=content))
 
 
-def _files_of_origin(config: Any) -> list[Path]:
-    """Return the strategy's files in the repository or folder that a drafter was loaded from."""
-    found: dict[str, Path] = {}
-    queue = ["generate"]
-    while queue:
-        name = queue.pop()
-        if name in found:
-            continue
-        path = _origin(config, f"{PLACE}/{name}.py")
-        if path is None:
-            return []
-        found[name] = path
-        queue += get_relative_imports(str(path))
-    return list(found.values())
+def _reference(kind: type) -> str:
+    """Return how `auto_map` names a class."""
+    return f"{PLACE}/{kind.__module__.rsplit('.', 1)[-1]}.{kind.__name__}"
+
+
+@contextmanager
+def _without_code(*kinds: Any) -> Iterator[None]:
+    """Keep the host from copying code itself: it would put a registered class's files into the root, all a second time."""
+    registered = [(kind, kind._auto_class) for kind in kinds]
+    try:
+        for kind in kinds:
+            kind._auto_class = None
+        yield
+    finally:
+        for kind, name in registered:
+            kind._auto_class = name
 
 
 def _origin(config: Any, name: str) -> Path | None:
@@ -121,7 +141,7 @@ class RepositoryMixin:
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save the whole Hub repository: weights, configuration, code, `custom_generate/`, and a card.
+        """Save the whole Hub repository: weights, configuration, the code in `custom_generate/`, and a card.
 
         A card with its owner's own words stays as it is.
 
@@ -135,14 +155,15 @@ class RepositoryMixin:
         """
         names = ("repo_id", "private", "commit_message", "commit_description", "revision", "create_pr", "tags")
         hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
-        # The host writes the entry of the class it was registered for; a headless AutoModel is the same class.
-        self.config.auto_map = {"AutoModel": f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}"}
-        # Of the class behind this one among the bases, which mypy cannot know.
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
+        model = _reference(type(self))  # a headless AutoModel is the same class
+        self.config.auto_map = {"AutoConfig": _reference(type(self.config)), "AutoModel": model, "AutoModelForCausalLM": model}
+        with _without_code(type(self), type(self.config)):
+            # Of the class behind this one among the bases, which mypy cannot know.
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
         if not is_main_process:
             return
         folder = Path(save_directory)
-        write_custom_generate(folder, self.config)
+        write_code(folder, self.config)
         if self.hub is not None:
             self.hub.write_card(folder, self, repo_id=hub_arguments.get("repo_id"))
         elif not (folder / CARD).exists() and (card := _origin(self.config, CARD)) is not None:

@@ -96,7 +96,7 @@ def test_defaults_that_a_file_leaves_open_are_filled_in(tmp_path: Path) -> None:
 def test_a_repositorys_code_does_not_run_without_trust(tmp_path: Path) -> None:
     folder, mark = tmp_path / "strange_drafter", tmp_path / "it-ran"
     make_drafter().save_pretrained(folder)
-    for path in (folder / "modeling_specdiff.py", folder / "custom_generate" / "generate.py"):
+    for path in (folder / "custom_generate" / "modeling_specdiff.py", folder / "custom_generate" / "generate.py"):
         path.write_text(f"open({str(mark)!r}, 'w').close()\n" + path.read_text())
     drafter = AutoModelForCausalLM.from_pretrained(folder)
     assert type(drafter) is SpecDiffDrafter
@@ -169,7 +169,7 @@ def test_an_old_transformers_is_refused_by_name(tmp_path: Path, monkeypatch: pyt
     (folder / "custom_generate" / "requirements.txt").write_text("transformers>=99\n")
     with pytest.raises(ImportError, match="transformers>=99"):
         hf_specdiff.load_demo()[0].load_custom_generate(folder, trust_remote_code=True)
-    path = folder / "configuration_specdiff.py"
+    path = folder / "custom_generate" / "configuration_specdiff.py"
     path.write_text(path.read_text().replace("transformers>=5.17,<6", "transformers>=99,<100"))
     with pytest.raises(ImportError, match="transformers>=99"):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import hf_specdiff
-from hf_specdiff.core.repository import entry_files
+from hf_specdiff.core.repository import code_files
 
 from .hub_server import Hub
 
@@ -94,16 +94,15 @@ def test_a_user_with_the_package_needs_no_trust(world: dict[str, str], tmp_path:
 def test_a_repository_holds_the_packages_code_and_both_roles(server: Hub, world: dict[str, str]) -> None:
     files = server.files("org/features")
     code = {path: content for path, content in files.items() if path.endswith(".py")}
-    assert {"configuration_specdiff.py", "modeling_specdiff.py", "custom_generate/generate.py"} <= set(code)
+    assert set(code) == {f"custom_generate/{path.name}" for path in code_files()}
     for path, content in code.items():
         assert content == (PACKAGE / "core" / Path(path).name).read_bytes(), path
-    entry = {f"custom_generate/{path.name}" for path in entry_files()}
-    assert {path for path in files if path.startswith("custom_generate/")} == entry | {"custom_generate/requirements.txt"}
+    assert {path for path in files if path.startswith("custom_generate/")} == set(code) | {"custom_generate/requirements.txt"}
     config = json.loads(files["config.json"])
     assert config["auto_map"] == {
-        "AutoConfig": "configuration_specdiff.SpecDiffConfig",
-        "AutoModel": "modeling_specdiff.SpecDiffDrafter",
-        "AutoModelForCausalLM": "modeling_specdiff.SpecDiffDrafter",
+        "AutoConfig": "custom_generate/configuration_specdiff.SpecDiffConfig",
+        "AutoModel": "custom_generate/modeling_specdiff.SpecDiffDrafter",
+        "AutoModelForCausalLM": "custom_generate/modeling_specdiff.SpecDiffDrafter",
     }
     assert config["target_model"] == "org/target"
     assert config["target_revision"] == server.commits("org/target")[-1]["oid"]
