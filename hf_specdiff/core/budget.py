@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from itertools import zip_longest
 
-from .calibration import Calibration
+from .costs import Calibration
 from .costs import Pace
 from .costs import Profile
 from .draft import DraftTree

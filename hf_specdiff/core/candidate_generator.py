@@ -18,6 +18,7 @@ from .draft import Draft
 from .features import Features
 from .features import layer_output_indices
 from .features import target_features
+from .sampling import check_processors
 from .sampling import is_prefix_free
 from .sampling import process_if_taken
 from .speculation import resolve_speculation
@@ -173,3 +174,27 @@ def _end_tokens(generation_config: GenerationConfig) -> set[int]:
     if tokens is None:
         return set()
     return {tokens} if isinstance(tokens, int) else set(torch.as_tensor(tokens).flatten().tolist())
+
+
+def check_stock_call(max_new_tokens: int | None, processors: list[Any] | None, embeddings: Any | None) -> None:
+    """Refuse calls of the host's own loop whose text would not be plain `generate`'s.
+
+    Args:
+        max_new_tokens (`int`, *optional*): tokens that the loop asks a drafter for.
+        processors (`list`, *optional*): the target's, which the loop shows rejected tokens too.
+        embeddings (`torch.Tensor`, *optional*): `inputs_embeds` of the call, which the loop does not hand to the target.
+
+    Raises:
+        ValueError: if so.
+    """
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(
+            f"`max_new_tokens` must leave the drafter at least one token in transformers' own loop, got {max_new_tokens}. Pass "
+            "max_new_tokens or max_length to generate: a MaxLengthCriteria alone does not tell that loop where the text ends."
+        )
+    if embeddings is not None:
+        raise ValueError(
+            "`inputs_embeds` must be None in transformers' own loop, got some, which it would leave out. Use "
+            "hf_specdiff.generate(target, ..., assistant_model=drafter)."
+        )
+    check_processors(LogitsProcessorList(processors or []))

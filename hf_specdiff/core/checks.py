@@ -14,15 +14,12 @@ from transformers.generation import EncoderNoRepeatNGramLogitsProcessor
 from transformers.generation import EncoderRepetitionPenaltyLogitsProcessor
 from transformers.generation import GenerationMode
 from transformers.generation import PrefixConstrainedLogitsProcessor
-from transformers.generation import SynthIDTextWatermarkLogitsProcessor
-from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from .cache import cache_of
+from .sampling import check_processors
 from .speculation import MAX_TREE_BUDGET
 from .text import Text
 
-# They carry a state from call to call that rejected tokens would spoil.
-STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 # They hold something for each row of the batch, and our rows come to them one by one.
 BATCH_PROCESSORS = (
     EncoderNoRepeatNGramLogitsProcessor,
@@ -160,35 +157,6 @@ def check_width(target_config: Any, config: Any) -> None:
         )
 
 
-def check_prompt(input_ids: Any, mask_token_id: int | None, vocab_size: int) -> None:
-    """Refuse a prompt that is empty or holds a mask which the target cannot read, and a drafter without a mask.
-
-    A mask inside the target's vocabulary is a token like others there: the target may have written it in an earlier turn. A
-    drafter reads it as "not known", which makes the draft poorer and nothing wrong.
-
-    Args:
-        input_ids (`torch.Tensor` of shape `(B, L)`, int64): the prompt.
-        mask_token_id (`int`, *optional*): the drafter's.
-        vocab_size (`int`): the target's.
-
-    Raises:
-        ValueError: if so.
-    """
-    if mask_token_id is None:
-        raise ValueError(
-            "`assistant_model` must have a `mask_token_id` in its config, got None. Set the id it was trained with."
-        )
-    if input_ids.shape[-1] == 0:
-        raise ValueError(
-            "`input_ids` must hold at least one token, got an empty prompt. Pass the bos token to start from nothing."
-        )
-    if mask_token_id >= vocab_size and bool((input_ids == mask_token_id).any()):
-        raise ValueError(
-            f"`input_ids` must hold tokens of the target's vocabulary of {vocab_size}, got the drafter's mask id "
-            f"{mask_token_id}, which means 'not yet known'. Take it out of the prompt."
-        )
-
-
 def check_cache_name(name: str | None) -> None:
     """Refuse caches that the host cannot give us, before it fails on them.
 
@@ -267,47 +235,6 @@ def check_call(
             "into the target's. Leave it out."
         )
     check_processors(processors)
-
-
-def check_processors(processors: LogitsProcessorList) -> None:
-    """Refuse processors that carry a state from call to call.
-
-    Args:
-        processors (`LogitsProcessorList`): what `generate` built.
-
-    Raises:
-        ValueError: if there is one.
-    """
-    for processor in processors:
-        if isinstance(processor, STATEFUL_PROCESSORS):
-            raise ValueError(
-                f"`logits_processor` must be functions of ids and scores, got {type(processor).__name__}, which keeps a state "
-                "that rejected tokens would spoil. Leave its setting out or use plain model.generate."
-            )
-
-
-def check_stock_call(max_new_tokens: int | None, processors: list[Any] | None, embeddings: Any | None) -> None:
-    """Refuse calls of the host's own loop whose text would not be plain `generate`'s.
-
-    Args:
-        max_new_tokens (`int`, *optional*): tokens that the loop asks a drafter for.
-        processors (`list`, *optional*): the target's, which the loop shows rejected tokens too.
-        embeddings (`torch.Tensor`, *optional*): `inputs_embeds` of the call, which the loop does not hand to the target.
-
-    Raises:
-        ValueError: if so.
-    """
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ValueError(
-            f"`max_new_tokens` must leave the drafter at least one token in transformers' own loop, got {max_new_tokens}. Pass "
-            "max_new_tokens or max_length to generate: a MaxLengthCriteria alone does not tell that loop where the text ends."
-        )
-    if embeddings is not None:
-        raise ValueError(
-            "`inputs_embeds` must be None in transformers' own loop, got some, which it would leave out. Use "
-            "hf_specdiff.generate(target, ..., assistant_model=drafter)."
-        )
-    check_processors(LogitsProcessorList(processors or []))
 
 
 def check_stop_strings(model: Any, stop_strings: Any | None, tokenizer: Any | None) -> None:

@@ -26,8 +26,8 @@ from .rules import make_rule
 from .sampling import Scores
 from .speculation import SpeculationConfig
 from .stats import SpeculationStats
+from .stats import Stopwatch
 from .stopping import StopCheck
-from .stopwatch import Stopwatch
 from .target import Target
 from .text import Text
 

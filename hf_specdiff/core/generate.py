@@ -30,7 +30,6 @@ from .checks import check_chains
 from .checks import check_not_offloaded
 from .checks import check_pair
 from .checks import check_profile
-from .checks import check_prompt
 from .checks import check_rotary
 from .checks import check_stop_strings
 from .checks import check_target
@@ -55,6 +54,7 @@ from .stopping import StopCheck
 from .targets import make_target
 from .targets import wants_passes
 from .text import Text
+from .text import check_prompt
 from .trial import why_not_chained
 from .trial import why_not_masked
 

@@ -25,14 +25,14 @@ from transformers.models.qwen3.modeling_qwen3 import rotate_half
 from transformers.utils import ModelOutput
 
 from .candidate_generator import SpecDiffCandidateGenerator
-from .checks import check_prompt
-from .checks import check_stock_call
+from .candidate_generator import check_stock_call
 from .configuration_specdiff import SpecDiffConfig
 from .heads import CandidateSelector
 from .heads import ConfidenceHead
 from .heads import MarkovHead
 from .heads import WindowConvolution
 from .repository import RepositoryMixin
+from .text import check_prompt
 from .weights import check_finite
 from .weights import check_weight_files
 

@@ -15,10 +15,12 @@ from transformers.generation import LogitNormalization
 from transformers.generation import MinPLogitsWarper
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 from transformers.generation import SuppressTokensLogitsProcessor
+from transformers.generation import SynthIDTextWatermarkLogitsProcessor
 from transformers.generation import TemperatureLogitsWarper
 from transformers.generation import TopKLogitsWarper
 from transformers.generation import TopPLogitsWarper
 from transformers.generation import TypicalLogitsWarper
+from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from .text import Text
 
@@ -35,6 +37,25 @@ PREFIX_FREE_PROCESSORS = {
     TopPLogitsWarper,
     TypicalLogitsWarper,
 }
+# They carry a state from call to call that rejected tokens would spoil.
+STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+
+
+def check_processors(processors: LogitsProcessorList) -> None:
+    """Refuse processors that carry a state from call to call.
+
+    Args:
+        processors (`LogitsProcessorList`): what `generate` built.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    for processor in processors:
+        if isinstance(processor, STATEFUL_PROCESSORS):
+            raise ValueError(
+                f"`logits_processor` must be functions of ids and scores, got {type(processor).__name__}, which keeps a state "
+                "that rejected tokens would spoil. Leave its setting out or use plain model.generate."
+            )
 
 
 def is_prefix_free(processors: LogitsProcessorList) -> bool:

@@ -9,8 +9,7 @@ from dataclasses import fields
 from dataclasses import replace
 from typing import Any
 
-from .denoising import REVEAL_ORDERS
-
+REVEAL_ORDERS = ("confidence", "left_to_right")
 DRAFT_SHAPES = ("auto", "chain", "samples", "tree")
 ACCEPTANCES = ("auto", "match", "ratio", "block", "self_selection")
 MAX_NUM_DRAFTS = 256

@@ -10,9 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import Cache
 from transformers import GenerationConfig
+from transformers import cache_utils
+from transformers.cache_utils import DynamicIndexedLayer
+from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
-from .cache import Snapshot
 from .draft import Draft
 from .draft import DraftTree
 from .features import Features
@@ -23,6 +27,69 @@ from .text import Text
 # over 40 tokens costs little more than one over 8, and a pass of its own as much as a round: with this many it is one in ten.
 MOST_REPLAYED = 32
 NO_LIMIT = (0.0, math.inf)
+# Layers that only grow; the last one not even that (5.17 does not know it yet).
+CROPPED = {DynamicLayer, DynamicIndexedLayer, getattr(cache_utils, "DummyLayer", DynamicLayer)}
+# What layers of the host's own kinds write in place, and what is no part of a state.
+STATES = ("conv_states", "recurrent_states")
+SETTINGS = (bool, int, float, str, torch.dtype, torch.device, type(None))
+
+
+class Snapshot:
+    """A cache as it stands, to be put back later: for layers whose state runs on and cannot be cropped.
+
+    Keys and values of full attention are cropped. Those of sliding layers are kept by reference, since the host makes new ones
+    in every pass. States (of a recurrence, of a convolution) are written in place and therefore copied, and so is all that a
+    layer of a model's own kind holds.
+
+    Args:
+        cache (`transformers.Cache`): as it shall be again.
+
+    Raises:
+        ValueError: if a layer holds what cannot be copied.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.kept = [_kept(layer) for layer in cache.layers]
+
+    def put_back(self, num_tokens: int) -> None:
+        """Make the cache what it was; as often as wanted.
+
+        Args:
+            num_tokens (`int`): tokens that were added to it since, at least one.
+        """
+        for layer, kept in zip(self.cache.layers, self.kept, strict=True):
+            for name, value in kept.items():
+                setattr(layer, name, _copied(layer, name, value))
+            if type(layer) in CROPPED:
+                layer.crop(-num_tokens)
+            elif type(layer) is LinearAttentionAndFullAttentionLayer:
+                DynamicLayer.crop(layer, -num_tokens)
+
+
+def _kept(layer: Any) -> dict[str, Any]:
+    """Return what is to be put back into a layer; keys and values that grow are cropped instead."""
+    if type(layer) in CROPPED:
+        return {}
+    grows = type(layer) is LinearAttentionAndFullAttentionLayer
+    return {
+        name: _copied(layer, name, value) for name, value in vars(layer).items() if not (grows and name in ("keys", "values"))
+    }
+
+
+def _copied(layer: Any, name: str, value: Any) -> Any:
+    """Return an attribute of a layer so that no later pass can change it."""
+    is_written = name in STATES or type(layer).__module__ != cache_utils.__name__
+    if isinstance(value, torch.Tensor):
+        return value.clone() if is_written else value
+    if isinstance(value, dict):
+        return {key: _copied(layer, name, item) for key, item in value.items()}
+    if not isinstance(value, SETTINGS):
+        raise ValueError(
+            f"`past_key_values` must have layers whose state can be copied, got {type(layer).__name__} with a "
+            f"{type(value).__name__} in `{name}`. Use plain model.generate for this model."
+        )
+    return value
 
 
 class StatefulTarget(Target):

@@ -13,11 +13,11 @@ from transformers import DynamicCache
 from transformers import GenerationConfig
 from transformers import GenerationMixin
 
-from .attention import grouped_heads
-from .attention import is_on_cpu
 from .cache import CACHE_NAMES
 from .cache import cache_of
 from .cache import check_takes_back
+from .cache import grouped_heads
+from .cache import is_on_cpu
 from .cache import roll_back
 from .cache import start_recording
 from .draft import Draft

@@ -5,6 +5,7 @@ Letters: B batch, L tokens of the longest row, M columns of the prompt's mask. K
 
 from dataclasses import dataclass
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -105,3 +106,32 @@ class Text:
             return self
         mask = None if self.prompt_mask is None else self.prompt_mask.to(device)
         return replace(self, tokens=self.tokens.to(device), prompt_mask=mask)
+
+
+def check_prompt(input_ids: Any, mask_token_id: int | None, vocab_size: int) -> None:
+    """Refuse a prompt that is empty or holds a mask which the target cannot read, and a drafter without a mask.
+
+    A mask inside the target's vocabulary is a token like others there: the target may have written it in an earlier turn. A
+    drafter reads it as "not known", which makes the draft poorer and nothing wrong.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(B, L)`, int64): the prompt.
+        mask_token_id (`int`, *optional*): the drafter's.
+        vocab_size (`int`): the target's.
+
+    Raises:
+        ValueError: if so.
+    """
+    if mask_token_id is None:
+        raise ValueError(
+            "`assistant_model` must have a `mask_token_id` in its config, got None. Set the id it was trained with."
+        )
+    if input_ids.shape[-1] == 0:
+        raise ValueError(
+            "`input_ids` must hold at least one token, got an empty prompt. Pass the bos token to start from nothing."
+        )
+    if mask_token_id >= vocab_size and bool((input_ids == mask_token_id).any()):
+        raise ValueError(
+            f"`input_ids` must hold tokens of the target's vocabulary of {vocab_size}, got the drafter's mask id "
+            f"{mask_token_id}, which means 'not yet known'. Take it out of the prompt."
+        )

@@ -21,8 +21,8 @@ from hf_specdiff.core.budget import Allowance
 from hf_specdiff.core.budget import Budget
 from hf_specdiff.core.budget import Pauses
 from hf_specdiff.core.budget import best_count
-from hf_specdiff.core.calibration import NUM_CLASSES
-from hf_specdiff.core.calibration import Calibration
+from hf_specdiff.core.costs import NUM_CLASSES
+from hf_specdiff.core.costs import Calibration
 from hf_specdiff.core.costs import Profile
 from hf_specdiff.core.draft import Draft
 from hf_specdiff.core.draft import DraftTree

@@ -24,8 +24,7 @@ from hf_specdiff import SpecDiffCandidateGenerator
 from hf_specdiff import SpecDiffDrafter
 from hf_specdiff.core import drafters
 from hf_specdiff.core import shapes
-from hf_specdiff.core.cache import Snapshot
-from hf_specdiff.core.calibration import Calibration
+from hf_specdiff.core.costs import Calibration
 from hf_specdiff.core.draft import Draft
 from hf_specdiff.core.draft import DraftTree
 from hf_specdiff.core.draft import Outcome
@@ -35,6 +34,7 @@ from hf_specdiff.core.rules import make_rule
 from hf_specdiff.core.sampling import Scores
 from hf_specdiff.core.sampling import draw
 from hf_specdiff.core.sampling import draw_from_scores
+from hf_specdiff.core.stateful_target import Snapshot
 from hf_specdiff.core.text import Text
 from hf_specdiff.core.tree import merge_drafts
 from tests.conftest import make_drafter

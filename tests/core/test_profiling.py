@@ -15,7 +15,7 @@ from hf_specdiff import SpecDiffDrafter
 from hf_specdiff.core import profiling
 from hf_specdiff.core.budget import FIRST_STEPS
 from hf_specdiff.core.budget import Budget
-from hf_specdiff.core.calibration import NUM_CLASSES
+from hf_specdiff.core.costs import NUM_CLASSES
 from hf_specdiff.core.costs import Profile
 from hf_specdiff.core.profiling import isolated_profiles
 from hf_specdiff.core.profiling import learn

@@ -13,11 +13,11 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_specdiff
 from hf_specdiff.core import stateful_target
-from hf_specdiff.core.cache import Snapshot
 from hf_specdiff.core.cache import cache_of
 from hf_specdiff.core.checks import check_not_offloaded
 from hf_specdiff.core.draft import Draft
 from hf_specdiff.core.draft import DraftTree
+from hf_specdiff.core.stateful_target import Snapshot
 from hf_specdiff.core.stateful_target import StatefulTarget
 from hf_specdiff.core.stateful_target import unlimited_steps
 from hf_specdiff.core.target import fresh_kwargs

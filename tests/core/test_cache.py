@@ -8,8 +8,8 @@ import torch
 from transformers.integrations import sdpa_attention
 
 import hf_specdiff
-from hf_specdiff.core.attention import FORCE_GQA
-from hf_specdiff.core.attention import grouped_heads
+from hf_specdiff.core.cache import FORCE_GQA
+from hf_specdiff.core.cache import grouped_heads
 from tests.conftest import make_drafter
 from tests.conftest import make_target
 

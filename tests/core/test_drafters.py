@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_specdiff.core.denoising import reveal_by_confidence
-from hf_specdiff.core.denoising import reveal_counts
-from hf_specdiff.core.denoising import reveal_left_to_right
+from hf_specdiff.core.drafters import reveal_by_confidence
+from hf_specdiff.core.drafters import reveal_counts
+from hf_specdiff.core.drafters import reveal_left_to_right
 
 
 @given(gamma=st.integers(1, 64), steps=st.integers(1, 64))
