@@ -54,6 +54,12 @@ def train_command(
             "it the drafter can be exported to other engines",
         ),
     ] = None,
+    draft_vocab: Annotated[
+        int | None,
+        typer.Option(
+            help="for features: draft the N commonest tokens of the text alone, and read the head's rows of these alone"
+        ),
+    ] = None,
     num_layers: Annotated[int, typer.Option(min=1)] = 3,
     block_size: Annotated[int, typer.Option(min=2)] = 16,
     max_length: Annotated[int, typer.Option(min=4, help="tokens of a training sequence")] = 512,
@@ -120,6 +126,7 @@ def train_command(
         eval_tokens=eval_tokens,
         warmup=warmup,
         has_mask_embedding=conditioning == "features" and (has_tied_head(model) if mask_embedding is None else mask_embedding),
+        draft_vocab_size=draft_vocab,
         patience=patience,
         temperature=regenerate_at or 0.0,
         as_is=as_is,

@@ -88,7 +88,7 @@ def check_vocabulary(target_config: Any, config: Any) -> None:
     Raises:
         ValueError: if so.
     """
-    has_own = config.has_own_embedding or config.has_own_head
+    has_own = config.has_own_embedding or config.has_own_head or config.draft_vocab_size is not None
     missing = target_config.vocab_size - config.vocab_size
     if not 0 <= missing <= (0 if has_own else MOST_PADDING):
         raise ValueError(

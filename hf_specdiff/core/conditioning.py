@@ -84,7 +84,7 @@ class FeatureDrafter(DenoisingDrafter):
         shaper (`Shaper`, *optional*): as `DenoisingDrafter`.
         end_token_ids (`set[int]`): as `DenoisingDrafter`.
         embed (`Callable`): the target's input embedding, ids to vectors.
-        head (`Callable`): the target's output embedding, hidden states to logits.
+        head (`Callable`): the target's output embedding, hidden states to logits of the tokens that are drafted.
 
     Source: arXiv:2602.06036, section 3.
     """
@@ -163,7 +163,6 @@ def make_drafter(
     if network.config.target_layer_ids is None:
         theirs = None if target is None else target.config.get_text_config().vocab_size
         return TokenDrafter(network, speculation, logits_processor, max_length, shaper, end_token_ids, target_vocab_size=theirs)
-    head = target.get_output_embeddings()
     return FeatureDrafter(
         network,
         speculation,
@@ -172,8 +171,37 @@ def make_drafter(
         shaper,
         end_token_ids,
         embed=lambda ids: raw_embeddings(target, ids),
-        head=lambda states: head(_beside(states, head.weight).to(head.weight.dtype)),
+        head=lent_head(target, network.drafted_ids),
     )
+
+
+def lent_head(target: Any, token_ids: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a target's head, or the part of it that belongs to some tokens: the other rows are then never read.
+
+    Args:
+        target (`transformers.PreTrainedModel`): the target.
+        token_ids (`torch.Tensor` of shape `(n,)`, int64, *optional*): the tokens; `None`: all.
+
+    Returns:
+        `Callable`: from hidden states `(..., D)` to logits `(..., n or V)`. It holds a copy of these rows.
+    """
+    head = target.get_output_embeddings()
+
+    def whole(states: torch.Tensor) -> torch.Tensor:
+        return head(_beside(states, head.weight).to(head.weight.dtype))
+
+    if token_ids is None:
+        return whole
+    # Quantized and offloaded heads have no rows to take: theirs are computed whole.
+    if type(head) is not torch.nn.Linear or head.weight.is_meta or hasattr(head, "_hf_hook"):
+        return lambda states: _columns(whole(states), token_ids)
+    ids = token_ids.to(head.weight.device)
+    weight, bias = head.weight.detach()[ids], None if head.bias is None else head.bias.detach()[ids]
+    return lambda states: torch.nn.functional.linear(_beside(states, weight).to(weight.dtype), weight, bias)
+
+
+def _columns(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    return logits.index_select(-1, token_ids.to(logits.device))
 
 
 def raw_embeddings(target: Any, ids: torch.Tensor) -> torch.Tensor:

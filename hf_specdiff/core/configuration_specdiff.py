@@ -89,8 +89,9 @@ class SpecDiffConfig(Qwen3Config):
         has_own_embedding (`bool`): feature-conditioned: whether it has an embedding of its own instead of the target's.
         has_own_head (`bool`): feature-conditioned: whether it has a head of its own instead of the target's.
         has_mask_embedding (`bool`): feature-conditioned: whether the mask is a vector of its own and no row of an embedding.
-        draft_vocab_size (`int`, *optional*): rows of its own head, if that knows only some of the target's tokens; the buffer
-            `d2t` holds, for each row, the token's id less the row.
+        draft_vocab_size (`int`, *optional*): feature-conditioned: how many of the target's tokens are drafted, if not all; the
+            others have probability 0 in every draft. The buffer `d2t` holds, for each of them, its id less its place. They are
+            the rows of its own head, or these tokens' rows of the target's.
         target_hidden_size (`int`, *optional*): width of the target, if it differs from `hidden_size`.
         markov_rank (`int`): rank of a head that adds a bias from the token before to each slot's logits; 0: none.
         markov_head_type (`str`): `"vanilla"`, `"gated"` (by the slot's state) or `"rnn"` (with a memory).
@@ -251,16 +252,16 @@ class SpecDiffConfig(Qwen3Config):
             names = []
         else:
             names = ["predicts_from_anchor", "has_own_embedding", "has_own_head", "has_mask_embedding", "target_hidden_size"]
-            names += ["markov_rank", "selector_rank", "conv_kernel_size", "enable_confidence_head"]
+            names += ["markov_rank", "selector_rank", "conv_kernel_size", "enable_confidence_head", "draft_vocab_size"]
         for name in [name for name in names if getattr(self, name)]:
             raise ValueError(
                 f"`{name}` must be left out for a token-conditioned drafter, got {getattr(self, name)}. It is a switch of "
                 "feature-conditioned ones."
             )
-        if self.draft_vocab_size is not None and not (self.has_own_head and 0 < self.draft_vocab_size <= self.vocab_size):
+        if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
             raise ValueError(
-                f"`draft_vocab_size` must be at most `vocab_size` {self.vocab_size} and belong to a head of its own "
-                f"(`has_own_head`), got {self.draft_vocab_size} and {self.has_own_head}."
+                f"`draft_vocab_size` must be at most `vocab_size` {self.vocab_size}, got {self.draft_vocab_size}. Leave it out "
+                "to draft every token."
             )
         borrows = not (self.has_own_embedding and self.has_own_head)
         if self.target_hidden_size not in (None, self.hidden_size) and borrows:

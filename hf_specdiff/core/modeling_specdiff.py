@@ -33,6 +33,7 @@ from .heads import MarkovHead
 from .heads import WindowConvolution
 from .repository import RepositoryMixin
 from .text import check_prompt
+from .weights import check_drafted_ids
 from .weights import check_finite
 from .weights import check_weight_files
 
@@ -248,15 +249,34 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
             embeddings = torch.where(is_mask[..., None], self.mask_embedding, embeddings)
         return embeddings
 
+    @property
+    def drafted_ids(self) -> torch.Tensor | None:
+        """Ids of the tokens that a reduced vocabulary has, `(draft_vocab_size,)` int64; `None`: every token is drafted."""
+        if self.config.draft_vocab_size is None:
+            return None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
     def window_logits(self, states: torch.Tensor, lent: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Return the logits of a feature-conditioned drafter over the target's vocabulary.
 
         Args:
             states (`torch.Tensor` of shape `(..., D)`): `last_hidden_state` at the slots that predict.
-            lent (`Callable`): the target's head, from states to logits.
+            lent (`Callable`): the target's head, from states to logits of the tokens that are drafted.
 
         Returns:
             `torch.Tensor` of shape `(..., V)`: minus infinity for tokens that a reduced vocabulary does not have.
+        """
+        return self._over_the_vocabulary(self.drafted_logits(states, lent), -torch.inf)
+
+    def drafted_logits(self, states: torch.Tensor, lent: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Return the logits of the tokens that are drafted alone, in the order of `drafted_ids`.
+
+        Args:
+            states (`torch.Tensor` of shape `(..., D)`): as for `window_logits`.
+            lent (`Callable`): as for `window_logits`.
+
+        Returns:
+            `torch.Tensor` of shape `(..., draft_vocab_size or V)`.
         """
         config = self.config
         logits = self.lm_head(states) if config.has_own_head else lent(states)
@@ -264,7 +284,7 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
             logits = logits * config.output_multiplier
         if config.final_logit_softcapping:
             logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
-        return self._over_the_vocabulary(logits, -torch.inf)
+        return logits
 
     def step_logits(
         self, logits: torch.Tensor, states: torch.Tensor, previous: torch.Tensor, memory: torch.Tensor | None = None
@@ -287,12 +307,11 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
 
     def _over_the_vocabulary(self, logits: torch.Tensor, other: float) -> torch.Tensor:
         """Put what a reduced vocabulary's rows say at their tokens' places, `(..., V)`; the other tokens get one value."""
-        config = self.config
-        if config.draft_vocab_size is None:
+        token_ids = self.drafted_ids
+        if token_ids is None:
             return logits
-        token_ids = self.d2t + torch.arange(config.draft_vocab_size, device=self.d2t.device)
-        everything = logits.new_full((*logits.shape[:-1], config.vocab_size), other)
-        return everything.index_copy_(-1, token_ids, logits)
+        everything = logits.new_full((*logits.shape[:-1], self.config.vocab_size), other)
+        return everything.index_copy_(-1, token_ids.to(logits.device), logits)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -326,6 +345,7 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
                 "the configuration another drafter's?"
             )
         check_finite(model, pretrained_model_name_or_path)
+        check_drafted_ids(model, pretrained_model_name_or_path)
         # A repository's `custom_generate` would replace our own `generate`, which takes its arguments by position too.
         vars(model).pop("generate", None)
         model._set_assistant_defaults()  # where the file leaves them open

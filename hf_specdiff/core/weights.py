@@ -88,3 +88,23 @@ def check_finite(model: torch.nn.Module, name: Any) -> None:
                 f"`pretrained_model_name_or_path` must hold finite weights, got nan or inf in {key!r} of {str(name)!r}. Was "
                 "the training diverging, or the dtype too narrow?"
             )
+
+
+def check_drafted_ids(model: Any, name: Any) -> None:
+    """Refuse a reduced vocabulary that leaves the target's or names a token twice.
+
+    Args:
+        model (`SpecDiffDrafter`): as it was loaded; a table that is not in memory is passed over.
+        name (`str` or path): where it came from, for the message.
+
+    Raises:
+        ValueError: if so.
+    """
+    ids, most = model.drafted_ids, model.config.vocab_size
+    if ids is None or ids.is_meta:
+        return
+    if int(ids.min()) < 0 or int(ids.max()) >= most or len(ids.unique()) < len(ids):
+        raise ValueError(
+            f"the tensor `d2t` of {str(name)!r} must lead to different ids from 0 to {most - 1}, got {int(ids.min())} to "
+            f"{int(ids.max())}, {len(ids.unique())} of {len(ids)} different. Is the drafter made for another vocabulary?"
+        )

@@ -83,7 +83,8 @@ def export_drafter(drafter: Any, folder: str | os.PathLike, to: str = "dflash", 
         to (`str`): `"dflash"`: z-lab's, which vLLM and SGLang read; `"speculators"`: vLLM's package;
             `"deepspec"`: DeepSpec's, of drafters whose every slot predicts, with Markov and confidence heads.
         target (`transformers.PreTrainedModel`, *optional*): the model it drafts for; its name and size are written down.
-            DeepSpec's layout holds embedding and head, so it is needed where the drafter borrows them.
+            DeepSpec's layout holds embedding and head, and speculators' the head of a reduced vocabulary, so it is needed
+            where the drafter borrows them.
 
     Returns:
         `list[str]`: what to tell the engines, a line each.
@@ -114,6 +115,8 @@ def export_drafter(drafter: Any, folder: str | os.PathLike, to: str = "dflash", 
     if to == "speculators" and config.draft_vocab_size is not None:
         token_ids = tensors["d2t"] + torch.arange(config.draft_vocab_size)
         tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, token_ids, True)
+        if not config.has_own_head:
+            tensors["lm_head.weight"] = _lent(drafter, target, "lm_head", to)[token_ids].contiguous()
     place.mkdir(parents=True, exist_ok=True)
     write_whole(place / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
     write_text_whole(place / CONFIG, json.dumps(writers[to](config, target), indent=2) + "\n")
@@ -251,28 +254,29 @@ def _dflash(config: SpecDiffConfig, target: Any) -> dict[str, Any]:
 def _borrowed(drafter: Any, target: Any) -> dict[str, torch.Tensor]:
     """Return what a drafter borrows of its target, under the names of DeepSpec's layout: embedding and head."""
     config = drafter.config
-    getters = {"embed_tokens": (config.has_own_embedding, "get_input_embeddings")}
-    getters["lm_head"] = (config.has_own_head, "get_output_embeddings")
-    lent = {name: getter for name, (has_own, getter) in getters.items() if not has_own}
-    if not lent:
-        return {}
+    lent = [
+        name for name, has_own in (("embed_tokens", config.has_own_embedding), ("lm_head", config.has_own_head)) if not has_own
+    ]
+    return {f"{name}.weight": _lent(drafter, target, name, "deepspec") for name in lent}
+
+
+def _lent(drafter: Any, target: Any, name: str, to: str) -> torch.Tensor:
+    """Return the target's embedding or head `(V, D)` for a layout that holds it."""
+    config = drafter.config
     if target is None:
         raise ValueError(
-            "`target` must be given for a drafter that borrows embedding or head to be written in the layout 'deepspec', got "
-            "none: the layout holds both. Pass the model."
+            f"`target` must be given for a drafter that borrows embedding or head to be written in the layout {to!r}, got "
+            "none: the layout holds them. Pass the model."
         )
     check_pair(target, drafter)
-    tensors, shape = {}, (config.vocab_size, config.hidden_size)
-    for name, getter in lent.items():
-        module = getattr(target, getter)()
-        weight = module.weight
-        if tuple(weight.shape) != shape or weight.device.type == "meta" or getattr(module, "bias", None) is not None:
-            raise ValueError(
-                f"`target` must lend a matrix {shape} in memory, without a bias, for `{name}` of the layout 'deepspec', got "
-                f"{tuple(weight.shape)} on {weight.device}. Load a target that fits, whole, or choose another layout."
-            )
-        tensors[f"{name}.weight"] = weight.detach().to("cpu", drafter.dtype, copy=True).contiguous()
-    return tensors
+    module = getattr(target, "get_input_embeddings" if name == "embed_tokens" else "get_output_embeddings")()
+    weight, shape = module.weight, (config.vocab_size, config.hidden_size)
+    if tuple(weight.shape) != shape or weight.device.type == "meta" or getattr(module, "bias", None) is not None:
+        raise ValueError(
+            f"`target` must lend a matrix {shape} in memory, without a bias, for `{name}` of the layout {to!r}, got "
+            f"{tuple(weight.shape)} on {weight.device}. Load a target that fits, whole, or choose another layout."
+        )
+    return weight.detach().to("cpu", drafter.dtype, copy=True).contiguous()
 
 
 def _deepspec(config: SpecDiffConfig, target: Any) -> dict[str, Any]:

@@ -39,6 +39,11 @@ def read(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], ignored: It
     block_size = top.need("block_size")
     draft_vocab_size = top.take("draft_vocab_size", body["vocab_size"])
     is_reduced = draft_vocab_size != body["vocab_size"]
+    if is_reduced and "lm_head.weight" not in shapes:
+        raise ValueError(
+            f"`lm_head.weight` of the format {name} must be there for a `draft_vocab_size` of {draft_vocab_size}, got none. Is "
+            "the file whole?"
+        )
     proposals = Fields(top.take("speculators_config", {}), name, "`speculators_config`")
     fields = {
         **body,

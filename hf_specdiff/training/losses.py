@@ -1,7 +1,8 @@
 """Training objectives: pure functions of the drafter's log-probabilities and of the target's tokens or law.
 
 Letters: N windows, G drafted tokens, V vocabulary; q_j is the probability that the drafter gave the target's token at position
-j. Knows no model. A position past the text's end has the label -100 and takes part in nothing.
+j. Knows no model. A position past the text's end has the label -100 and takes part in nothing. The label -1 says that the
+drafter may not write the target's token there: where laws are compared the position counts, elsewhere it does not.
 
 Most objectives read the target's tokens alone. Those in `DISTILLATION` read its law, which costs a pass of the target's head
 and, for token-conditioned drafters, of the target.
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 import torch
 
 IGNORED = -100
+OUTSIDE = -1
 
 
 def position_weights(gamma: int, decay: float, device: torch.device | None = None) -> torch.Tensor:
@@ -118,21 +120,23 @@ def chain(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) -> 
 
 
 def total_variation(log_probs: torch.Tensor, labels: torch.Tensor, target_log_probs: torch.Tensor) -> torch.Tensor:
-    """Return the mean over positions with a label of 1/2 sum_x |p(x) - q(x)|, which is 1 - sum_x min(p(x), q(x)).
+    """Return the mean over positions with a label of 1/2 sum_x |p(x) - q(x)|, which is sum_x max(q(x) - p(x), 0).
 
-    That is the probability that the ratio test rejects a token drawn from q: what to lower for sampling.
+    That is the probability that the ratio test rejects a token drawn from q: what to lower for sampling. In the second form the
+    sum needs no token that q never draws, and is right for a reduced vocabulary too.
 
     Args:
         log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.
         labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens; tells which positions count.
-        target_log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the target's, given the text before each position.
+        target_log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the target's, given the text before each position; of
+            the tokens that are drafted, in its law over all.
 
     Returns:
         `torch.Tensor`: a scalar from 0 to 1.
 
     Source: arXiv:2211.17192, section 3.4 (the acceptance rate); as an objective arXiv:2602.23881.
     """
-    distance = (target_log_probs.exp() - log_probs.exp()).abs().sum(-1) / 2
+    distance = (log_probs.exp() - target_log_probs.exp()).clamp(min=0).sum(-1)
     return _mean(distance, (labels != IGNORED).to(distance.dtype))
 
 
@@ -281,7 +285,7 @@ def next_token_cross_entropy(logits: torch.Tensor, input_ids: torch.Tensor, leng
 
 def _picked(log_probs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log q_j, 0 where there is no label, and where there is one; both `(N, G)`."""
-    has_label = labels != IGNORED
+    has_label = labels >= 0
     picked = log_probs.gather(2, labels.clamp(min=0)[:, :, None]).squeeze(2)
     return picked.masked_fill(~has_label, 0.0), has_label
 

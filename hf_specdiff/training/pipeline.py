@@ -13,6 +13,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback
 from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
+from hf_specdiff.training.continuation import end_tokens_of
 from hf_specdiff.training.curves import plot_run
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences
@@ -30,6 +32,8 @@ from hf_specdiff.training.data import hold_out
 from hf_specdiff.training.data import processes
 from hf_specdiff.training.data import sequences_of_texts
 from hf_specdiff.training.disk import room_in
+from hf_specdiff.training.draft_vocabulary import drafted_tokens
+from hf_specdiff.training.draft_vocabulary import restrict
 from hf_specdiff.training.feature_cache import FeatureCache
 from hf_specdiff.training.losses import DISTILLATION
 from hf_specdiff.training.mask_token import check_mask_token
@@ -46,6 +50,7 @@ from hf_specdiff.training.trainer import EvaluateAtEnd
 from hf_specdiff.training.trainer import SpecDiffTrainer
 from hf_specdiff.training.trainer import SpecDiffTrainingArguments
 from hf_specdiff.training.trainer import StopOnInterrupt
+from hf_specdiff.training.trainer import check_objectives
 from hf_specdiff.training.trainer import make_drafter_config
 from hf_specdiff.training.trainer import new_drafter
 
@@ -77,6 +82,9 @@ class TrainingPlan:
         as_is (`bool`): whether to learn from the texts as they stand, instead of from the target's continuations.
         warmup (`float`): share of the steps over which the learning rate rises to its peak.
         has_mask_embedding (`bool`): see `SpecDiffConfig`; for targets whose embedding is their head.
+        draft_vocab_size (`int`, *optional*): tokens that are drafted: the commonest of the training text, and those that end
+            the target's text or are special in it. Feature-conditioned drafters only. `None`: all, or those of the drafter that
+            the run goes on from.
     """
 
     target_layer_ids: list[int] | None
@@ -100,6 +108,7 @@ class TrainingPlan:
     as_is: bool = False
     warmup: float = 0.05
     has_mask_embedding: bool = False
+    draft_vocab_size: int | None = None
 
 
 def train_drafter(
@@ -153,6 +162,7 @@ def train_drafter(
             claim(work / "plan.json", settings)
         held_out = None if apart is None else HeldOut.of(apart, plan.max_length)
         arguments: dict[str, Any] = {"held_out": held_out, "start_from": start_from, "cache_features": cache_features}
+        arguments |= {"special_ids": tokenizer.all_special_ids}
         is_finished = fit_drafter(target, sequences, output, plan, mask_token_id=mask_token_id, **arguments)
         if is_finished:
             tokenizer.save_pretrained(output)  # a drafter's repository holds the tokenizer that its ids belong to
@@ -211,6 +221,7 @@ def fit_drafter(
     start_from: Path | None = None,
     held_out: HeldOut | None = None,
     cache_features: Path | None = None,
+    special_ids: Sequence[int] = (),
     callbacks: Sequence[TrainerCallback] = (),
 ) -> bool:
     """Train on given sequences and save; the second half of `train_drafter`.
@@ -225,14 +236,25 @@ def fit_drafter(
         held_out (`HeldOut`, *optional*): what to evaluate on; the best checkpoint is then what is saved.
         cache_features (`pathlib.Path`, *optional*): folder for the target's states, see `FeatureCache`; by default the target
             runs in every step.
+        special_ids (`Sequence[int]`): the tokenizer's special tokens; those in the text are drafted however rare.
         callbacks (`Sequence[TrainerCallback]`): more of the host's trainer.
 
     Returns:
         `bool`: whether the drafter is finished; false after Ctrl-C, with a checkpoint in `work`.
+
+    Raises:
+        ValueError: if the plan does not fit the target, the drafter to go on from, or the text.
     """
     config, arguments = _training_setup(target, output, plan, mask_token_id, evaluates=held_out is not None)
     interrupt = StopOnInterrupt()
-    drafter = new_drafter(config, plan.seed, target) if start_from is None else drafter_to_go_on_from(start_from, config)
+    token_ids = None
+    if plan.draft_vocab_size is not None:
+        token_ids = drafted_tokens(sequences, plan.draft_vocab_size, end_tokens_of(target), special_ids, mask_token_id)
+    config.draft_vocab_size = None if token_ids is None else len(token_ids)
+    if start_from is None:
+        drafter = new_drafter(config, plan.seed, target, token_ids)
+    else:
+        drafter = drafter_to_go_on_from(start_from, config, token_ids)
     dataset = SequenceDataset(sequences, plan.max_length)
     if cache_features is not None:
         dataset.features = make_feature_cache(cache_features, dataset, target, plan)
@@ -297,18 +319,20 @@ def make_feature_cache(folder: Path, dataset: SequenceDataset, target: Any, plan
     return cache
 
 
-def drafter_to_go_on_from(folder: Path, config: SpecDiffConfig) -> SpecDiffDrafter:
+def drafter_to_go_on_from(folder: Path, config: SpecDiffConfig, token_ids: torch.Tensor | None = None) -> SpecDiffDrafter:
     """Load a trained drafter, to train it further.
 
     Args:
         folder (`pathlib.Path`): the drafter.
         config (`SpecDiffConfig`): what the plan asks for.
+        token_ids (`torch.Tensor` of shape `(n,)`, int64, *optional*): what is to be drafted by a drafter that
+            drafted every token until now. One with a reduced vocabulary keeps its own.
 
     Returns:
         `SpecDiffDrafter`: with its weights.
 
     Raises:
-        ValueError: if it is of another shape.
+        ValueError: if it is of another shape, or its vocabulary cannot become the one that is asked for.
     """
     drafter = SpecDiffDrafter.from_pretrained(folder)
     names = ["target_layer_ids", "num_hidden_layers", "hidden_size", "block_size", "mask_token_id", "vocab_size"]
@@ -323,7 +347,13 @@ def drafter_to_go_on_from(folder: Path, config: SpecDiffConfig) -> SpecDiffDraft
             f"`start_from` must be a drafter of the shape that is asked for, got {str(folder)!r} with {differing} (there, "
             "asked for). Ask for its own."
         )
-    return drafter
+    own = drafter.config.draft_vocab_size
+    if token_ids is not None and own not in (None, len(token_ids)):
+        raise ValueError(
+            f"`draft_vocab_size` must be the {own} of the drafter to go on from, got {len(token_ids)}. Leave it out, and it "
+            "keeps its tokens."
+        )
+    return restrict(drafter, token_ids) if own is None and token_ids is not None else drafter
 
 
 def _write_down(config: SpecDiffConfig, plan: TrainingPlan, num_sequences: int) -> None:
@@ -344,6 +374,12 @@ def _training_setup(
     target: PreTrainedModel, output: Path, plan: TrainingPlan, mask_token_id: int | None, *, evaluates: bool = False
 ) -> tuple[SpecDiffConfig, SpecDiffTrainingArguments]:
     """Turn a plan into the drafter's configuration and the trainer's arguments, both checked."""
+    most = target.config.get_text_config().vocab_size
+    if plan.draft_vocab_size is not None and not 2 <= plan.draft_vocab_size <= most:
+        raise ValueError(
+            f"`draft_vocab_size` must be from 2 to the target's {most} tokens, got {plan.draft_vocab_size}. Leave it out to "
+            "draft every token."
+        )
     config = make_drafter_config(
         target,
         mask_token_id=mask_token_id,
@@ -351,7 +387,9 @@ def _training_setup(
         num_layers=plan.num_layers,
         target_layer_ids=plan.target_layer_ids,
         has_mask_embedding=plan.has_mask_embedding,
+        draft_vocab_size=plan.draft_vocab_size,
     )
+    check_objectives(config, plan.loss_weights)
     evaluation: dict[str, Any] = {}
     if evaluates:
         evaluation = {

@@ -21,6 +21,7 @@ from transformers import TrainerState
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_specdiff.core.conditioning import lent_head
 from hf_specdiff.core.conditioning import raw_embeddings
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.core.features import layer_output_indices
@@ -31,6 +32,7 @@ from hf_specdiff.training.data import Windows
 from hf_specdiff.training.data import collate
 from hf_specdiff.training.data import sample_windows
 from hf_specdiff.training.data import window_attention_mask
+from hf_specdiff.training.draft_vocabulary import labels_among
 from hf_specdiff.training.evaluation import Streaks
 from hf_specdiff.training.evaluation import calibration_error
 from hf_specdiff.training.evaluation import decode_held_out
@@ -96,7 +98,9 @@ class SpecDiffTrainer(Trainer):
 
     def __init__(self, target: PreTrainedModel, eval_prompts: list[list[int]] | None = None, **kwargs: Any) -> None:
         super().__init__(data_collator=collate, **kwargs)
+        check_objectives(self.model.config, self.args.loss_weights)
         self.target = target.eval().requires_grad_(False)
+        self._head: Any = None  # the target's, as far as it is lent, from the first step on
         self.eval_prompts = eval_prompts or []
         self.footprint = Footprint(self.args.device)
         self.add_callback(self.footprint)
@@ -205,11 +209,19 @@ class SpecDiffTrainer(Trainer):
                 logits, context_loss = self._feature_logits(model, config, features, windows), None
             else:
                 logits, context_loss = self._token_logits(model, config, inputs, windows)
-        log_probs = torch.log_softmax(logits.float(), dim=-1)  # (B * A, G, V)
-        loss = combined_loss(log_probs, windows.labels, self.args.loss_weights, self.args.loss_decay, target_log_probs)
+        log_probs = torch.log_softmax(logits.float(), dim=-1)  # (B * A, G, V or the drafted tokens)
+        labels, drafted = windows.labels, self._drafted_ids(model)
+        if drafted is not None:
+            labels = labels_among(labels, drafted, config.vocab_size)
+        loss = combined_loss(log_probs, labels, self.args.loss_weights, self.args.loss_decay, target_log_probs)
         if context_loss is not None:
             loss = loss + self.args.context_weight * context_loss
-        return (loss, {"log_probs": log_probs, "labels": windows.labels}) if return_outputs else loss
+        return (loss, {"log_probs": log_probs, "labels": labels}) if return_outputs else loss
+
+    def _drafted_ids(self, model: Any) -> torch.Tensor | None:
+        """Return the tokens that the drafter may write, `(n,)` int64; `None`: all."""
+        ids: torch.Tensor | None = self.accelerator.unwrap_model(model).drafted_ids
+        return ids
 
     def _window_seed(self, indices: torch.Tensor) -> int:
         step = self.state.global_step if self.model.training else 0
@@ -222,7 +234,7 @@ class SpecDiffTrainer(Trainer):
 
         Returns:
             `tuple`: the features `(B, S, K * D)` that a drafter reads, and the target's log-probabilities `(B * A, G, V)` at
-            the windows' positions; each `None` if nobody asks for it.
+            the windows' positions, of a reduced vocabulary those of the tokens it has; each `None` if nobody asks for it.
         """
         needs_law = not DISTILLATION.keys().isdisjoint(self.args.loss_weights)
         layer_ids = config.target_layer_ids
@@ -245,6 +257,8 @@ class SpecDiffTrainer(Trainer):
             places = places.clamp(max=input_ids.shape[1] - 1).flatten(1)  # (B, A * G)
             rows = torch.arange(len(input_ids), device=input_ids.device)[:, None]
             law = torch.log_softmax(outputs.logits[rows, places].float(), dim=-1)  # (B, A * G, V)
+            drafted = self._drafted_ids(self.model)
+            law = law if drafted is None else law[..., drafted]
             return features, law.unflatten(1, (-1, gamma)).flatten(0, 1)
 
     def _token_logits(
@@ -271,7 +285,10 @@ class SpecDiffTrainer(Trainer):
     def _feature_logits(
         self, model: Any, config: SpecDiffConfig, features: torch.Tensor | None, windows: Windows
     ) -> torch.Tensor:
-        """Return the logits `(B * A, G, V)` of a feature-conditioned drafter: the sequence enters as target features."""
+        """Return the logits of a feature-conditioned drafter, whom the sequence reaches as target features.
+
+        `(B * A, G, V)`, or of the drafted tokens alone, where they are not all: the head's other rows are never read.
+        """
         assert features is not None
         num_rows, length, _ = features.shape
         network = self.accelerator.unwrap_model(model)
@@ -284,7 +301,9 @@ class SpecDiffTrainer(Trainer):
             attention_mask=window_attention_mask(windows.anchors, length, config.block_size, context_queries=False),
         ).last_hidden_state
         states = states.unflatten(1, (-1, config.block_size)).flatten(0, 1)[:, 1:]
-        return network.window_logits(states, self.target.get_output_embeddings())
+        if self._head is None:
+            self._head = lent_head(self.target, network.drafted_ids)
+        return network.drafted_logits(states, self._head)
 
 
 class EvaluateAtEnd(TrainerCallback):
@@ -320,6 +339,23 @@ class StopOnInterrupt(TrainerCallback):
         signal.signal(signal.SIGINT, self._previous)
 
 
+def check_objectives(config: SpecDiffConfig, loss_weights: dict[str, float]) -> None:
+    """Refuse objectives that say nothing about a drafter.
+
+    Args:
+        config (`SpecDiffConfig`): the drafter's.
+        loss_weights (`dict[str, float]`): of objectives, by name.
+
+    Raises:
+        ValueError: for `kl` and a reduced vocabulary: the target writes what the drafter cannot, which is infinitely far.
+    """
+    if config.draft_vocab_size is not None and "kl" in loss_weights:
+        raise ValueError(
+            f"`loss_weights` must have no 'kl' for a drafter of {config.draft_vocab_size} of {config.vocab_size} tokens, got "
+            f"{loss_weights['kl']:g}: the divergence from a law that leaves tokens out is infinite. Take 'tv'."
+        )
+
+
 def make_drafter_config(
     target: PreTrainedModel,
     *,
@@ -328,6 +364,7 @@ def make_drafter_config(
     num_layers: int = 3,
     target_layer_ids: list[int] | None = None,
     has_mask_embedding: bool = False,
+    draft_vocab_size: int | None = None,
 ) -> SpecDiffConfig:
     """Return the configuration of a drafter that fits a target: its widths, its vocabulary, its special ids.
 
@@ -338,6 +375,7 @@ def make_drafter_config(
         num_layers (`int`): layers of the drafter.
         target_layer_ids (`list[int]`, *optional*): layers to read; `None` for a token-conditioned drafter.
         has_mask_embedding (`bool`): see `SpecDiffConfig`.
+        draft_vocab_size (`int`, *optional*): see `SpecDiffConfig`.
 
     Returns:
         `SpecDiffConfig`: of a fresh drafter.
@@ -361,6 +399,7 @@ def make_drafter_config(
         mask_token_id=mask_token_id,
         target_layer_ids=target_layer_ids,
         has_mask_embedding=has_mask_embedding,
+        draft_vocab_size=draft_vocab_size,
         num_target_layers=config.num_hidden_layers if target_layer_ids is not None else None,
         target_model=target.name_or_path or None,
         target_revision=cached_revision(target.name_or_path),
@@ -392,7 +431,9 @@ def spread_layers(num_target_layers: int, count: int) -> list[int]:
     return sorted(spread)
 
 
-def new_drafter(config: SpecDiffConfig, seed: int, target: PreTrainedModel | None = None) -> SpecDiffDrafter:
+def new_drafter(
+    config: SpecDiffConfig, seed: int, target: PreTrainedModel | None = None, token_ids: torch.Tensor | None = None
+) -> SpecDiffDrafter:
     """Return a drafter with fresh weights that depend on the seed alone.
 
     Where the mask is a row of an embedding that is the head too, it passes through the layers, and a fresh drafter is sure of
@@ -403,6 +444,7 @@ def new_drafter(config: SpecDiffConfig, seed: int, target: PreTrainedModel | Non
         config (`SpecDiffConfig`): the drafter's shape.
         seed (`int`): of the weights.
         target (`transformers.PreTrainedModel`, *optional*): tells how large a mask embedding of its own should be.
+        token_ids (`torch.Tensor` of shape `(draft_vocab_size,)`, int64, *optional*): the tokens of a reduced vocabulary.
 
     Returns:
         `SpecDiffDrafter`: in training mode.
@@ -412,4 +454,6 @@ def new_drafter(config: SpecDiffConfig, seed: int, target: PreTrainedModel | Non
     if config.has_mask_embedding and target is not None:
         size = target.get_input_embeddings().weight.detach().float().square().mean().sqrt()
         drafter.mask_embedding.data.normal_(0.0, float(size))
+    if token_ids is not None:
+        drafter.d2t.copy_(token_ids - torch.arange(len(token_ids)))
     return drafter

@@ -78,7 +78,7 @@ def test_what_is_not_nonsense_is_taken() -> None:
         ({"layer_types": ["sliding_attention"] * 2, "target_layer_ids": [0]}, "`sliding_window` and `use_sliding_window`"),
         ({"causal_layers": [True], "target_layer_ids": [0]}, "`causal_layers` must have an entry for each of 2"),
         ({"predicts_from_anchor": True}, "`predicts_from_anchor` must be left out for a token-conditioned"),
-        ({"draft_vocab_size": 7, "target_layer_ids": [0]}, "`draft_vocab_size` must be at most"),
+        ({"draft_vocab_size": 32, "vocab_size": 31, "target_layer_ids": [0]}, "`draft_vocab_size` must be at most"),
         ({"target_hidden_size": 8, "target_layer_ids": [0]}, "`target_hidden_size` must be `hidden_size` 16"),
     ],
 )

@@ -129,6 +129,26 @@ def test_what_a_layout_cannot_say_is_refused(to: str, fields: dict[str, Any], wo
     assert not (tmp_path / "new").exists()
 
 
+def test_a_reduced_vocabulary_comes_back_with_the_rows_that_were_lent(tmp_path: Path) -> None:
+    target, drafter = make_target(), make_drafter([0, 2], draft_vocab_size=4)
+    drafter.d2t.copy_(torch.tensor([2, 5, 9, 28]) - torch.arange(4))
+    with pytest.raises(ValueError, match=r"`target` must be given .* 'speculators'"):
+        hf_specdiff.export_drafter(drafter, tmp_path / "no", "speculators")
+    with pytest.raises(ValueError, match=r"`draft_vocab_size` must be None .* Choose the layout 'speculators'"):
+        hf_specdiff.export_drafter(drafter, tmp_path / "no", "dflash")
+    assert not (tmp_path / "no").exists()
+    hf_specdiff.export_drafter(drafter, tmp_path / "theirs", "speculators", target)
+    back = hf_specdiff.load_drafter(tmp_path / "theirs", target=target)
+    assert back.config.has_own_head
+    assert torch.equal(back.drafted_ids, drafter.drafted_ids)
+    settings = {"max_new_tokens": 12, "do_sample": False, "draft_shape": "chain", "gamma": 5, "return_dict_in_generate": True}
+    ids = torch.tensor([[1, 5, 9]])
+    ours, theirs = (hf_specdiff.generate(target, ids, assistant_model=each, **settings) for each in (back, drafter))
+    assert ours.speculation.num_accepted == theirs.speculation.num_accepted
+    lent = target.get_output_embeddings().weight[[2, 5, 9, 28]]
+    assert torch.equal(back.lm_head.weight, lent)
+
+
 DEEPSPEC: list[dict[str, Any]] = [
     {},
     {"has_own_embedding": True, "has_own_head": True},
