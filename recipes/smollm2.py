@@ -18,7 +18,6 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 
-from hf_specdiff.commands.regenerate import as_chat
 from hf_specdiff.core.files import write_text_whole
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.training.corpus import read_corpus
@@ -27,6 +26,7 @@ from hf_specdiff.training.evaluation import decode_held_out
 from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import train_drafter
 from hf_specdiff.training.prompts import Prompt
+from hf_specdiff.training.prompts import as_chat
 from hf_specdiff.training.prompts import encode
 from hf_specdiff.training.regeneration import regenerate
 from hf_specdiff.training.self_prompts import self_prompts

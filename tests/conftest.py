@@ -22,6 +22,10 @@ torch.set_num_threads(1)
 
 VOCAB_SIZE = 31
 MASK_TOKEN_ID = 30
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 SPECIAL_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 

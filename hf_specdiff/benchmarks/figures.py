@@ -120,9 +120,12 @@ def window_of(method: Method, models: Models) -> int | None:
     """Return how many tokens a round may add at most; `None` for other loops, and where that changes from round to round."""
     if not method.is_ours or "auto" in method.arguments.values():
         return None
-    drafter = models.drafters[str(method.assistant)]
-    gamma = method.arguments.get("gamma") or getattr(drafter.generation_config, "gamma", None) or drafter.config.max_gamma
-    return None if gamma == "auto" else int(gamma) + 1
+    drafter, arguments = models.drafters[str(method.assistant)], method.arguments
+    published = [getattr(drafter.generation_config, name, None) for name in ("gamma", "tree_budget")]
+    if arguments.keys().isdisjoint(("draft_shape", "gamma", "tree_budget")) and published == [None, None]:
+        return None  # the default follows the machine
+    gamma = arguments.get("gamma") or published[0] or drafter.config.max_gamma
+    return None if "auto" in (gamma, *published) else int(gamma) + 1
 
 
 def _notes(journal: Journal, kind: str, note: type, block: Block, method: Method) -> list[Any]:
@@ -164,6 +167,7 @@ def _rounds(calls: list[Call], *, is_plain: bool) -> dict[str, Any]:
         "num_identical": sum(call.num_identical for call in calls),
         "num_prompts": sum(call.num_prompts for call in calls),
         "num_tokens": sum(call.num_tokens for call in calls),
+        "num_right": None if calls[0].num_right is None else sum(call.num_right or 0 for call in calls),
         "shape_and_rule": calls[0].shape_and_rule or None,
     }
 

@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hf_specdiff.benchmarks.methods import NUM_DRAFTS
-from hf_specdiff.benchmarks.time_budget import STRATEGIES
 from hf_specdiff.core.files import write_whole
 
 OURS, THEIRS = "#2a6f97", "#b08968"
@@ -153,19 +152,25 @@ def plot_samples(rows: list[dict[str, Any]]) -> Figure:
 def plot_accuracy(rows: list[dict[str, Any]]) -> Figure:
     """Draw accuracy against the budget, for each difficulty and strategy."""
     difficulties = sorted({row["difficulty"] for row in rows})
-    size = (3.6 * len(difficulties), 6.2)
-    figure, axes = plt.subplots(2, len(difficulties), figsize=size, sharey=True, layout="constrained", squeeze=False)
-    for axis, (strategy, difficulty) in zip(axes.flat, itertools.product(STRATEGIES, difficulties), strict=True):
+    strategies = list(dict.fromkeys(row["strategy"] for row in rows))
+    shape = (len(strategies), len(difficulties))
+    size = (3.6 * shape[1], 3.1 * shape[0])
+    figure, axes = plt.subplots(*shape, figsize=size, sharey=True, layout="constrained", squeeze=False)
+    for axis, (strategy, difficulty) in zip(axes.flat, itertools.product(strategies, difficulties), strict=True):
         chosen = [row for row in rows if (row["strategy"], row["difficulty"]) == (strategy, difficulty)]
         for method in dict.fromkeys(row["method"] for row in chosen):
             own = [row for row in chosen if row["method"] == method]
             axis.plot([row["budget_seconds"] for row in own], [row["accuracy"] for row in own], marker=".", label=method)
-        axis.set(xscale="log", xlabel="seconds for a problem", title=f"{strategy}, {difficulty} steps")
+        axis.set(xscale="log", xlabel="seconds for a problem", title=f"{strategy}, {_in_words(difficulty)}")
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("right answers")
     axes[0, 0].legend(fontsize=7)
     return figure
+
+
+def _in_words(difficulty: int | str) -> str:
+    return difficulty if isinstance(difficulty, str) else f"{difficulty} steps"
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -6,12 +6,14 @@ Knows how to time a call and what to note of it. Makes no figures of the notes.
 import time
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from hf_specdiff.benchmarks.answers import is_right
 from hf_specdiff.benchmarks.clocks import PassClock
 from hf_specdiff.benchmarks.clocks import PeakMemory
 from hf_specdiff.benchmarks.clocks import Recording
@@ -21,6 +23,8 @@ from hf_specdiff.benchmarks.methods import PLAIN
 from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.core.stats import SpeculationStats
+from hf_specdiff.training.prompts import Prompt
+from hf_specdiff.training.prompts import encode
 
 # Kinds of a journal's records.
 CALL, DETAIL, REFUSAL = "call", "detail", "refusal"
@@ -32,23 +36,25 @@ class Block:
 
     Attributes:
         task (`str`): the prompts' name.
-        texts (`list[str]`): the prompts.
+        texts (`Sequence`): the prompts, texts or chats.
         methods (`list[Method]`): plain `generate` first.
         max_new_tokens (`int`): the length limit.
         temperature (`float`): 0 for greedy.
         batch_size (`int`): prompts decoded together.
         seed (`int`): of sampling; each batch has a seed of its own, the same for every method.
         num_detailed (`int`): batches that are decoded once more with clocks in the models.
+        answers (`list[str]`, *optional*): the number that is right for each prompt, where there is one.
     """
 
     task: str
-    texts: list[str]
+    texts: Sequence[Prompt]
     methods: list[Method]
     max_new_tokens: int
     temperature: float = 0.0
     batch_size: int = 1
     seed: int = 0
     num_detailed: int = 2
+    answers: list[str] | None = None
 
     @property
     def name(self) -> str:
@@ -73,14 +79,17 @@ class Block:
 
     def batches(self, models: Models) -> list[dict[str, torch.Tensor]]:
         """Return ids and masks, padded on the left."""
-        groups = [self.texts[i : i + self.batch_size] for i in range(0, len(self.texts), self.batch_size)]
-        encode = models.tokenizer
-        if encode.pad_token is None:
-            encode.pad_token = encode.eos_token  # padding is masked, so any id serves
-        return [
-            dict(encode(group, return_tensors="pt", padding=self.batch_size > 1, return_token_type_ids=False).to(models.device))
-            for group in groups
-        ]
+        tokenizer = models.tokenizer
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any id serves
+        ids = [encode(tokenizer, text) for text in self.texts]
+        groups = [ids[i : i + self.batch_size] for i in range(0, len(ids), self.batch_size)]
+        padded = [tokenizer.pad({"input_ids": group}, padding_side="left", return_tensors="pt") for group in groups]
+        return [{name: batch[name].to(models.device) for name in ("input_ids", "attention_mask")} for batch in padded]
+
+    def answers_of(self, number: int) -> list[str]:
+        """Return the right answers of a batch; none where none are known."""
+        return (self.answers or [])[number * self.batch_size : (number + 1) * self.batch_size]
 
 
 @dataclass(slots=True)
@@ -100,6 +109,7 @@ class Call:
         drafted (`list[int]`): for our loop, tokens or nodes that each of the rounds verified.
         depths (`list[int]`): for our loop, how far ahead each draft reached.
         shape_and_rule (`list[str]`): for our loop, what ran.
+        num_right (`int`, *optional*): answers that end in the right number, where that is known.
     """
 
     block: str
@@ -113,6 +123,7 @@ class Call:
     drafted: list[int]
     depths: list[int]
     shape_and_rule: list[str]
+    num_right: int | None = None
 
 
 @dataclass(slots=True)
@@ -170,11 +181,30 @@ def run_block(models: Models, block: Block, journal: Journal, on_batch: Callable
     for kind, number in steps:
         if not journal.select(kind=kind, block=block.name, batch=number):
             if not is_warm:
-                _each(models, block, journal, lambda method: _run(models, block, method, -1, batches[-1]))
+                warm_up(models, block, journal, batches[-1])
                 is_warm = True
-            observe = _calls if kind == CALL else _details
-            journal.append({"kind": kind, **asdict(seen)} for seen in observe(models, block, journal, number, batches[number]))
+            run_step(models, block, journal, kind, number, batches[number])
         on_batch()
+
+
+def warm_up(models: Models, block: Block, journal: Journal, inputs: Mapping[str, Any]) -> None:
+    """Let every method decode a batch, and forget what came of it; arguments as `run_block`."""
+    _each(models, block, journal, lambda method: _run(models, block, method, -1, inputs))
+
+
+def run_step(models: Models, block: Block, journal: Journal, kind: str, number: int, inputs: Mapping[str, Any]) -> None:
+    """Run one batch through a block's methods, and note what came of it.
+
+    Args:
+        models (`Models`): who decodes.
+        block (`Block`): what is compared.
+        journal (`Journal`): gets a record for each method.
+        kind (`str`): `CALL` or `DETAIL`.
+        number (`int`): the batch's.
+        inputs (`Mapping`): the batch, of `Block.batches`.
+    """
+    observe = _calls if kind == CALL else _details
+    journal.append({"kind": kind, **asdict(seen)} for seen in observe(models, block, journal, number, inputs))
 
 
 def _each(models: Models, block: Block, journal: Journal, observe: Callable[[Method], Any], number: int = 0) -> dict[str, Any]:
@@ -253,7 +283,16 @@ def _call(
         drafted=[] if stats is None else [count for row in stats.num_drafted for count in row],
         depths=[] if stats is None else [depth for row in stats.draft_depths or stats.num_drafted for depth in row],
         shape_and_rule=[] if stats is None else [stats.draft_shape, stats.acceptance],
+        num_right=_num_right(block, number, run.sequences[:, inputs["input_ids"].shape[1] :], models),
     )
+
+
+def _num_right(block: Block, number: int, new_tokens: torch.Tensor, models: Models) -> int | None:
+    """Return how many answers of a batch end in the right number; `None` where none is known."""
+    if block.answers is None:
+        return None
+    written = models.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+    return sum(is_right(text, answer) for text, answer in zip(written, block.answers_of(number), strict=True))
 
 
 def _details(models: Models, block: Block, journal: Journal, number: int, inputs: Mapping[str, Any]) -> list[Detail]:

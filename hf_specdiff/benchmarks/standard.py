@@ -7,8 +7,11 @@ import itertools
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
+from dataclasses import field
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +49,8 @@ from hf_specdiff.core.speculation import resolve_speculation
 from hf_specdiff.demo.bundle import PROMPT_SETS
 from hf_specdiff.demo.bundle import load_demo
 from hf_specdiff.demo.bundle import load_prompts
+from hf_specdiff.training.prompts import Prompt
+from hf_specdiff.training.prompts import encode
 from hf_specdiff.training.prompts import read_prompts
 from hf_specdiff.training.trainer import new_drafter
 
@@ -61,20 +66,22 @@ class Extent:
     """How much is measured.
 
     Attributes:
-        texts (`dict[str, list[str]]`): prompts by task.
+        texts (`Mapping[str, Sequence]`): prompts by task, texts or chats.
         max_new_tokens (`dict[str, int]`): the length limit by task.
         temperatures (`tuple[float, ...]`): 0 for greedy.
         batch_sizes (`tuple[int, ...]`): prompts decoded together.
         seed (`int`): of sampling.
         words (`tuple[str, ...]`): only methods whose name holds one of them, and plain `generate`; all if empty.
+        answers (`dict[str, list[str]]`): by task, for each prompt what ends in the right number, where that is known.
     """
 
-    texts: dict[str, list[str]]
+    texts: Mapping[str, Sequence[Prompt]]
     max_new_tokens: dict[str, int]
     temperatures: tuple[float, ...] = (0.0, 1.0)
     batch_sizes: tuple[int, ...] = (1,)
     seed: int = 0
     words: tuple[str, ...] = ()
+    answers: dict[str, list[str]] = field(default_factory=dict)
 
 
 def bundled_models() -> Models:
@@ -86,7 +93,7 @@ def bundled_models() -> Models:
     return Models(target, tokenizer, drafters, {"AR assistant": assistant})
 
 
-def prompt_sets(prompts_file: Path | None, num_prompts: int) -> dict[str, list[str]]:
+def prompt_sets(prompts_file: Path | None, num_prompts: int) -> dict[str, list[Prompt]]:
     """Return prompts by the name of their set.
 
     Args:
@@ -94,19 +101,13 @@ def prompt_sets(prompts_file: Path | None, num_prompts: int) -> dict[str, list[s
         num_prompts (`int`): of each set, at most.
 
     Returns:
-        `dict[str, list[str]]`: texts.
+        `dict[str, list]`: texts and chats.
 
     Raises:
-        ValueError: if the file cannot be read, or holds chats.
+        ValueError: if the file cannot be read.
     """
     if prompts_file is not None:
-        prompts = read_prompts(prompts_file)
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        if len(texts) < len(prompts):
-            raise ValueError(
-                f"`--prompts-file` must hold texts, got {len(prompts) - len(texts)} chats in {str(prompts_file)!r}."
-            )
-        return {prompts_file.stem: texts[:num_prompts]}
+        return {prompts_file.stem: read_prompts(prompts_file)[:num_prompts]}
     return {name: [str(record["prompt"]) for record in load_prompts(name)[:num_prompts]] for name in PROMPT_SETS}
 
 
@@ -155,14 +156,14 @@ def blocks_of(models: Models, extent: Extent, *, is_standard: bool = False) -> l
             methods = bundled_methods(models, temperature, NUM_DRAFTS if is_first else (8,))
         else:
             methods = methods_for(models, temperature)
-        settings: dict[str, Any] = {"temperature": temperature, "seed": extent.seed}
+        settings: dict[str, Any] = {"temperature": temperature, "seed": extent.seed, "answers": extent.answers.get(task)}
         limit = extent.max_new_tokens[task]
         chosen = _chosen(methods, extent.words)
         blocks += [Block(task, extent.texts[task], chosen, limit, batch_size=size, **settings) for size in extent.batch_sizes]
         if is_first and not temperature and BATCH_SIZE not in extent.batch_sizes:
             batched = _chosen([*methods[:1], *our_methods("features", temperature, ())], extent.words)
-            texts = [str(record["prompt"]) for record in load_prompts(task)[: FEWEST_BATCHES * BATCH_SIZE]]
-            blocks.append(Block(task, texts, batched, limit, batch_size=BATCH_SIZE, num_detailed=1, **settings))
+            more: list[Prompt] = [str(record["prompt"]) for record in load_prompts(task)[: FEWEST_BATCHES * BATCH_SIZE]]
+            blocks.append(Block(task, more, batched, limit, batch_size=BATCH_SIZE, num_detailed=1, **settings))
     return blocks
 
 
@@ -189,8 +190,9 @@ def check_extent(models: Models, extent: Extent) -> None:
     room = getattr(models.target.config.get_text_config(), "max_position_embeddings", None)
     for task, texts in extent.texts.items():
         for number, text in enumerate(texts, 1):
-            length = len(models.tokenizer(text)["input_ids"])
-            if not text.strip() or not length:
+            is_blank = isinstance(text, str) and not text.strip()
+            length = 0 if is_blank else len(encode(models.tokenizer, text))
+            if not length:
                 raise ValueError(f"`prompts` must have a text each, got an empty one, number {number} of {task!r}.")
             if room is not None and length + extent.max_new_tokens[task] > room:
                 raise ValueError(

@@ -32,6 +32,11 @@ TIME_TITLES = [
     "perfect drafts",
 ]
 
+RIGHT_TITLE = "right answers"
+RIGHT_NOTE = (
+    "Right answers: texts whose last number is the right one, texts cut off at the length limit included. Greedy in float32, "
+    "ours and plain `generate`'s are the same texts and so equally often right."
+)
 GAIN_TITLES = ["strategy", "method", "right answers (95 %)", "gain over plain generate"]
 
 
@@ -45,6 +50,11 @@ def speed_cells(row: dict[str, Any]) -> list[str]:
     ratio = times(row["ratio_to_plain"], row["ratio_low"], row["ratio_high"])
     rounds = "" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.2f}"
     return [*cells, f"{row['tokens_per_second']:.0f}", ratio, rounds, lead, identical]
+
+
+def right_cell(row: dict[str, Any]) -> str:
+    """Return how many answers ended in the right number; empty where that is not known."""
+    return "" if row.get("num_right") is None else f"{row['num_right']}/{row['num_prompts']}"
 
 
 def times(value: float, low: float | None, high: float | None) -> str:
@@ -86,8 +96,11 @@ def markdown(titles: list[str], rows: list[list[str]]) -> str:
 
 
 def speed_table(rows: list[dict[str, Any]]) -> str:
-    """Return a Markdown table of speeds."""
-    return markdown(SPEED_TITLES, [speed_cells(row) for row in rows])
+    """Return a Markdown table of speeds; with right answers, and what to expect of them, where some are known."""
+    if not any(right_cell(row) for row in rows):
+        return markdown(SPEED_TITLES, [speed_cells(row) for row in rows])
+    table = markdown([*SPEED_TITLES, RIGHT_TITLE], [[*speed_cells(row), right_cell(row)] for row in rows])
+    return f"{table}\n\n{RIGHT_NOTE}"
 
 
 def time_table(rows: list[dict[str, Any]]) -> str:

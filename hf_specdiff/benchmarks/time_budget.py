@@ -1,6 +1,6 @@
 """Acceleration-compute scaling: what faster decoding is worth in right answers within a fixed wall-clock time.
 
-Word problems with checkable answers, for a target that states them as the bundled one does, and two ways to spend the time on
+Problems whose answer is a number, the bundled word problems or those of a published set, and two ways to spend the time on
 each: one greedy step-by-step answer, read where the time is up, or sampled attempts one after the other, the majority of those
 that are finished deciding. Every piece of text is kept with the second it came at, so that one run tells the accuracy at every
 budget, and all methods take turns on each problem.
@@ -23,9 +23,12 @@ from typing import Any
 
 import torch
 
+from hf_specdiff.benchmarks.answers import final_number
+from hf_specdiff.benchmarks.answers import number_so_far
 from hf_specdiff.benchmarks.clocks import Clock
 from hf_specdiff.benchmarks.clocks import Recording
 from hf_specdiff.benchmarks.clocks import wait
+from hf_specdiff.benchmarks.data_sets import Questions
 from hf_specdiff.benchmarks.journal import Journal
 from hf_specdiff.benchmarks.methods import PLAIN
 from hf_specdiff.benchmarks.methods import Method
@@ -38,8 +41,9 @@ from hf_specdiff.benchmarks.standard import conditions_of
 from hf_specdiff.benchmarks.standard import progress_bar
 from hf_specdiff.benchmarks.standard import write_record
 from hf_specdiff.core.profiling import isolated_profiles
-from hf_specdiff.demo.word_problems import WordProblem
 from hf_specdiff.demo.word_problems import iter_problems
+from hf_specdiff.training.prompts import Prompt
+from hf_specdiff.training.prompts import encode
 
 ANSWER, VOTE = STRATEGIES = "one answer", "majority vote"
 STATED = re.compile(r"The answer is (\d+)\.")
@@ -48,6 +52,21 @@ NUMBER = re.compile(r"\d+")
 SEED = 11
 HEADLINE = 0.5
 FRACTIONS = (0.2, 0.3, 0.4, 0.6, 1.0, 1.5, 2.0, 3.0, 4.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A problem whose answer is a number.
+
+    Attributes:
+        prompt (`str` or `list[dict]`): a text or a chat.
+        answer (`str`): the number.
+        difficulty (`int` or `str`): steps of its solution; of a published set the set's name.
+    """
+
+    prompt: Prompt
+    answer: str
+    difficulty: int | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +82,8 @@ class Plan:
         max_new_tokens (`int`): of an answer.
         temperature (`float`): of sampled attempts.
         seed (`int`): of sampled attempts.
+        strategies (`tuple[str, ...]`): of `STRATEGIES`.
+        given (`tuple[Problem, ...]`): what to solve in place of the bundled problems; an answer is the last number of a text.
     """
 
     methods: list[Method]
@@ -72,6 +93,13 @@ class Plan:
     max_new_tokens: int = 256
     temperature: float = 0.7
     seed: int = 0
+    strategies: tuple[str, ...] = STRATEGIES
+    given: tuple[Problem, ...] = ()
+
+    @property
+    def groups(self) -> tuple[int | str, ...]:
+        """The difficulties that figures are given for."""
+        return tuple(dict.fromkeys(problem.difficulty for problem in self.given)) or self.difficulties
 
     @property
     def budgets(self) -> list[float]:
@@ -83,12 +111,19 @@ class Plan:
         """How attempts are sampled."""
         return {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
 
-    def problems(self) -> Iterator[tuple[int, WordProblem]]:
+    def problems(self) -> Iterator[tuple[int, Problem]]:
         """Yield held-out problems with their number, the difficulties in turn."""
+        if self.given:
+            yield from enumerate(self.given)
+            return
         sources = [iter_problems(SEED + steps, held_out=True, num_steps=(steps,)) for steps in self.difficulties]
         rounds = zip(*sources, strict=True)
         every = itertools.chain.from_iterable(itertools.islice(rounds, self.num_problems))
-        yield from enumerate(every)
+        yield from enumerate(Problem(problem.prompt, problem.answer, problem.num_steps) for problem in every)
+
+    def answer_in(self, text: str, *, is_whole: bool) -> str | None:
+        """Return the answer of a text, or of its beginning; see `answer_in` and `number_so_far`."""
+        return (number_so_far if self.given else answer_in)(text, is_whole=is_whole)
 
 
 @dataclass(slots=True)
@@ -98,7 +133,7 @@ class Attempt:
     Attributes:
         method (`str`): who wrote it.
         strategy (`str`): `"one answer"` or `"majority vote"`.
-        difficulty (`int`): steps of the problem.
+        difficulty (`int` or `str`): of the problem.
         problem (`int`): its number.
         seconds (`list[float]`): when each piece came, since the work on the problem began; of a vote's attempts the end alone.
         answers (`list[str | None]`): what the text answers from then on.
@@ -107,7 +142,7 @@ class Attempt:
 
     method: str
     strategy: str
-    difficulty: int
+    difficulty: int | str
     problem: int
     seconds: list[float]
     answers: list[str | None]
@@ -135,6 +170,25 @@ def answer_in(text: str, *, is_whole: bool) -> str | None:
     # A number at the very end may have more digits to come.
     numbers = NUMBER.findall(re.sub(r"\d+$", "", text))
     return numbers[-1] if numbers else None
+
+
+def problems_of(name: str, questions: Questions) -> tuple[Problem, ...]:
+    """Return a published set's problems.
+
+    Args:
+        name (`str`): of the set.
+        questions (`Questions`): its prompts and answers.
+
+    Returns:
+        `tuple[Problem, ...]`: with the number alone as answer.
+
+    Raises:
+        ValueError: if the set has no answers.
+    """
+    if questions.answers is None:
+        raise ValueError(f"`--prompts` must be gsm8k with `--time-budget`, which needs right answers, got {name!r}.")
+    pairs = zip(questions.prompts, questions.answers, strict=True)
+    return tuple(Problem(prompt, str(final_number(answer)), name) for prompt, answer in pairs)
 
 
 def scaling_methods(drafters: Sequence[str]) -> list[Method]:
@@ -166,9 +220,11 @@ def benchmark_time_budget(
     solver.check_budget()
     journal = Journal(output, {**claim_of(models, names), **asdict(plan)})
     with isolated_profiles(output / PROFILES), progress_bar() as progress:
-        bar = progress.add_task("problems", total=plan.num_problems * len(plan.difficulties))
+        bar = progress.add_task("problems", total=len(plan.given) or plan.num_problems * len(plan.difficulties))
         run_time_budget(solver, journal, partial(progress.advance, bar))
-    settings = {name: value for name, value in asdict(plan).items() if name != "methods"}
+    settings = {name: value for name, value in asdict(plan).items() if name not in ("methods", "given")}
+    settings["difficulties"] = list(plan.groups)
+    settings["num_problems"] = len(plan.given) or plan.num_problems
     settings["headline_seconds"] = settings.pop("headline")
     rows = accuracy_rows(plan, journal)
     record = {"conditions": {**conditions_of(models, command), **settings}, "rows": rows}
@@ -204,13 +260,13 @@ def accuracy_rows(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
     Returns:
         `list[dict]`: `method`, `difficulty`, `strategy`, `budget_seconds`, `accuracy`, `problems`, `seed`.
     """
-    grouped: dict[tuple[str, int, str], dict[int, list[Attempt]]] = {}
+    grouped: dict[tuple[str, int | str, str], dict[int, list[Attempt]]] = {}
     for record in journal.records:
         attempt = Attempt(**record)
         group = grouped.setdefault((attempt.method, attempt.difficulty, attempt.strategy), {})
         group.setdefault(attempt.problem, []).append(attempt)
     rows = []
-    for method, difficulty, strategy in itertools.product(plan.methods, plan.difficulties, STRATEGIES):
+    for method, difficulty, strategy in itertools.product(plan.methods, plan.groups, plan.strategies):
         problems = grouped[method.name, difficulty, strategy]
         for budget in plan.budgets:
             num_right = sum(vote(attempts, budget) == attempts[0].expected for attempts in problems.values())
@@ -246,7 +302,7 @@ def gains(rows: list[dict[str, Any]], headline: float) -> list[dict[str, Any]]:
             solves none).
     """
     found = []
-    for strategy in STRATEGIES:
+    for strategy in dict.fromkeys(row["strategy"] for row in rows):
         chosen = [row for row in rows if row["strategy"] == strategy and row["budget_seconds"] == headline]
         accuracies = {
             method: sum(row["accuracy"] * row["problems"] for row in chosen if row["method"] == method)
@@ -291,38 +347,45 @@ class Solver:
                 f"at {FRACTIONS[0]:g} of it, which must be enough for one token."
             )
 
-    def warm_up(self, problem: WordProblem) -> None:
-        """Let every method write once in both ways, and forget it."""
-        for method, settings in itertools.product(self.plan.methods, ({"do_sample": False}, self.plan.sampling)):
-            self._write(method, problem, settings)
+    def warm_up(self, problem: Problem) -> None:
+        """Let every method write once in each way, and forget it."""
+        ways = {ANSWER: {"do_sample": False}, VOTE: self.plan.sampling}
+        for method, strategy in itertools.product(self.plan.methods, self.plan.strategies):
+            self._write(method, problem, ways[strategy])
 
-    def solve(self, number: int, problem: WordProblem) -> list[Attempt]:
+    def solve(self, number: int, problem: Problem) -> list[Attempt]:
         """Return every method's one answer and its sampled attempts, the methods in turn."""
-        attempts = [self._one_answer(method, number, problem) for method in self.plan.methods]
-        for method in self.plan.methods:
-            attempts += self._votes(method, number, problem)
+        attempts = []
+        if ANSWER in self.plan.strategies:
+            attempts += [self._one_answer(method, number, problem) for method in self.plan.methods]
+        if VOTE in self.plan.strategies:
+            attempts += itertools.chain.from_iterable(self._votes(method, number, problem) for method in self.plan.methods)
         return attempts
 
-    def _write(self, method: Method, problem: WordProblem, settings: dict[str, Any]) -> Recording:
+    def _write(self, method: Method, problem: Problem, settings: dict[str, Any]) -> Recording:
         """Let a method write, and return what came when."""
         tokenizer, device = self.models.tokenizer, self.models.device
-        inputs = tokenizer(problem.prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+        ids = torch.tensor([encode(tokenizer, problem.prompt)], device=device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         wait(device)
         recording = Recording(clock=self.clock)
         method.decode(self.models, inputs, streamer=recording, **{"max_new_tokens": self.plan.max_new_tokens, **settings})
         return recording
 
-    def _one_answer(self, method: Method, number: int, problem: WordProblem) -> Attempt:
+    def _one_answer(self, method: Method, number: int, problem: Problem) -> Attempt:
         """Write one greedy answer and note what it says after each piece."""
         recording = self._write(method, problem, {"do_sample": False})
         answers, tokens = [], []
+        num_tokens = sum(len(piece) for _, piece in recording.pieces[1:])
         for _, piece in recording.pieces[1:]:
             tokens += piece
-            answers.append(answer_in(self.models.tokenizer.decode(tokens, skip_special_tokens=True), is_whole=False))
+            is_whole = bool(self.plan.given) and len(tokens) == num_tokens
+            text = self.models.tokenizer.decode(tokens, skip_special_tokens=True)
+            answers.append(self.plan.answer_in(text, is_whole=is_whole))
         times = [when for when, _ in recording.pieces[1:]]
-        return Attempt(method.name, ANSWER, problem.num_steps, number, times, answers, problem.answer)
+        return Attempt(method.name, ANSWER, problem.difficulty, number, times, answers, problem.answer)
 
-    def _votes(self, method: Method, number: int, problem: WordProblem) -> list[Attempt]:
+    def _votes(self, method: Method, number: int, problem: Problem) -> list[Attempt]:
         """Sample answers until the longest budget is over."""
         attempts: list[Attempt] = []
         elapsed = 0.0
@@ -331,6 +394,6 @@ class Solver:
             recording = self._write(method, problem, self.plan.sampling)
             elapsed += recording.duration
             text = self.models.tokenizer.decode(recording.tokens_at(recording.duration), skip_special_tokens=True)
-            answer = answer_in(text, is_whole=True)
-            attempts.append(Attempt(method.name, VOTE, problem.num_steps, number, [elapsed], [answer], problem.answer))
+            answer = self.plan.answer_in(text, is_whole=True)
+            attempts.append(Attempt(method.name, VOTE, problem.difficulty, number, [elapsed], [answer], problem.answer))
         return attempts

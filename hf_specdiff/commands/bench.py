@@ -4,13 +4,18 @@ import itertools
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
+from typing import Any
 from typing import TypeVar
 
 import typer
 from rich.console import Console
 
+from hf_specdiff.benchmarks.data_sets import Questions
+from hf_specdiff.benchmarks.data_sets import leave_out_long
+from hf_specdiff.benchmarks.data_sets import read_questions
 from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.plots import plot_accuracy
 from hf_specdiff.benchmarks.plots import plot_all
@@ -20,20 +25,26 @@ from hf_specdiff.benchmarks.standard import benchmark
 from hf_specdiff.benchmarks.standard import bundled_models
 from hf_specdiff.benchmarks.standard import prompt_sets
 from hf_specdiff.benchmarks.tables import GAIN_TITLES
+from hf_specdiff.benchmarks.tables import RIGHT_TITLE
 from hf_specdiff.benchmarks.tables import SPEED_TITLES
 from hf_specdiff.benchmarks.tables import gain_cells
+from hf_specdiff.benchmarks.tables import right_cell
 from hf_specdiff.benchmarks.tables import speed_cells
 from hf_specdiff.benchmarks.tables import terminal_table
+from hf_specdiff.benchmarks.time_budget import ANSWER
 from hf_specdiff.benchmarks.time_budget import HEADLINE
+from hf_specdiff.benchmarks.time_budget import STRATEGIES
 from hf_specdiff.benchmarks.time_budget import Plan
 from hf_specdiff.benchmarks.time_budget import benchmark_time_budget
 from hf_specdiff.benchmarks.time_budget import gains
+from hf_specdiff.benchmarks.time_budget import problems_of
 from hf_specdiff.benchmarks.time_budget import scaling_methods
 from hf_specdiff.commands.loading import load_model
 from hf_specdiff.commands.loading import load_tokenizer
 from hf_specdiff.demo.bundle import MAX_NEW_TOKENS
+from hf_specdiff.training.prompts import as_turns
 
-DEFAULT_NEW_TOKENS = 128
+DEFAULT_NEW_TOKENS, DEFAULT_PROBLEM_TOKENS = 128, 256
 T = TypeVar("T")
 
 
@@ -43,7 +54,12 @@ def bench_command(
     drafters: Annotated[list[str] | None, typer.Argument(help="its drafters: folders or Hub repositories")] = None,
     assistant: Annotated[str | None, typer.Option(help="an autoregressive assistant to compare with")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="a text file or JSON lines; by default the bundled prompts")] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="of each set")] = 16,
+    prompts: Annotated[
+        list[str] | None, typer.Option(help="several times: gsm8k, humaneval, mbpp, math500 or spec-bench, from the Hub")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="with --prompts: a folder with NAME*.jsonl, in place of the Hub")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="leave texts as they are, also where there is a chat template")] = False,
+    num_prompts: Annotated[int, typer.Option(min=1, help="of each set, and of each category of spec-bench")] = 16,
     max_new_tokens: Annotated[int | None, typer.Option(min=2)] = None,
     temperature: Annotated[list[float] | None, typer.Option(help="0: greedy; several times; by default 0 and 1")] = None,
     batch_size: Annotated[list[int] | None, typer.Option(help="several times; by default 1")] = None,
@@ -52,6 +68,9 @@ def bench_command(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "float32",
     device_map: Annotated[str, typer.Option(help="as for from_pretrained")] = "auto",
     time_budget: Annotated[bool, typer.Option("--time-budget", help="right answers within a wall-clock time instead")] = False,
+    one_answer: Annotated[
+        bool, typer.Option("--one-answer", help="with --time-budget: greedy answers alone, no votes")
+    ] = False,
     budget: Annotated[float | None, typer.Option(help="with --time-budget: the seconds at which gains are stated")] = None,
 ) -> None:
     """Lay plain generate, transformers' own speculation and ours side by side; or, with --time-budget, what speed is worth."""
@@ -62,34 +81,92 @@ def bench_command(
         )
     if is_bundled and assistant is not None:
         raise ValueError(f"`--assistant` must come with a target, got {assistant!r} for the bundled pair, which has one.")
+    if one_answer and not time_budget:
+        raise ValueError("`--one-answer` must come with `--time-budget`, got it alone.")
     if budget is not None and not time_budget:
         raise ValueError(f"`--budget` must come with `--time-budget`, got {budget} alone.")
+    if prompts and prompts_file is not None:
+        raise ValueError(
+            f"`--prompts` must stand without `--prompts-file`, got {', '.join(prompts)} and {str(prompts_file)!r}."
+        )
+    if data is not None and not prompts:
+        raise ValueError(f"`--data` must come with `--prompts`, got {str(data)!r} alone.")
     if time_budget and (prompts_file, temperature, batch_size, method, assistant) != (None,) * 5:
         raise ValueError(
             "`--time-budget` must stand without --prompts-file, --temperature, --batch-size, --method and --assistant, got one."
         )
+    limit = max_new_tokens or (DEFAULT_PROBLEM_TOKENS if time_budget else DEFAULT_NEW_TOKENS)
+    sets = _read_sets(prompts or [], num_prompts, data)  # before anything is loaded: it may fail
     models = bundled_models() if target is None else _models_of(target, drafters or [], assistant, dtype, device_map)
+    sets = {task: _as_asked(task, questions, models, limit, raw=raw) for task, questions in sets.items()}
     names = {"target": target, "drafters": drafters, "assistant": assistant}
-    command = shlex.join(["hf-specdiff", *sys.argv[1:]])
-    console = Console()
+    command, console = shlex.join(["hf-specdiff", *sys.argv[1:]]), Console()
     if time_budget:
         methods = scaling_methods(("unaligned", "features") if is_bundled else list(models.drafters))
-        headline = HEADLINE if budget is None else budget
-        plan = Plan(methods, headline, num_problems=num_prompts, max_new_tokens=max_new_tokens or 256, seed=seed)
+        plan = Plan(
+            methods,
+            HEADLINE if budget is None else budget,
+            num_problems=num_prompts,
+            max_new_tokens=limit,
+            seed=seed,
+            strategies=(ANSWER,) if one_answer else STRATEGIES,
+            given=tuple(itertools.chain.from_iterable(problems_of(task, questions) for task, questions in sets.items())),
+        )
         record = benchmark_time_budget(models, plan, output, names, command)
         save(plot_accuracy(record["rows"]), output / "time_budget.png")
         console.print(terminal_table(GAIN_TITLES, [gain_cells(gain) for gain in gains(record["rows"], plan.headline)]))
     else:
-        texts = prompt_sets(prompts_file, num_prompts)
-        usual = MAX_NEW_TOKENS if prompts_file is None else dict.fromkeys(texts, DEFAULT_NEW_TOKENS)
-        limits = {task: max_new_tokens or usual[task] for task in texts}
-        extent = Extent(texts, limits, once(temperature or [0.0, 1.0]), once(batch_size or [1]), seed, once(method or []))
-        record = benchmark(models, extent, output, names, command, is_standard=is_bundled and prompts_file is None)
+        usual = dict.fromkeys(sets, limit)
+        if not prompts:
+            others = prompt_sets(prompts_file, num_prompts)
+            sets = {task: Questions(as_turns(texts, models.tokenizer, raw=raw)) for task, texts in others.items()}
+            usual = MAX_NEW_TOKENS if prompts_file is None else dict.fromkeys(sets, limit)
+        extent = Extent(
+            {task: questions.prompts for task, questions in sets.items()},
+            {task: max_new_tokens or usual[task] for task in sets},
+            once(temperature or [0.0, 1.0]),
+            once(batch_size or [1]),
+            seed,
+            once(method or []),
+            {task: questions.answers for task, questions in sets.items() if questions.answers is not None},
+        )
+        is_standard = is_bundled and prompts_file is None and not prompts
+        record = benchmark(models, extent, output, names, command, is_standard=is_standard)
         plot_all(record, output)
-        for (task, heat, size), rows in itertools.groupby(record["rows"], lambda row: [row[name] for name in SPEED_TITLES[:3]]):
-            cells = [speed_cells(row)[3:] for row in rows]
-            console.print(terminal_table(SPEED_TITLES[3:], cells, title=f"{task}, temperature {heat:g}, batch {size}"))
+        _show(console, record["rows"])
     console.print(f"Figures and pictures are in {output}.", highlight=False)
+
+
+def _read_sets(names: list[str], num_prompts: int, data: Path | None) -> dict[str, Questions]:
+    """Read published sets by task; see `read_questions`."""
+    return {task: found for name in once(names) for task, found in read_questions(name, num_prompts, data).items()}
+
+
+def _as_asked(task: str, questions: Questions, models: Models, max_new_tokens: int, *, raw: bool) -> Questions:
+    """Return a published set as the target will see it; prompts that it has no room for are left out, and counted aloud."""
+    asked = replace(questions, prompts=as_turns(questions.prompts, models.tokenizer, raw=raw))
+    room = getattr(models.target.config.get_text_config(), "max_position_embeddings", None)
+    if room is None:
+        return asked
+    asked, num_long = leave_out_long(asked, models.tokenizer, room - max_new_tokens)
+    if not asked.prompts:
+        raise ValueError(
+            f"`--prompts` must hold one that leaves {max_new_tokens} of the target's {room} positions, got none in {task!r}. "
+            "Lower --max-new-tokens."
+        )
+    if num_long:
+        typer.echo(f"{task}: {num_long} prompts are too long for the target's {room} positions, and left out.", err=True)
+    return asked
+
+
+def _show(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Print a table for each task, temperature and batch size."""
+    for (task, heat, size), group in itertools.groupby(rows, lambda row: [row[name] for name in SPEED_TITLES[:3]]):
+        chosen = list(group)
+        titles, cells = SPEED_TITLES[3:], [speed_cells(row)[3:] for row in chosen]
+        if any(right_cell(row) for row in chosen):
+            titles, cells = [*titles, RIGHT_TITLE], [[*own, right_cell(row)] for own, row in zip(cells, chosen, strict=True)]
+        console.print(terminal_table(titles, cells, title=f"{task}, temperature {heat:g}, batch {size}"))
 
 
 def once(values: Sequence[T]) -> tuple[T, ...]:

@@ -6,6 +6,8 @@ is pointed out.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +32,7 @@ from hf_specdiff.core.measuring import measure_profile
 from hf_specdiff.core.speculation import resolve_speculation
 from hf_specdiff.core.trial import why_not_chained
 from hf_specdiff.core.trial import why_not_masked
+from hf_specdiff.training.prompts import Prompt
 
 # Below it a drafter is as good as untrained: the target's own token is one of them.
 SUSPICIOUS_TOKENS_PER_ROUND = 1.3
@@ -151,12 +154,12 @@ def cost_lines(profile: Profile, gamma: int) -> list[str]:
     ]
 
 
-def try_prompts(models: Models, prompts: dict[str, list[str]], max_new_tokens: int) -> list[dict[str, Any]]:
+def try_prompts(models: Models, prompts: Mapping[str, Sequence[Prompt]], max_new_tokens: int) -> list[dict[str, Any]]:
     """Decode prompts greedily, plain and in several shapes, in turn.
 
     Args:
         models (`Models`): the target and one drafter, named "drafter".
-        prompts (`dict[str, list[str]]`): texts by task.
+        prompts (`Mapping[str, Sequence]`): texts or chats by task.
         max_new_tokens (`int`): the length limit.
 
     Returns:

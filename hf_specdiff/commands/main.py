@@ -40,6 +40,7 @@ from hf_specdiff.hub import publish as hub
 from hf_specdiff.hub.repository import full_name
 from hf_specdiff.training.disk import is_full
 from hf_specdiff.training.prompts import Prompt
+from hf_specdiff.training.prompts import as_turns
 from hf_specdiff.training.prompts import encode
 from hf_specdiff.training.prompts import read_prompts
 
@@ -61,6 +62,9 @@ def generate_command(
     drafter: Annotated[str, typer.Argument(help="its drafter: a folder or a Hub repository")],
     prompt: Annotated[str | None, typer.Option(help="the prompt")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="a text file, one prompt a line, or JSON lines")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="go on from the text, also where the tokenizer has a chat template")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     do_sample: Annotated[bool, typer.Option("--sample/--greedy")] = False,
     temperature: Annotated[float | None, typer.Option(help="only with --sample")] = None,
@@ -86,7 +90,7 @@ def generate_command(
     torch.manual_seed(seed)
     sampling = {} if temperature is None else {"temperature": temperature}
     all_stats = []
-    for text in prompts:
+    for text in as_turns(prompts, tokenizer, raw=raw):
         typer.echo(text if isinstance(text, str) else f"{text[-1]['content']}\n", nl=False)
         inputs = {"input_ids": torch.tensor([encode(tokenizer, text)], device=model.device)}
         result = generate(
@@ -124,7 +128,7 @@ def missing_command(name: str, extra: str, needed: list[str]) -> Callable[[], No
 for name, extra, needed in (
     ("regenerate", "train", ["datasets"]),
     ("train", "train", ["datasets", "matplotlib"]),
-    ("bench", "bench", ["matplotlib"]),
+    ("bench", "bench", ["datasets", "matplotlib"]),
 ):
     if all(map(find_spec, needed)):
         app.command(name)(getattr(import_module(f"hf_specdiff.commands.{name}"), f"{name}_command"))

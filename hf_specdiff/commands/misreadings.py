@@ -6,12 +6,16 @@ disagree about.
 
 import math
 from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.training.evaluation import decode_held_out
+from hf_specdiff.training.prompts import Prompt
+from hf_specdiff.training.prompts import encode
 
 # Most readings are hopeless, and slow for it: a few tokens tell which are worth the whole trial.
 FIRST_TOKENS = 24
@@ -38,14 +42,14 @@ class Reading:
     reason: str
 
 
-def readings_that_fit_better(models: Models, prompts: dict[str, list[str]]) -> list[str]:
+def readings_that_fit_better(models: Models, prompts: Mapping[str, Sequence[Prompt]]) -> list[str]:
     """Try a drafter with one field read otherwise: layers, anchor, causality, scale and mask.
 
     A mask id that is no neighbour of the configured one and no special id of the tokenizer is not found.
 
     Args:
         models (`Models`): the target and one drafter, named "drafter", which is left as it was.
-        prompts (`dict[str, list[str]]`): texts by task; the first of each is decoded.
+        prompts (`Mapping[str, Sequence]`): texts or chats by task; the first of each is decoded.
 
     Returns:
         `list[str]`: a warning that names the best reading if it brings clearly more than the configured one; nothing for
@@ -54,7 +58,7 @@ def readings_that_fit_better(models: Models, prompts: dict[str, list[str]]) -> l
     drafter = models.drafters["drafter"]
     if drafter.config.target_layer_ids is None:
         return []
-    ids = [models.tokenizer(texts[0])["input_ids"] for texts in prompts.values()]
+    ids = [encode(models.tokenizer, texts[0]) for texts in prompts.values()]
 
     def rate(num_tokens: int) -> float:
         return decode_held_out(models.target, drafter, ids, num_tokens).tokens_per_round

@@ -11,6 +11,7 @@ from hf_specdiff.commands.loading import load_tokenizer
 from hf_specdiff.training.corpus import read_corpus
 from hf_specdiff.training.data import processes
 from hf_specdiff.training.prompts import Prompt
+from hf_specdiff.training.prompts import as_chat
 from hf_specdiff.training.regeneration import regenerate
 from hf_specdiff.training.regeneration import shares_of
 from hf_specdiff.training.self_prompts import self_prompts
@@ -103,11 +104,6 @@ def read_sources(
             texts = read_corpus(name, field=field)
             sources[name] = [as_chat(text) for text in texts] if is_chat else texts
     return sources
-
-
-def as_chat(prompt: Prompt) -> Prompt:
-    """Return a text as a chat of one message; a chat stays what it is."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def share_lines(folder: Path) -> str:

@@ -30,16 +30,34 @@ def read_prompts(path: Path, *, as_is: bool = False, field: str | None = None) -
         raise ValueError(
             f"`prompts` must be a text or JSON-lines file, got {str(path)!r}. Write one JSON object a line, as .jsonl."
         )
-    try:
-        # Not every separator that `splitlines` knows ends a line of JSON.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`prompts` must be a text file in UTF-8, got {str(path)!r}: {error}.") from error
     if path.suffix != ".jsonl":
-        return without_blank(lines, str(path))
-    records = [(_record_of(line, number, path), number) for number, line in enumerate(lines, 1) if line.strip()]
+        return without_blank(_lines_of(path), str(path))
+    records = read_records(path)
     prompts = [prompt_of(record, f"line {number} of {str(path)!r}", as_is=as_is, field=field) for record, number in records]
     return without_blank(prompts, str(path))
+
+
+def read_records(path: Path) -> list[tuple[dict[str, Any], int]]:
+    """Read a file of JSON lines.
+
+    Args:
+        path (`pathlib.Path`): the file.
+
+    Returns:
+        `list[tuple]`: the objects with the numbers of their lines, from 1; blank lines are passed over.
+
+    Raises:
+        ValueError: if a line is no object, or the file no UTF-8.
+    """
+    return [(_record_of(line, number, path), number) for number, line in enumerate(_lines_of(path), 1) if line.strip()]
+
+
+def _lines_of(path: Path) -> list[str]:
+    try:
+        # Not every separator that `splitlines` knows ends a line of JSON.
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`prompts` must be a text file in UTF-8, got {str(path)!r}: {error}.") from error
 
 
 def without_blank(prompts: Sequence[Prompt], source: str) -> list[Prompt]:
@@ -95,6 +113,25 @@ def prompt_of(record: dict[str, Any], place: str, *, as_is: bool = False, field:
 def up_to_the_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     """Return a chat without its last answer."""
     return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
+def as_chat(prompt: Prompt) -> Prompt:
+    """Return a text as a chat of one message; a chat stays what it is."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def as_turns(prompts: Sequence[Prompt], tokenizer: Any, *, raw: bool = False) -> list[Prompt]:
+    """Return texts as users' turns if the tokenizer has a chat template: what follows is then an answer, not a continuation.
+
+    Args:
+        prompts (`Sequence`): texts and chats.
+        tokenizer (`PreTrainedTokenizerBase`): the target's.
+        raw (`bool`): leave texts as they are.
+
+    Returns:
+        `list`: the prompts in their order.
+    """
+    return list(prompts) if raw or tokenizer.chat_template is None else [as_chat(prompt) for prompt in prompts]
 
 
 def encode(tokenizer: Any, prompt: Prompt) -> list[int]:

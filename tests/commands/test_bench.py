@@ -7,10 +7,17 @@ import pytest
 from typer.testing import CliRunner
 
 import hf_specdiff
+from hf_specdiff.benchmarks import runner
+from hf_specdiff.benchmarks.answers import final_number
+from hf_specdiff.benchmarks.figures import rows_of
+from hf_specdiff.benchmarks.journal import Journal
 from hf_specdiff.benchmarks.methods import PLAIN
+from hf_specdiff.benchmarks.methods import Method
+from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.commands.main import app
 from hf_specdiff.commands.main import main
 from hf_specdiff.demo.bundle import PAIR
+from tests.benchmarks.conftest import CHAIN
 
 
 def prompts(count: int, task: str = "math") -> list[str]:
@@ -45,6 +52,63 @@ def test_the_command_writes_figures_table_and_pictures(tmp_path: Path) -> None:
     assert "where seed differs" in str(refused.exception)
 
 
+def test_published_sets_are_asked_as_chats_and_answers_are_counted(
+    chat_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    rows = [{"prompt": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(3)]
+    (data / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"category": kind, "turns": [f"A {kind}?", "Another?"]} for kind in ("math", "qa", "qa")]
+    (data / "spec_bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = []
+    encode = runner.encode
+    monkeypatch.setattr(runner, "encode", lambda tokenizer, prompt: asked.append(prompt) or encode(tokenizer, prompt))
+    arguments = ["bench", str(chat_target), str(PAIR / "features"), "--output", str(output), "--data", str(data)]
+    arguments += ["--prompts", "gsm8k", "--prompts", "spec-bench", "--max-new-tokens", "12", "--num-prompts", "2"]
+    result = CliRunner().invoke(app, [*arguments, "--temperature", "0", "--method", "chain"])
+    assert result.exit_code == 0, result.output
+    assert [{"role": "user", "content": "What is 1 + 1?"}] in asked
+    assert [{"role": "user", "content": "A qa?"}] in asked
+    measured = json.loads((output / "results.json").read_text())["rows"]
+    assert [row["task"] for row in measured[::2]] == ["gsm8k", "spec-bench: multi-turn", "spec-bench: qa"]
+    plain, chain = measured[:2]
+    assert plain["num_right"] == chain["num_right"]
+    assert plain["num_prompts"] == chain["num_prompts"] == 2
+    assert [row["num_right"] for row in measured[2:]] == [None] * 4
+    table = (output / "table.md").read_text()
+    assert f"| {plain['num_right']}/2 |" in table
+    assert "equally often right" in table
+
+
+def test_right_answers_are_told_from_wrong_ones() -> None:
+    """The control of `num_right`: the same text, once with the answer that it gives and once with another."""
+    target, drafter, tokenizer = hf_specdiff.load_demo()
+    models, methods = Models(target, tokenizer, {"features": drafter}), [Method(PLAIN, {}), CHAIN]
+    texts = prompts(1)
+    ids = tokenizer(texts, return_tensors="pt").input_ids
+    written = target.generate(ids, do_sample=False, max_new_tokens=60)[0, ids.shape[1] :]
+    given = str(final_number(tokenizer.decode(written, skip_special_tokens=True)))
+    for answer, count in ((given, 1), (f"{given}1", 0)):
+        block, journal = runner.Block("math", texts, methods, 60, num_detailed=0, answers=[answer]), Journal()
+        runner.run_block(models, block, journal)
+        assert [row["num_right"] for row in rows_of(block, models, journal)] == [count, count]
+
+
+def test_time_budgets_run_on_published_problems(chat_target: Path, tmp_path: Path) -> None:
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"prompt": "What is 1 + 1?", "answer": "2"}) + "\n")
+    output = tmp_path / "out"
+    arguments = ["bench", str(chat_target), str(PAIR / "unaligned"), str(PAIR / "features"), "--time-budget", "--one-answer"]
+    arguments += ["--budget", "100", "--prompts", "gsm8k", "--data", str(tmp_path), "--max-new-tokens", "8"]
+    result = CliRunner().invoke(app, [*arguments, "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    record = json.loads((output / "results.json").read_text())
+    assert {row["method"] for row in record["rows"]} == {PLAIN, "unaligned, chain", "features, chain", "features, auto"}
+    assert {(row["difficulty"], row["strategy"], row["problems"]) for row in record["rows"]} == {("gsm8k", "one answer", 1)}
+    assert record["conditions"]["num_problems"] == 1
+    assert (output / "time_budget.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -52,6 +116,11 @@ def test_the_command_writes_figures_table_and_pictures(tmp_path: Path) -> None:
         (["--batch-size", "0"], "`batch_size` must be at least 1"),
         (["--method", "eagle"], "`method` must be part of a method's name"),
         (["--max-new-tokens", "1000"], "1024 positions free"),
+        (["--prompts", "gsm8k"], "must reach openai/gsm8k or have --data with a folder"),
+        (["--prompts", "sums"], "must be one of gsm8k, humaneval"),
+        (["--prompts", "gsm8k", "--prompts-file", "x"], "must stand without `--prompts-file`"),
+        (["--data", "x"], "`--data` must come with `--prompts`"),
+        (["--one-answer"], "`--one-answer` must come with `--time-budget`"),
         (["--budget", "1"], "`--budget` must come with"),
         (["--dtype", "bfloat16"], "must come with a target"),
         (["--time-budget", "--budget", "0.001"], "`budget` must be longer"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import hf_specdiff
@@ -17,6 +18,7 @@ from hf_specdiff.commands.main import number_or_word
 from hf_specdiff.commands.train import read_loss_weights
 from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.demo.bundle import load_prompts
+from hf_specdiff.training.prompts import encode
 
 TARGET, FEATURES = str(PAIR / "target"), str(PAIR / "features")
 TRAIN = [
@@ -63,6 +65,18 @@ def test_generate_streams_plain_generates_text_and_statistics(tmp_path: Path) ->
         )
         assert record["prompt"] + text in result.stdout
     assert "tokens per round" in result.stderr
+
+
+def test_generate_asks_in_the_chat_template_unless_told_not_to(chat_target: Path) -> None:
+    target, tokenizer = hf_specdiff.load_demo()[0], AutoTokenizer.from_pretrained(chat_target)
+    prompt = "Add 1 and 2."
+    for flags, asked in (((), [{"role": "user", "content": prompt}]), (("--raw",), prompt)):
+        ids = torch.tensor([encode(tokenizer, asked)])
+        written = target.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
+        arguments = ["generate", str(chat_target), FEATURES, "--prompt", prompt, "--max-new-tokens", "12", *flags]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        assert tokenizer.decode(written, skip_special_tokens=True).strip() in result.output
 
 
 def test_demo_compares_all_methods(monkeypatch: pytest.MonkeyPatch) -> None:

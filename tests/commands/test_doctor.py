@@ -12,6 +12,7 @@ from hf_specdiff.core.budget import Profile
 from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.hub.card import check_results
 from hf_specdiff.training.trainer import new_drafter
+from tests.conftest import TEMPLATE
 
 PROFILE = Profile([1, 64], [0.01, 0.02], 0.002)
 
@@ -97,11 +98,18 @@ def test_a_drafter_that_costs_more_than_it_brings_is_pointed_out() -> None:
     assert "tree_budget='auto'" in warning
 
 
-def test_chats_are_refused_where_texts_are_wanted(tmp_path: Path) -> None:
+def test_chats_are_decoded(tmp_path: Path) -> None:
     file = tmp_path / "mixed.jsonl"
     file.write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}]}\n')
-    with pytest.raises(ValueError, match="must hold texts, got 1 chats"):
-        prompt_sets(file, 4)
+    prompts = prompt_sets(file, 4)
+    assert prompts == {"mixed": ["a", [{"role": "user", "content": "b"}]]}
+    target, drafter, tokenizer = hf_specdiff.load_demo()
+    models = Models(target, tokenizer, {"drafter": drafter})
+    with pytest.raises(ValueError, match="must be texts for a tokenizer without a chat template"):
+        doctor.try_prompts(models, prompts, 4)
+    tokenizer.chat_template = TEMPLATE
+    rows = doctor.try_prompts(models, prompts, 4)
+    assert all(row["num_identical"] == row["num_prompts"] == 2 for row in rows)
 
 
 def test_the_cost_of_a_round_is_told_in_plain_steps() -> None:

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
+import hf_specdiff
+from hf_specdiff.training.prompts import as_turns
+from hf_specdiff.training.prompts import encode
 from hf_specdiff.training.prompts import read_prompts
+from tests.conftest import TEMPLATE
 
 
 @pytest.mark.parametrize(
@@ -33,3 +37,16 @@ def test_a_field_as_deep_as_json_is_read_is_no_traceback(tmp_path: Path) -> None
         file.write_text('{"prompt": ' + "[" * depth + "]" * depth + "}\n")
         with pytest.raises(ValueError, match="`prompts` must"):
             read_prompts(file)
+
+
+def test_texts_are_turns_where_the_tokenizer_has_a_template() -> None:
+    tokenizer = hf_specdiff.load_demo()[2]
+    chat = [{"role": "user", "content": "b"}]
+    assert as_turns(["a", chat], tokenizer) == ["a", chat]
+    tokenizer.chat_template = TEMPLATE
+    assert as_turns(["a", chat], tokenizer) == [[{"role": "user", "content": "a"}], chat]
+    assert as_turns(["a", chat], tokenizer, raw=True) == ["a", chat]
+    assert tokenizer.decode(encode(tokenizer, chat)) == "user: b\nassistant:"
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="must be texts for a tokenizer without a chat template"):
+        encode(tokenizer, chat)
