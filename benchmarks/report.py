@@ -12,19 +12,32 @@ from typing import Any
 
 import typer
 
+from benchmarks.growth import growth_table
 from hf_specdiff.benchmarks.journal import write_text
+from hf_specdiff.benchmarks.methods import PLAIN
 from hf_specdiff.benchmarks.plots import plot_accuracy
 from hf_specdiff.benchmarks.plots import plot_all
+from hf_specdiff.benchmarks.plots import plot_growth
+from hf_specdiff.benchmarks.plots import plot_tasks
 from hf_specdiff.benchmarks.plots import save
 from hf_specdiff.benchmarks.tables import GAIN_TITLES
+from hf_specdiff.benchmarks.tables import RIGHT_NOTE
 from hf_specdiff.benchmarks.tables import gain_cells
 from hf_specdiff.benchmarks.tables import markdown
+from hf_specdiff.benchmarks.tables import right_cell
 from hf_specdiff.benchmarks.tables import speed_table
 from hf_specdiff.benchmarks.tables import time_table
 from hf_specdiff.benchmarks.tables import times
 from hf_specdiff.benchmarks.time_budget import gains
 
 RESULTS = Path("benchmarks") / "results"
+TASKS = {
+    "math": "word problems",
+    "code": "code",
+    "gsm8k": "SmolLM2-135M-Instruct on GSM8K",
+    "humaneval": "SmolLM2-135M-Instruct on HumanEval",
+}
+REAL_SUMMARY = (("gsm8k", 0, 1, "drafter, default"), ("humaneval", 0, 1, "drafter, default"))
 BASELINE = "uniform CE"
 # README's rows, by task, temperature, batch size and method: others' loops first, ours, and two where drafting does not pay.
 SUMMARY = (
@@ -125,9 +138,74 @@ def alignment_section(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def growth_section(record: dict[str, Any] | None) -> str:
+    """Return how acceptance grows with data and hours."""
+    if record is None:
+        return "Not measured yet; `python -m benchmarks.growth` writes it from the logs of training runs."
+    picture = "![Tokens per round over steps and hours](../benchmarks/results/growth.png)"
+    return f"{growth_table(record['points'])}\n\n{picture}"
+
+
 def mean_of(rows: list[dict[str, Any]], name: str) -> float:
     """Return the mean of one figure over rows."""
     return sum(row[name] for row in rows) / len(rows)
+
+
+def smollm2_section(record: dict[str, Any] | None) -> str:
+    """Return how fast a real model is on real prompts; a table for each temperature."""
+    if record is None:
+        return "Not measured yet; `python -m benchmarks.smollm2` does it."
+    conditions, rows = record["conditions"], record["rows"]
+    lines = [
+        f"{conditions['target']} ({conditions['target_parameters'] / 1e6:.0f}M parameters) with its drafter "
+        f"({conditions['drafter_parameters'] / 1e6:.1f}M), {conditions['dtype']}, {conditions['machine']}, transformers "
+        f"{conditions['transformers']};",
+        "all methods in one process, in turn on each held-out prompt. Speed against plain `generate` on the same prompts, "
+        "tokens per round in brackets.",
+        f"Written by `{conditions['command']}` ([`smollm2.json`](../benchmarks/results/smollm2.json)).",
+    ]
+    for heat in dict.fromkeys(row["temperature"] for row in rows):
+        group = [row for row in rows if row["temperature"] == heat]
+        lines += ["", f"Sampled at temperature {heat:g}:" if heat else "Greedy:", "", _by_task(group)]
+    lines += ["", RIGHT_NOTE, "", "![Speed on real prompts](../benchmarks/results/smollm2.png)"]
+    return "\n".join(lines)
+
+
+def _by_task(rows: list[dict[str, Any]]) -> str:
+    """Return one temperature's figures: a line for each task, a column for each method, Spec-Bench's mean and worst below."""
+    plain = [row for row in rows if row["method"] == PLAIN]
+    names = list(dict.fromkeys(row["method"] for row in rows if row["method"] != PLAIN))
+    found = {(row["task"], row["method"]): row for row in rows}
+    titles = ["prompts", "number", "plain, tokens/s", *names, "same tokens", "right answers: plain, ours"]
+    lines = []
+    for base in plain:
+        others = [found.get((base["task"], name)) for name in names]
+        measured = [row for row in others if row is not None and "refusal" not in row]
+        ours = [row for row in measured if row["loop"] == "hf_specdiff"]
+        num_same, num_all = (sum(row[name] for row in ours) for name in ("num_identical", "num_prompts"))
+        same = "by law" if base["temperature"] else f"{num_same}/{num_all}"
+        right = "" if base["num_right"] is None else f"{right_cell(base)}, {', '.join(map(right_cell, ours[:1]))}"
+        speed = [base["task"], str(base["num_prompts"]), f"{base['tokens_per_second']:.1f}"]
+        lines.append([*speed, *map(_ratio_cell, others), same, right])
+    for title, pick in (("mean of its categories", lambda values: sum(values) / len(values)), ("its worst category", min)):
+        cells = []
+        for name in names:
+            ratios = [row["ratio_to_plain"] for (task, method), row in found.items() if _is_category(task) and method == name]
+            cells.append(f"{pick(ratios):.2f}x" if ratios else "")
+        if any(cells):
+            lines.append([f"spec-bench: {title}", "", "", *cells, "", ""])
+    return markdown(titles, lines)
+
+
+def _is_category(task: str) -> bool:
+    return task.startswith("spec-bench: ")
+
+
+def _ratio_cell(row: dict[str, Any] | None) -> str:
+    if row is None or "refusal" in row:
+        return "" if row is None else "cannot run"
+    rounds = "" if row["tokens_per_round"] is None else f" ({row['tokens_per_round']:.2f})"
+    return f"{row['ratio_to_plain']:.2f}x{rounds}"
 
 
 def between_markers(text: str, name: str, body: str) -> str:
@@ -181,16 +259,17 @@ def promise_section(record: dict[str, Any]) -> str:
 
 def _where(row: dict[str, Any]) -> str:
     """Return what a row was measured on, in words."""
-    task = {"math": "word problems", "code": "code"}[row["task"]]
+    task = TASKS.get(row["task"], row["task"])
     how = "greedy" if row["temperature"] == 0 else f"sampled at temperature {row['temperature']:g}"
     return f"{task}, {how}" if row["batch_size"] == 1 else f"{task}, {how}, batches of {row['batch_size']}"
 
 
-def summary_section(record: dict[str, Any]) -> str:
-    """Return README's few rows."""
+def summary_section(record: dict[str, Any], real: dict[str, Any] | None) -> str:
+    """Return README's few rows: the bundled pair's and, where it was measured, two of a real model's."""
+    rows = [row_of(record["rows"], *key) for key in SUMMARY]
+    rows += [] if real is None else [row_of(real["rows"], *key) for key in REAL_SUMMARY]
     cells = []
-    for key in SUMMARY:
-        row = row_of(record["rows"], *key)
+    for row in rows:
         same = "by law" if row["identical"] is None else f"{row['num_identical']}/{row['num_prompts']}"
         ratio = times(row["ratio_to_plain"], row["ratio_low"], row["ratio_high"])
         loop = row["method"] if row["loop"] == "transformers" else f"ours: {row['method']}"
@@ -198,12 +277,19 @@ def summary_section(record: dict[str, Any]) -> str:
     return markdown(["prompts", "method", "to plain `generate` (95 %)", "tokens per round", "same tokens"], cells)
 
 
-# The pages, what stands between which markers of them, and the file that it is made from.
-PAGES: dict[str, dict[str, tuple[str, Callable[[dict[str, Any]], str]]]] = {
-    "README.md": {"promise": ("standard", promise_section), "summary": ("standard", summary_section)},
-    "docs/results.md": {"standard": ("standard", standard_section), "time_budget": ("time_budget", time_budget_section)},
-    "docs/training.md": {"alignment": ("alignment", alignment_section)},
+# The pages, what stands between which markers of them, and the files that it is made from.
+PAGES: dict[str, dict[str, tuple[tuple[str, ...], Callable[..., str]]]] = {
+    "README.md": {"promise": (("standard",), promise_section), "summary": (("standard", "smollm2"), summary_section)},
+    "docs/results.md": {
+        "standard": (("standard",), standard_section),
+        "time_budget": (("time_budget",), time_budget_section),
+        "smollm2": (("smollm2",), smollm2_section),
+    },
+    "docs/training.md": {"alignment": (("alignment",), alignment_section)},
+    "docs/your-model.md": {"growth": (("growth",), growth_section)},
 }
+# What a machine may not have measured yet.
+OPTIONAL = ("smollm2", "growth")
 
 
 def read_record(root: Path, name: str) -> dict[str, Any]:
@@ -212,15 +298,27 @@ def read_record(root: Path, name: str) -> dict[str, Any]:
     return record
 
 
+def section_of(root: Path, page: str, name: str) -> str:
+    """Return what stands between a page's markers, from the result files; `None` stands for one that is not there yet."""
+    sources, section = PAGES[page][name]
+    is_there = [source not in OPTIONAL or (root / RESULTS / f"{source}.json").is_file() for source in sources]
+    return section(*(read_record(root, source) if here else None for source, here in zip(sources, is_there, strict=True)))
+
+
 def main(root: Annotated[Path, typer.Argument(help="the repository")] = Path()) -> None:
     """Write the tables between the pages' result markers and draw the pictures beside the result files."""
     for page, sections in PAGES.items():
         text = (root / page).read_text(encoding="utf-8")
-        for name, (source, section) in sections.items():
-            text = between_markers(text, name, section(read_record(root, source)))
+        for name in sections:
+            text = between_markers(text, name, section_of(root, page, name))
         write_text(root / page, text)
     plot_all(read_record(root, "standard"), root / RESULTS)
     save(plot_accuracy(read_record(root, "time_budget")["rows"]), root / RESULTS / "time_budget.png")
+    if (root / RESULTS / "smollm2.json").is_file():
+        rows = [row for row in read_record(root, "smollm2")["rows"] if "refusal" not in row and row["method"] != PLAIN]
+        save(plot_tasks(rows), root / RESULTS / "smollm2.png")
+    if (root / RESULTS / "growth.json").is_file():
+        save(plot_growth(read_record(root, "growth")["points"]), root / RESULTS / "growth.png")
     typer.echo(f"Tables written to {', '.join(PAGES)}.")
 
 

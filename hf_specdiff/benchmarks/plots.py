@@ -149,6 +149,51 @@ def plot_samples(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def plot_tasks(rows: list[dict[str, Any]]) -> Figure:
+    """Draw the speed of a few methods on many tasks, an axis for each temperature and the tasks one under the other."""
+    heats = sorted({row["temperature"] for row in rows})
+    tasks = {heat: list(dict.fromkeys(row["task"] for row in rows if row["temperature"] == heat)) for heat in heats}
+    height = 1.0 + 0.75 * max(map(len, tasks.values()))
+    figure, axes = plt.subplots(1, len(heats), figsize=(5.6 * len(heats), height), layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    colors = dict(zip(names, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+    for axis, heat in zip(axes.flat, heats, strict=True):
+        chosen = [row for row in rows if row["temperature"] == heat]
+        methods = [name for name in names if any(row["method"] == name for row in chosen)]
+        for place, name in enumerate(methods):
+            own = [row for row in chosen if row["method"] == name]
+            levels = [tasks[heat].index(row["task"]) + 0.8 * (place + 0.5) / len(methods) - 0.4 for row in own]
+            widths = [row["ratio_to_plain"] for row in own]
+            axis.barh(levels, widths, height=0.8 / len(methods), color=colors[name], label=name)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(tasks[heat])), tasks[heat], fontsize=8)
+        axis.invert_yaxis()
+        axis.set(xlabel="speed, times plain generate", title=f"temperature {heat:g}" if heat else "greedy")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    return figure
+
+
+def plot_growth(points: list[dict[str, Any]]) -> Figure:
+    """Draw tokens per round over the steps and, where they were timed, the hours of several training runs.
+
+    Args:
+        points (`list[dict]`): `run`, `step`, `hours` or `None`, `tokens_per_round`.
+    """
+    axes_names = [("step", "steps")] + ([("hours", "hours")] if all(point["hours"] is not None for point in points) else [])
+    size = (4.6 * len(axes_names), 3.4)
+    figure, axes = plt.subplots(1, len(axes_names), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    for axis, (name, label) in zip(axes.flat, axes_names, strict=True):
+        for run in dict.fromkeys(point["run"] for point in points):
+            own = [point for point in points if point["run"] == run]
+            axis.plot([point[name] for point in own], [point["tokens_per_round"] for point in own], marker=".", label=run)
+        axis.set(xlabel=label)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("tokens per round, held-out prompts")
+    axes[0, 0].legend(fontsize=7)
+    return figure
+
+
 def plot_accuracy(rows: list[dict[str, Any]]) -> Figure:
     """Draw accuracy against the budget, for each difficulty and strategy."""
     difficulties = sorted({row["difficulty"] for row in rows})
