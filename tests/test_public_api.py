@@ -56,7 +56,7 @@ def test_parameter_names(function: object, parameters: list[str]) -> None:
 
 def test_speculation_arguments() -> None:
     expected = {"gamma", "num_denoising_steps", "reveal_order", "draft_shape", "draft_temperature", "acceptance"}
-    expected |= {"num_drafts", "tree_budget"}
+    expected |= {"num_drafts", "tree_budget", "prompt_lookup_num_tokens", "max_matching_ngram_size"}
     assert set(SPECULATION_ARGUMENTS) == expected
     for name in expected:
         assert f"`{name}`" in str(inspect.getdoc(hf_specdiff.generate))
@@ -68,3 +68,5 @@ def test_statistics_have_their_fields() -> None:
     assert {"draft_shape", "acceptance", "num_drafted", "num_accepted"} <= fields
     assert {"prefill_seconds", "drafter_seconds", "target_seconds", "total_seconds"} <= fields
     assert {"num_rounds", "num_drafted_tokens", "tokens_per_round", "acceptance_per_position", "other_seconds"} <= properties
+    assert "num_copied" in fields
+    assert "num_copied_tokens" in properties

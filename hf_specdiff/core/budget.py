@@ -14,6 +14,7 @@ from .costs import Pace
 from .costs import Profile
 from .draft import DraftTree
 from .draft import Outcome
+from .tree import COPIED
 from .tree import TreeShape
 from .tree import last_children
 
@@ -214,9 +215,14 @@ class Budget:
         draft = outcome.draft
         sampled_parents = draft.parents if isinstance(draft, DraftTree) and draft.sampled is not None else None
         for row, (values, stands) in enumerate(zip(draft.values or [], outcome.stands(), strict=False)):
-            drawn = [False] * len(values) if sampled_parents is None else last_children(sampled_parents[row])
+            # What copies are worth is learnt elsewhere.
+            copied = [] if draft.copied is None else draft.copied[row]
+            drawn = [False] * len(values) if sampled_parents is None else last_children(sampled_parents[row], copied)
+            own = [place for place in range(len(values)) if place + 1 not in copied]
             if not outcome.is_done[row]:
-                self.calibration.learn(values, drawn, stands)
+                self.calibration.learn(
+                    [values[place] for place in own], [drawn[place] for place in own], [stands[place] for place in own]
+                )
         self.calibration.forget()
         self._read_clock()
         if not any(outcome.is_done):
@@ -253,10 +259,11 @@ class Budget:
     def gains(self, shape: TreeShape) -> list[float]:
         """Return how much each node of a row adds to the accepted tokens that are to be expected."""
         rate, gains = self.calibration.rate, []
-        if not self.draws_children:
-            return [rate(value, is_drawn=False) for value in shape.values]
         last_under: dict[int, float] = {}
-        for parent, value in zip(shape.parents, shape.values, strict=True):
+        for parent, value, rank in zip(shape.parents, shape.values, shape.ranks, strict=True):
+            if rank == COPIED or not self.draws_children:
+                gains.append(value if rank == COPIED else rate(value, is_drawn=False))
+                continue
             gain = rate(value, is_drawn=True)
             if parent in last_under:
                 # The child before it is not the drawn one any more.

@@ -60,6 +60,12 @@ class SpecDiffCandidateGenerator(CandidateGenerator):
             raise ValueError(
                 "`target` must be given for a feature-conditioned drafter, got None. Pass the model it drafts for."
             )
+        num_copied = (speculation or {}).get("prompt_lookup_num_tokens")
+        if num_copied is not None:
+            raise ValueError(
+                f"`speculation` must leave out `prompt_lookup_num_tokens`, got {num_copied!r}: only hf_specdiff.generate has "
+                "copies beside a drafter."
+            )
         settings = resolve_speculation(
             {"draft_shape": "chain"} | (speculation or {}), assistant_model, do_sample=bool(generation_config.do_sample)
         )

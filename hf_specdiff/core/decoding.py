@@ -145,6 +145,7 @@ def run(
             stats.num_drafted.append(outcome.draft.num_drafted())
             stats.num_accepted.append([len(tokens) - 1 for tokens in outcome.tokens])
             stats.draft_depths.append(outcome.draft.deepest())
+            stats.num_copied.append(outcome.num_copied())
         if streamer is not None:
             for token in outcome.tokens[0]:
                 streamer.put(torch.tensor([token]))

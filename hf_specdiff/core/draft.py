@@ -26,12 +26,14 @@ class Draft:
             ratio and the block rule need it, the match rule does not.
         values (`list[list[float]]`, *optional*): for each row and position, the probability of the likeliest tokens so far
             under the drafter's marginals; what a budget goes by.
+        copied (`list[list[int]]`, *optional*): for each row, which of the tokens 1, 2, ... were copied from the text.
     """
 
     tokens: torch.Tensor
     probs: torch.Tensor | None
     has_prefix_law: bool
     values: list[list[float]] | None = None
+    copied: list[list[int]] | None = None
 
     @classmethod
     def nothing(cls, tokens: torch.Tensor) -> "Draft":
@@ -42,7 +44,8 @@ class Draft:
         """Return the first `count` tokens of every row."""
         probs = None if self.probs is None else self.probs[:, :count]
         values = None if self.values is None else [row[:count] for row in self.values]
-        return Draft(self.tokens[:, :count], probs, self.has_prefix_law, values)
+        copied = None if self.copied is None else [[node for node in row if node <= count] for row in self.copied]
+        return Draft(self.tokens[:, :count], probs, self.has_prefix_law, values, copied)
 
     @property
     def num_tokens(self) -> int:
@@ -152,6 +155,7 @@ class DraftTree:
         sampled (`SampledChildren`, *optional*): `None`: every node is a function of the committed text, or the rule does not
             ask what it was drawn from.
         values (`list[list[float]]`, *optional*): for each row, the path probabilities of its nodes by their ranks.
+        copied (`list[list[int]]`, *optional*): for each row, the nodes that were copied from the text, root to leaf.
     """
 
     tokens: torch.Tensor
@@ -159,6 +163,7 @@ class DraftTree:
     drafts: list[list[list[int]]] | None = None
     sampled: SampledChildren | None = None
     values: list[list[float]] | None = None
+    copied: list[list[int]] | None = None
 
     @classmethod
     def of_rows(
@@ -169,11 +174,12 @@ class DraftTree:
         drafts: list[list[list[int]]] | None = None,
         sampled: SampledChildren | None = None,
         values: list[list[float]] | None = None,
+        copied: list[list[int]] | None = None,
     ) -> "DraftTree":
         """Join rows of different sizes."""
         most = max(map(len, tokens))
         padded = [row + [0] * (most - len(row)) for row in tokens]
-        return cls(torch.tensor(padded, device=device).view(len(tokens), most), parents, drafts, sampled, values)
+        return cls(torch.tensor(padded, device=device).view(len(tokens), most), parents, drafts, sampled, values, copied)
 
     @classmethod
     def of_chain(cls, tokens: torch.Tensor) -> "DraftTree":
@@ -263,3 +269,8 @@ class Outcome:
         accepted = [set(path[1:]) for path in self.nodes]
         sizes = self.draft.num_drafted()
         return [[node in kept for node in range(1, size + 1)] for kept, size in zip(accepted, sizes, strict=True)]
+
+    def num_copied(self) -> list[int]:
+        """Return, for each row, how many of the tokens that stand were copied."""
+        copied = self.draft.copied or [[] for _ in self.nodes]
+        return [len(set(path) & set(nodes)) for path, nodes in zip(self.nodes, copied, strict=True)]

@@ -64,12 +64,12 @@ class Drafter(Protocol):
 class Shaper(Protocol):
     """Decides how much of a pass is drafted and in which shape; see `DraftShaper`."""
 
-    def wants_draft(self, num_rows: int) -> bool:
-        """Return whether this round shall draft at all."""
+    def without_pass(self, text: Text, max_length: int | None) -> Draft | DraftTree | None:
+        """Begin a round, and return its draft where that needs no pass."""
         ...
 
-    def chain_length(self, scores: torch.Tensor) -> tuple[int, list[list[float]] | None]:
-        """Return how many tokens of a chain to verify, and what the budget goes by."""
+    def chain_plan(self, scores: torch.Tensor) -> tuple[int, list[list[float]] | None, list[list[int]] | None]:
+        """Return how many tokens of a chain to verify, what the budget goes by, and the copied tokens it begins with."""
         ...
 
     def draft(self, scores: torch.Tensor) -> Draft | DraftTree:
@@ -134,8 +134,9 @@ class DenoisingDrafter:
         """Draft one window; see `Drafter.draft`."""
         if features is not None:
             self._unseen.append(features)
-        if self.shaper is not None and not self.shaper.wants_draft(text.num_rows):
-            return Draft.nothing(text.tokens)
+        settled = None if self.shaper is None else self.shaper.without_pass(text, self.max_length)
+        if settled is not None:
+            return settled
         self._home = text.tokens.device
         text = text.to(self.device)
         is_first = self.rows is None
@@ -169,9 +170,11 @@ class DenoisingDrafter:
         steps = reveal_counts(window.shape[1] - 1, speculation.num_denoising_steps)
         if len(steps) > 1:
             return self._denoise(text, window, logits, steps)
-        count, values = (logits.shape[1], None) if shaper is None else shaper.chain_length(self._without_mask(logits))
-        tokens, probs = self._draw_in_order(text, window[:, 1:1], logits, may_stop=True)
-        return Draft(tokens, probs, speculation.has_prefix_law, values).first(min(count, tokens.shape[1]))
+        plan = (logits.shape[1], None, None) if shaper is None else shaper.chain_plan(self._without_mask(logits))
+        count, values, copied = plan
+        tokens, probs = self._draw_in_order(text, window[:, 1:1], logits, may_stop=True, copied=copied)
+        nodes = None if copied is None else [list(range(1, len(row) + 1)) for row in copied]
+        return Draft(tokens, probs, speculation.has_prefix_law, values, nodes).first(min(count, tokens.shape[1]))
 
     def select_rows(self, rows: list[int]) -> None:
         """Keep some rows; see `Drafter`."""
@@ -228,7 +231,13 @@ class DenoisingDrafter:
         return proposed, probs, reveal_by_confidence(confidence, revealed, count)
 
     def _draw_in_order(
-        self, text: Text, prefix: torch.Tensor, logits: torch.Tensor, *, may_stop: bool = False
+        self,
+        text: Text,
+        prefix: torch.Tensor,
+        logits: torch.Tensor,
+        *,
+        may_stop: bool = False,
+        copied: list[list[int]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draw the tokens of consecutive positions.
 
@@ -238,13 +247,14 @@ class DenoisingDrafter:
             logits (`torch.Tensor` of shape `(B, n, V)`): raw logits of the positions.
             may_stop (`bool`): whether fewer tokens will do, where the draft has ended in every row: behind an end token, or
                 where the processors do not take it. A row that has ended before others goes on without processors.
+            copied (`list[list[int]]`, *optional*): for each row, tokens that its first positions have in any case.
 
         Returns:
             `tuple`: tokens `(B, n)` and probabilities `(B, n, V)`, or `None` for a point mass.
         """
         temperature = self.speculation.draft_temperature
         if not self.knows_token_before and is_prefix_free(self.processors):
-            return draw_from_scores(self._free_scores(logits), temperature)
+            return _with_copied(*draw_from_scores(self._free_scores(logits), temperature), copied)
         tokens, probs, memory = prefix, [], None
         is_open = [not self.end_token_ids & set(row) for row in prefix.tolist()]
         for i in range(logits.shape[1]):
@@ -256,6 +266,7 @@ class DenoisingDrafter:
             if may_stop and i > 0 and not any(is_open):
                 break
             token, law = draw_from_scores(scores[:, None], temperature)
+            token, law = _with_copied(token, law, None if copied is None else [row[i : i + 1] for row in copied])
             is_open = [
                 going and drawn not in self.end_token_ids for going, (drawn,) in zip(is_open, token.tolist(), strict=True)
             ]
@@ -388,6 +399,21 @@ class DenoisingDrafter:
         """Keep the new context of the last pass in the cache, forget its window."""
         assert self.rows is not None
         self.rows.keep([list(range(count)) for count in counts])
+
+
+def _with_copied(
+    tokens: torch.Tensor, probs: torch.Tensor | None, copied: list[list[int]] | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Put tokens in the place of the first that were drawn; each is a point mass then. What is given is changed in place."""
+    for row, own in enumerate(copied or []):
+        count = len(own)
+        if count == 0:
+            continue
+        tokens[row, :count] = torch.tensor(own, device=tokens.device)
+        if probs is not None:
+            probs[row, :count] = 0.0
+            probs[row, range(count), own] = 1.0
+    return tokens, probs
 
 
 def _alive(scores: torch.Tensor) -> torch.Tensor:

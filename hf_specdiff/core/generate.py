@@ -35,6 +35,7 @@ from .checks import check_stop_strings
 from .checks import check_target
 from .checks import why_call_not_masked
 from .conditioning import make_drafter
+from .copies import Copies
 from .decoding import run
 from .drafters import Drafter
 from .inference import inference
@@ -85,7 +86,10 @@ def generate(
             `draft_temperature` (`float`): of the draft distribution; 0 drafts the most probable tokens; by default 1.0, but
             `"auto"` for the drawn children of a tree: round by round what agreed best with the target so far;
             `acceptance` (`str`): `"match"`, `"ratio"`, `"block"`, `"self_selection"` or `"auto"` (default: the rule that
-            accepts most).
+            accepts most);
+            `prompt_lookup_num_tokens` (`int`, *optional*): most tokens of a copied branch: what followed the last tokens where
+            they stood before in the text is drafted too; by default nothing is copied;
+            `max_matching_ngram_size` (`int`): the longest runs of last tokens that are looked up for it, by default 2.
 
     Returns:
         What `model.generate` returns. With `return_dict_in_generate=True` the output also has `.speculation`, a
@@ -241,7 +245,9 @@ class SpeculativeLoop:
         max_length = generation_config.max_length
         if self.is_own:
             return OwnDrafter(self.assistant_model, speculation, model.config.get_text_config().vocab_size, max_length)
-        shaper, ends = DraftShaper(speculation, budget), stop.eos_token_ids
+        num_copied, size = speculation.prompt_lookup_num_tokens, speculation.max_matching_ngram_size
+        copies = None if num_copied is None else Copies(num_copied, size, model.config.get_text_config().vocab_size)
+        shaper, ends = DraftShaper(speculation, budget, copies), stop.eos_token_ids
         return make_drafter(self.assistant_model, model, speculation, logits_processor, max_length, shaper, ends)
 
 
@@ -249,6 +255,10 @@ def _pop_speculation(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Take the arguments of speculation out of `kwargs`, or find them on the generation config that was passed."""
     config = kwargs.get("generation_config")
     found = {name: getattr(config, name, None) for name in SPECULATION_ARGUMENTS}
+    if config is not None and found["prompt_lookup_num_tokens"] is not None:
+        # The host would take it for its own way to speculate.
+        kwargs["generation_config"] = config = deepcopy(config)
+        config.prompt_lookup_num_tokens = None
     return found | {name: kwargs.pop(name) for name in SPECULATION_ARGUMENTS if name in kwargs}
 
 

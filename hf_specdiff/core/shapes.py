@@ -5,12 +5,16 @@ gives a law for every position, whatever stands at the others, so many drafts co
 """
 
 from collections.abc import Callable
+from itertools import accumulate
+from operator import mul
 
 import torch
 
 from .budget import Budget
 from .conditional import conditional_tree
+from .conditional import merged_drafts
 from .conditional import sample_drafts
+from .copies import Copies
 from .draft import Conditionals
 from .draft import Draft
 from .draft import DraftTree
@@ -19,9 +23,11 @@ from .draft import SampledChildren
 from .sampling import draw
 from .sampling import to_probs
 from .speculation import SpeculationConfig
+from .text import Text
+from .tree import COPIED
+from .tree import Copied
 from .tree import TreeShape
 from .tree import best_first
-from .tree import merge_drafts
 
 # Of drawn children, and how fast earlier rounds are forgotten.
 TEMPERATURES = (1.0, 0.7, 0.4, 0.2)
@@ -83,33 +89,58 @@ class DraftShaper:
     Args:
         speculation (`SpeculationConfig`): the shape and its settings.
         budget (`Budget`, *optional*): where the size is to follow the machine.
+        copies (`Copies`, *optional*): where copied branches take part.
     """
 
-    def __init__(self, speculation: SpeculationConfig, budget: Budget | None = None) -> None:
+    def __init__(self, speculation: SpeculationConfig, budget: Budget | None = None, copies: Copies | None = None) -> None:
         self.speculation = speculation
         self.budget = budget
         self.child_temperature = ChildTemperature() if speculation.is_tempered else None
+        self.copies = copies
 
-    def wants_draft(self, num_rows: int) -> bool:
-        """Return whether this round shall draft at all, with as many rows as are left."""
-        return self.budget is None or self.budget.wants_draft(num_rows)
+    def without_pass(self, text: Text, max_length: int | None) -> Draft | DraftTree | None:
+        """Begin a round, and return its draft where that needs no pass of the drafter.
 
-    def chain_length(self, scores: torch.Tensor) -> tuple[int, list[list[float]] | None]:
-        """Return how much of a chain to verify.
+        Args:
+            text (`Text`): committed.
+            max_length (`int`, *optional*): most tokens of the finished text.
 
-        It reads the marginals alone, not the tokens that are drawn: a draft that is cut because of a token it holds does not
-        have the law that the ratio and the block rule count on.
+        Returns:
+            `Draft` or `DraftTree`, *optional*: `None` where the drafter is to be asked.
+        """
+        if self.copies is not None:
+            self.copies.look(text, max_length)
+        if self.budget is None or self.budget.wants_draft(text.num_rows):
+            return None
+        return Draft.nothing(text.tokens)
+
+    def chain_plan(self, scores: torch.Tensor) -> tuple[int, list[list[float]] | None, list[list[int]] | None]:
+        """Return how much of a chain to verify, and which of its tokens are copied.
+
+        It reads the marginals and the text alone, not the tokens that are drawn: a draft that is cut, or given up for a copy,
+        because of a token it holds does not have the law that the ratio and the block rule count on.
 
         Args:
             scores (`torch.Tensor` of shape `(B, G, V)`, float32): logits of one pass.
 
         Returns:
-            `tuple`: tokens, 0 to G; and `Draft.values`, where a budget reads them.
+            `tuple`: tokens, 0 to G; `Draft.values`, where a budget reads them; and, where copies take part, the tokens that
+            each row's chain begins with: its copy's, where more of that is expected to stand, or none.
         """
-        if self.budget is None:
-            return scores.shape[1], None
-        shapes = chain_shapes(scores)
-        return self.budget.choose(shapes), [shape.values for shape in shapes]
+        if self.budget is None and self.copies is None:
+            return scores.shape[1], None, None
+        shapes, copied = chain_shapes(scores), None
+        if self.copies is not None:
+            gains = self.budget.gains if self.budget is not None else lambda shape: shape.values
+            with_copies = copied_chains(scores, shapes, self.copies)
+            is_better = [sum(gains(new)) > sum(gains(old)) for new, old in zip(with_copies, shapes, strict=True)]
+            shapes = [new if better else old for new, old, better in zip(with_copies, shapes, is_better, strict=True)]
+            copied = [
+                copy.tokens[: scores.shape[1]] if better else []
+                for copy, better in zip(self.copies.found, is_better, strict=True)
+            ]
+        count = scores.shape[1] if self.budget is None else self.budget.choose(shapes)
+        return count, [shape.values for shape in shapes], copied
 
     def draft(self, scores: torch.Tensor) -> Draft | DraftTree:
         """Return joint samples or a tree.
@@ -121,11 +152,11 @@ class DraftShaper:
             `DraftTree`; or a `Draft` of nothing, where no node is worth it.
         """
         if self.speculation.draft_shape == "samples":
-            return draft_samples(scores, self.speculation)
+            return draft_samples(scores, self.speculation, self.copies)
         if self.budget is None:
-            return draft_tree(scores, self.speculation, temperature=self.child_temperature)
-        budget = self.budget
-        return draft_tree(scores, self.speculation, budget.choose, budget.smallest_value, self.child_temperature)
+            return draft_tree(scores, self.speculation, temperature=self.child_temperature, copies=self.copies)
+        choose, smallest = self.budget.choose, self.budget.smallest_value
+        return draft_tree(scores, self.speculation, choose, smallest, self.child_temperature, self.copies)
 
     def draft_in_order(self, laws: Conditionals) -> Draft | DraftTree:
         """Return joint samples or a tree of a drafter whose heads know the token before.
@@ -137,16 +168,19 @@ class DraftShaper:
             as `draft`.
         """
         if self.speculation.draft_shape == "samples":
-            return sample_drafts(laws, self.speculation)
+            return sample_drafts(laws, self.speculation, self.copies)
         temper = None if self.child_temperature is None else self.child_temperature.law
         if self.budget is None:
-            return conditional_tree(laws, self.speculation, temper=temper)
-        return conditional_tree(laws, self.speculation, self.budget.choose, self.budget.smallest_value, temper)
+            return conditional_tree(laws, self.speculation, temper=temper, copies=self.copies)
+        choose, smallest = self.budget.choose, self.budget.smallest_value
+        return conditional_tree(laws, self.speculation, choose, smallest, temper, self.copies)
 
     def observe(self, outcome: Outcome) -> None:
         """Take in what became of the last draft; what is learnt may change later ones."""
         if self.child_temperature is not None:
             self.child_temperature.observe(outcome)
+        if self.copies is not None:
+            self.copies.observe(outcome)
         if self.budget is not None:
             self.budget.observe(outcome)
 
@@ -155,12 +189,13 @@ def _tempered(laws: torch.Tensor, temperature: float) -> torch.Tensor:
     return laws if temperature == 1 else torch.softmax(laws.log() / temperature, dim=-1)
 
 
-def draft_samples(scores: torch.Tensor, speculation: SpeculationConfig) -> DraftTree:
+def draft_samples(scores: torch.Tensor, speculation: SpeculationConfig, copies: Copies | None = None) -> DraftTree:
     """Draw K joint drafts, each token from its position's marginal, and merge them into a trie.
 
     Args:
         scores (`torch.Tensor` of shape `(B, G, V)`, float32): processed logits of one pass.
         speculation (`SpeculationConfig`): K and the temperature to draw at.
+        copies (`Copies`, *optional*): what each row copies is one more draft, no longer than the others.
 
     Returns:
         `DraftTree`: with `drafts`; where they begin alike they share nodes.
@@ -169,9 +204,7 @@ def draft_samples(scores: torch.Tensor, speculation: SpeculationConfig) -> Draft
     """
     marginals = to_probs(scores / speculation.draft_temperature)
     drawn = draw(marginals[:, None].expand(-1, speculation.num_drafts, -1, -1))  # (B, K, G)
-    rows = [merge_drafts(drafts) for drafts in drawn.tolist()]
-    tokens, parents, drafts = (list(column) for column in zip(*rows, strict=True))
-    return DraftTree.of_rows(tokens, parents, scores.device, drafts)
+    return merged_drafts(drawn.tolist(), scores.device, copies)
 
 
 def draft_tree(
@@ -180,6 +213,7 @@ def draft_tree(
     choose: Callable[[list[TreeShape]], int] | None = None,
     smallest: float = 0.0,
     temperature: ChildTemperature | None = None,
+    copies: Copies | None = None,
 ) -> Draft | DraftTree:
     """Take the most probable prefixes as a tree; for the ratio rule, draw the last child of each inner node.
 
@@ -190,6 +224,7 @@ def draft_tree(
             asked before anything is drawn.
         smallest (`float`): paths of at most this probability are left out.
         temperature (`ChildTemperature`, *optional*): of the drawn children; by default that of the marginals.
+        copies (`Copies`, *optional*): what each row copies is one more branch, merged where it begins as drafted ones do.
 
     Returns:
         `DraftTree`: with `sampled` for the ratio rule; or a `Draft` of nothing, where no node is worth it.
@@ -197,32 +232,64 @@ def draft_tree(
     Source: arXiv:2604.12989; drawn children arXiv:2502.18779.
     """
     marginals = to_probs(scores / speculation.draft_temperature)
-    shapes, ranked_tokens = _most_probable(marginals, speculation.tree_budget, smallest)
+    shapes, ranked_tokens = _most_probable(marginals, speculation.tree_budget, smallest, copies)
     if choose is not None:
         count = choose(shapes)
         shapes = [shape.first(count) for shape in shapes]
     shapes = [shape.depth_first() for shape in shapes]
+    copied = [[] for _ in shapes] if copies is None else [copy.tokens for copy in copies.found]
     tokens = [
-        [row[depth - 1][rank] for depth, rank in zip(shape.depths, shape.ranks, strict=True)]
-        for shape, row in zip(shapes, ranked_tokens.tolist(), strict=True)
+        [
+            own[depth - 1] if rank == COPIED else row[depth - 1][rank]
+            for depth, rank in zip(shape.depths, shape.ranks, strict=True)
+        ]
+        for shape, row, own in zip(shapes, ranked_tokens.tolist(), copied, strict=True)
     ]
     if not any(tokens):
         return Draft.nothing(ranked_tokens[:, :, 0])
     sampled = draw_last_children(shapes, tokens, marginals, temperature) if speculation.acceptance == "ratio" else None
     parents, values = [shape.parents for shape in shapes], [shape.values for shape in shapes]
-    return DraftTree.of_rows(tokens, parents, scores.device, sampled=sampled, values=values)
+    nodes = None if copies is None else [shape.copied() for shape in shapes]
+    return DraftTree.of_rows(tokens, parents, scores.device, sampled=sampled, values=values, copied=nodes)
 
 
-def _most_probable(marginals: torch.Tensor, budget: int, smallest: float) -> tuple[list[TreeShape], torch.Tensor]:
+def _most_probable(
+    marginals: torch.Tensor, budget: int, smallest: float, copies: Copies | None = None
+) -> tuple[list[TreeShape], torch.Tensor]:
     """Return each row's most probable prefixes of `marginals` `(B, G, V)`, and the tokens by rank, `(B, G, ranks)`."""
     most = min(budget, marginals.shape[-1])
     for num_ranks in sorted({min(FEW_RANKS, most), most}):
         probs, tokens = marginals.topk(num_ranks, dim=-1)
-        shapes = [best_first(ranked_probs, budget, smallest) for ranked_probs in probs.tolist()]
+        rows = probs.tolist()
+        places = [[]] * len(rows) if copies is None else _copied_places(marginals, rows, tokens.tolist(), copies)
+        shapes = [best_first(row, budget, smallest, copied) for row, copied in zip(rows, places, strict=True)]
         # Where the last rank was not taken, the one after it could not have been.
         if all(max(shape.ranks, default=0) < num_ranks - 1 for shape in shapes):
             break
     return shapes, tokens
+
+
+def _copied_places(
+    marginals: torch.Tensor, probs: list[list[list[float]]], tokens: list[list[list[int]]], copies: Copies
+) -> list[list[Copied]]:
+    """Return each row's copy as the tree knows it.
+
+    Args:
+        marginals (`torch.Tensor` of shape `(B, G, V)`, float32): of one pass.
+        probs (`list`): the largest of them, `(B, G, ranks)`.
+        tokens (`list`): whose they are, `(B, G, ranks)`.
+        copies (`Copies`): which asks what the marginals say.
+
+    Returns:
+        `list[list[Copied]]`: behind the window by the text alone.
+    """
+    places = []
+    for row, copy in enumerate(copies.found):
+        seen = copy.tokens[: marginals.shape[1]]
+        own = marginals[row, list(range(len(seen))), seen].tolist() if seen else []
+        of_row = [copies.weigh(row, depth, prob, probs[row][depth], tokens[row][depth]) for depth, prob in enumerate(own)]
+        places.append(of_row + [Copied(rate, None, 0.0) for rate in copy.alone[len(seen) :]])
+    return places
 
 
 def chain_shapes(scores: torch.Tensor) -> list[TreeShape]:
@@ -238,6 +305,30 @@ def chain_shapes(scores: torch.Tensor) -> list[TreeShape]:
     depths = list(range(1, gamma + 1))
     values = to_probs(scores).amax(dim=-1).cumprod(dim=-1).tolist()
     return [TreeShape(list(range(gamma)), depths, [0] * gamma, row) for row in values]
+
+
+def copied_chains(scores: torch.Tensor, drafted: list[TreeShape], copies: Copies) -> list[TreeShape]:
+    """Return each row's chain as it is if it begins with the row's copy and goes on as drafted.
+
+    Args:
+        scores (`torch.Tensor` of shape `(B, G, V)`, float32): logits of one pass.
+        drafted (`list[TreeShape]`): the chains by `chain_shapes`.
+        copies (`Copies`): which asks what the marginals say.
+
+    Returns:
+        `list[TreeShape]`: G nodes for each row.
+    """
+    marginals = to_probs(scores)
+    probs, tokens = marginals.topk(min(2, marginals.shape[-1]), dim=-1)
+    ranked_probs = probs.tolist()
+    places = _copied_places(marginals, ranked_probs, tokens.tolist(), copies)
+    chains = []
+    for shape, ranked, copied in zip(drafted, ranked_probs, places, strict=True):
+        rates = [place.rate for place in copied[: len(ranked)]]
+        values = list(accumulate(rates + [row[0] for row in ranked[len(rates) :]], mul))
+        ranks = [COPIED] * len(rates) + shape.ranks[len(rates) :]
+        chains.append(TreeShape(shape.parents, shape.depths, ranks, values))
+    return chains
 
 
 def draw_last_children(
@@ -265,8 +356,12 @@ def draw_last_children(
         for node, parent in enumerate(shape.parents, 1):
             children.setdefault(parent, []).append(node)
         for parent, nodes in children.items():
-            *kept, last = nodes
-            for node in kept:
+            last = max((node for node in nodes if shape.ranks[node - 1] != COPIED), default=None)
+            if last is None:
+                continue  # a copied token alone, which is not drawn
+            for node in nodes:
+                if node == last:
+                    continue
                 siblings.append((len(rows), tokens[row][node - 1]))
             rows.append(row)
             positions.append(shape.depths[last - 1] - 1)

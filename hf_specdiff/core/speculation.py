@@ -16,6 +16,8 @@ MAX_NUM_DRAFTS = 256
 MAX_TREE_BUDGET = 1024
 DEFAULT_TREE_BUDGET = 32
 AUTO_TREE_BUDGET = 64
+MAX_NUM_COPIED = 1024
+MAX_NGRAM_SIZE = 64
 # What each rule does with each shape. A pair that is not here would not be lossless, or mean nothing.
 RULES_OF_SHAPE = {"chain": ("match", "ratio", "block"), "samples": ("match", "self_selection"), "tree": ("match", "ratio")}
 WHY_NOT = {
@@ -49,6 +51,8 @@ class SpeculationConfig:
         draft_temperature (`float`): of the draft distribution; 0 drafts the most probable tokens.
         is_tempered (`bool`): whether the drawn children of a tree follow the target's temperature (see `ChildTemperature`).
         acceptance (`str`): `"match"`, `"ratio"`, `"block"` or `"self_selection"`.
+        prompt_lookup_num_tokens (`int`, *optional*): most tokens of a copied branch; `None`: nothing is copied.
+        max_matching_ngram_size (`int`): the longest runs of last tokens that are looked up in the text.
     """
 
     gamma: int
@@ -61,6 +65,8 @@ class SpeculationConfig:
     draft_temperature: float = 1.0
     is_tempered: bool = False
     acceptance: str = "match"
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int = 2
 
     @property
     def reveals_in_order(self) -> bool:
@@ -75,7 +81,8 @@ class SpeculationConfig:
     @property
     def max_nodes(self) -> int:
         """The most tokens that a round drafts for a row, all branches counted."""
-        return {"chain": self.gamma, "samples": self.num_drafts * self.gamma, "tree": self.tree_budget}[self.draft_shape]
+        num_drafts = self.num_drafts + (self.prompt_lookup_num_tokens is not None)
+        return {"chain": self.gamma, "samples": num_drafts * self.gamma, "tree": self.tree_budget}[self.draft_shape]
 
     @property
     def has_prefix_law(self) -> bool:
@@ -144,8 +151,11 @@ def resolve_speculation(
     is_adaptive = why_not_adaptive is None and _is_adaptive(shape, values, drafter)
     if budget is None:
         budget = AUTO_TREE_BUDGET if is_adaptive else DEFAULT_TREE_BUDGET
+    num_copied = _num_copied(arguments, values["prompt_lookup_num_tokens"], steps)
+    size = 2 if values["max_matching_ngram_size"] is None else values["max_matching_ngram_size"]
+    size = _integer("max_matching_ngram_size", size, 1, MAX_NGRAM_SIZE)
     speculation = SpeculationConfig(
-        gamma, steps, order, shape, num_drafts, budget, is_adaptive, temperature, is_tempered, acceptance
+        gamma, steps, order, shape, num_drafts, budget, is_adaptive, temperature, is_tempered, acceptance, num_copied, size
     )
     return _with_rule(speculation, do_sample=do_sample)
 
@@ -205,6 +215,19 @@ def _shape(shape: str, acceptance: str, steps: int, temperature: float, why_no_t
     if obstacle is not None:
         raise ValueError(f"`draft_shape` must be 'chain' here, got {shape!r}: {obstacle}.")
     return shape
+
+
+def _num_copied(arguments: dict[str, Any], value: Any, steps: int) -> int | None:
+    """Return how many tokens a copied branch may have, and refuse one beside a window that is revealed in several steps."""
+    if value is None:
+        return None
+    value = _integer("prompt_lookup_num_tokens", value, 1, MAX_NUM_COPIED)
+    if steps > 1 and arguments.get("prompt_lookup_num_tokens") is not None:
+        raise ValueError(
+            f"`prompt_lookup_num_tokens` must be left out with `num_denoising_steps` {steps}, got {value}: what is copied is "
+            "weighed by the probabilities of one pass. Pass num_denoising_steps=1."
+        )
+    return value if steps == 1 else None  # the drafter's own default yields
 
 
 def _why_not_adaptive(shape: str, steps: int) -> str | None:

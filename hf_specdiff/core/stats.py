@@ -32,6 +32,8 @@ class SpeculationStats:
         total_seconds (`float`): the whole decoding, prefill included.
         draft_depths (`list[list[int]]`): for each round and sequence, how far ahead the draft reached: the drafted tokens of a
             chain, the longest path of a tree. Empty: that of chains.
+        num_copied (`list[list[int]]`): for each round and sequence, those of the accepted tokens that were copied from the
+            text.
     """
 
     draft_shape: str
@@ -43,6 +45,7 @@ class SpeculationStats:
     target_seconds: float = 0.0
     total_seconds: float = 0.0
     draft_depths: list[list[int]] = field(default_factory=list)
+    num_copied: list[list[int]] = field(default_factory=list)
 
     @property
     def num_rounds(self) -> int:
@@ -53,6 +56,11 @@ class SpeculationStats:
     def num_drafted_tokens(self) -> int:
         """Drafted tokens over all rounds and sequences."""
         return sum(map(sum, self.num_drafted))
+
+    @property
+    def num_copied_tokens(self) -> int:
+        """Accepted tokens that were copied from the text, over all rounds and sequences."""
+        return sum(map(sum, self.num_copied))
 
     @property
     def tokens_per_round(self) -> float:

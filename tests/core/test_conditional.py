@@ -71,8 +71,10 @@ def scores_of(draft: Draft | DraftTree) -> Scores:
     return Scores(LogitsProcessorList(), Text.of_prompt(torch.tensor([[0]]), None), draft.tokens, logits)
 
 
-def output_law(make: Callable[[], Draft | DraftTree], acceptance: str, monkeypatch: pytest.MonkeyPatch) -> dict:
-    """Return the law of the next G + 1 tokens: those of a round, and behind them the target's own."""
+def output_law(
+    make: Callable[[], Draft | DraftTree], acceptance: str, monkeypatch: pytest.MonkeyPatch, length: int = G + 1
+) -> dict:
+    """Return the law of the next tokens, G + 1 or more: those of a round, and behind them the target's own."""
     rule = make_rule(acceptance, do_sample=True)
 
     def call() -> torch.Tensor:
@@ -82,7 +84,7 @@ def output_law(make: Callable[[], Draft | DraftTree], acceptance: str, monkeypat
 
     found: Counter = Counter()
     for written, probability in all_runs(call, monkeypatch):
-        for rest in product(range(V), repeat=G + 1 - len(written)):
+        for rest in product(range(V), repeat=length - len(written)):
             text, weight = written, probability
             for token in rest:
                 weight *= float(torch.softmax(target_logits(text), 0)[token])
@@ -92,8 +94,8 @@ def output_law(make: Callable[[], Draft | DraftTree], acceptance: str, monkeypat
 
 
 def total_variation(found: dict) -> float:
-    distance = 0.0
-    for text in product(range(V), repeat=G + 1):
+    distance, (length,) = 0.0, {len(text) for text in found}
+    for text in product(range(V), repeat=length):
         p = 1.0
         for i, token in enumerate(text):
             p *= float(torch.softmax(target_logits(text[:i]), 0)[token])
