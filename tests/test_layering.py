@@ -110,4 +110,4 @@ def test_a_saved_drafter_holds_few_files(tmp_path: Path) -> None:
     make_drafter().save_pretrained(tmp_path)
     code = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.py"))
     assert code == [Path("custom_generate", path.name) for path in CORE_FILES]  # each once, and nothing that it does not need
-    assert len(code) <= 39
+    assert len(code) <= 40

@@ -36,16 +36,6 @@ TRAIN = [
 ]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "hf_specdiff.commands.main", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 def write_prompts(path: Path, count: int) -> Path:
     path.write_text("".join(json.dumps({"prompt": record["prompt"]}) + "\n" for record in load_prompts("math")[:count]))
     return path
@@ -54,10 +44,9 @@ def write_prompts(path: Path, count: int) -> Path:
 def test_generate_streams_plain_generates_text_and_statistics(tmp_path: Path) -> None:
     target, _, tokenizer = hf_specdiff.load_demo()
     records = load_prompts("math")[:2]
-    result = run(
-        "generate", TARGET, FEATURES, "--prompts-file", str(write_prompts(tmp_path / "p.jsonl", 2)), "--max-new-tokens", "40"
-    )
-    assert result.returncode == 0, result.stderr
+    prompts = str(write_prompts(tmp_path / "p.jsonl", 2))
+    result = CliRunner().invoke(app, ["generate", TARGET, FEATURES, "--prompts-file", prompts, "--max-new-tokens", "40"])
+    assert result.exit_code == 0, result.output
     for record in records:
         ids = tokenizer(record["prompt"], return_tensors="pt").input_ids
         text = tokenizer.decode(
@@ -90,10 +79,10 @@ def test_demo_compares_all_methods(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_train_makes_a_drafter_that_loads_and_drafts(tmp_path: Path) -> None:
-    prompts, output = write_prompts(tmp_path / "p.jsonl", 8), tmp_path / "drafter"
+    prompts, output = write_prompts(tmp_path / "p.jsonl", 4), tmp_path / "drafter"
     for conditioning in ("features", "tokens"):
         arguments = ["--prompts", str(prompts), "--output", str(output / conditioning), "--conditioning", conditioning]
-        result = CliRunner().invoke(app, ["train", TARGET, *arguments, "--num-epochs", "2", *TRAIN])
+        result = CliRunner().invoke(app, ["train", TARGET, *arguments, "--num-epochs", "1", *TRAIN])
         assert result.exit_code == 0, result.output
         drafter = hf_specdiff.SpecDiffDrafter.from_pretrained(output / conditioning)
         assert drafter.config.is_feature_conditioned == (conditioning == "features")
@@ -130,7 +119,8 @@ def test_mistakes_end_in_one_line(
 
 
 def test_a_mistake_ends_a_process_of_its_own_in_one_line() -> None:
-    result = run("demo", "--num-prompts", "0")
+    command = [sys.executable, "-m", "hf_specdiff.commands.main", "demo", "--num-prompts", "0"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 2
     assert "`num_prompts` must be from 1" in result.stderr
     assert "Traceback" not in result.stderr

@@ -441,7 +441,7 @@ def test_control_children_drawn_from_another_law_are_seen(
     target: LlamaForCausalLM, plain_law: Callable[[dict], Counter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shapes, "draw", lambda laws: draw(laws.square()))
-    settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 0}
+    settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 3}
     plain = plain_law(settings)
     ours = law_of(
         lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **MANY["tree-ratio"]),
@@ -469,7 +469,8 @@ class GuessingDrafter:
         probs = torch.randn(1, 2, 4, generator=generator).softmax(-1)
         if self.shape == "chain":
             return Draft(draw(probs), self._told(probs), has_prefix_law=True)
-        if self.shape == "samples":
+        if self.shape == "samples":  # of two tokens each: fewer runs
+            probs = probs * (torch.arange(4) % 3 > 0)
             tokens, parents, drafts = merge_drafts(draw(probs.expand(2, -1, -1)).tolist())
             return DraftTree(torch.tensor([tokens]), [parents], [drafts])
         best = int(probs[0, 0].argmax())

@@ -1,7 +1,7 @@
 """What somebody types who found a target and its drafters on the Hub: run by test_users.py in a process of its own.
 
-Usage: python hub_user.py FOLDER [package]. Without "package", `hf_specdiff` cannot be imported. What came out
-goes to FOLDER/found.json.
+Usage: python hub_user.py FOLDER [package] [short]. Without "package", `hf_specdiff` cannot be imported; with "short" each
+drafter writes once, the shortest way. What came out goes to FOLDER/found.json.
 """
 
 import json
@@ -21,6 +21,7 @@ class NotInstalled(MetaPathFinder):
 
 FOLDER = sys.argv[1]
 HAS_PACKAGE = "package" in sys.argv[2:]
+IS_SHORT = "short" in sys.argv[2:]
 if not HAS_PACKAGE:
     sys.meta_path.insert(0, NotInstalled())
 
@@ -58,6 +59,8 @@ def main() -> None:
         output = target.generate(**inputs, **from_hub, return_dict_in_generate=True, **GREEDY)
         found[f"{kind} way 2"] = output.sequences.tolist()
         found[f"{kind} tokens per round"] = output.speculation.tokens_per_round
+        if IS_SHORT:
+            continue
         batch = tokenizer([PROMPT, "Two and two"], return_tensors="pt", padding=True, return_token_type_ids=False)
         found[f"{kind} batch"] = target.generate(**batch, **from_hub, **GREEDY).tolist()
         found["plain batch"] = target.generate(**batch, **GREEDY).tolist()
@@ -71,10 +74,12 @@ def main() -> None:
             strategy = target.load_custom_generate(repository, trust_remote_code=True)
             found[f"{kind} function"] = strategy(model=target, **inputs, assistant_model=drafter, **GREEDY).tolist()
         drafter.save_pretrained(f"{FOLDER}/{kind}")
-    drafter = AutoModelForCausalLM.from_pretrained("org/tokens", dtype="float32", **trust)
-    write = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=drafter)
-    found["pipeline"] = write(PROMPT, **GREEDY)[0]["generated_text"]
-    found["plain text"] = pipeline("text-generation", model=target, tokenizer=tokenizer)(PROMPT, **GREEDY)[0]["generated_text"]
+    if not IS_SHORT:
+        drafter = AutoModelForCausalLM.from_pretrained("org/tokens", dtype="float32", **trust)
+        write = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=drafter)
+        found["pipeline"] = write(PROMPT, **GREEDY)[0]["generated_text"]
+        plain = pipeline("text-generation", model=target, tokenizer=tokenizer)
+        found["plain text"] = plain(PROMPT, **GREEDY)[0]["generated_text"]
     Path(FOLDER, "found.json").write_text(json.dumps(found))
 
 
