@@ -111,3 +111,14 @@ def test_a_saved_drafter_holds_few_files(tmp_path: Path) -> None:
     code = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.py"))
     assert code == [Path("custom_generate", path.name) for path in CORE_FILES]  # each once, and nothing that it does not need
     assert len(code) <= 40
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_test_replaces_a_private_name(path: Path) -> None:
+    """A stub through an open door says what is relied on; a private name may change with any line."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in ("setattr", "delattr"):
+            texts = [argument.value for argument in node.args[:2] if isinstance(argument, ast.Constant)]
+            names = [part for text in texts for part in str(text).split(".")]
+            private = [name for name in names if name.startswith("_") and not name.startswith("__")]
+            assert not private, f"line {node.lineno} replaces {private}"

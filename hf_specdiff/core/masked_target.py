@@ -86,7 +86,7 @@ class MaskedTarget(Target):
             self.num_leading = (self.prompt_mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
         # None: the model counts slots itself.
         if inputs.get("position_ids") is not None:
-            self.lag = _lag(inputs["position_ids"].to(text.tokens.device), self.rows.length - 1, text.num_rows)
+            self.lag = lag_of(inputs["position_ids"].to(text.tokens.device), self.rows.length - 1, text.num_rows)
         if self._keeps_rows and text.num_rows > 1:
             self.rows.keep_parted()
             token_types = {name: self.model_kwargs[name] for name in TOKEN_TYPE_NAMES if name in self.model_kwargs}
@@ -290,8 +290,17 @@ def _received(model: Any) -> Iterator[dict[str, Any]]:
         hook.remove()
 
 
-def _lag(positions: torch.Tensor, last_place: int, num_rows: int) -> torch.Tensor | int:
-    """Return places less positions, from positions `(B or 1, n)` or `(planes, B or 1, n)` whose last column stands there."""
+def lag_of(positions: torch.Tensor, last_place: int, num_rows: int) -> torch.Tensor | int:
+    """Return how far the positions of a model lie behind the places of the cache.
+
+    Args:
+        positions (`torch.Tensor` of shape `(B or 1, n)` or `(planes, B or 1, n)`, int64): of a pass.
+        last_place (`int`): slot of the pass's last token.
+        num_rows (`int`): B.
+
+    Returns:
+        `int`, the same for all rows; or `torch.Tensor` of shape `(B, 1)` or `(planes, B, 1)`, int64: places less positions.
+    """
     lag = last_place - positions[..., -1:]
     if positions.dim() == 2 and bool((lag == lag[0]).all()):
         return int(lag[0])

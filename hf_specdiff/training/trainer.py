@@ -157,17 +157,24 @@ class SpecDiffTrainer(Trainer):
         metrics: dict[str, float] = {}
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is not None:
-            metrics |= self._evaluate_windows(dataset)
+            metrics |= self.evaluate_windows(dataset)
         if self.eval_prompts:
-            metrics |= self._evaluate_decoding()
+            metrics |= self.evaluate_decoding()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     @torch.no_grad()
-    def _evaluate_windows(self, dataset: Any) -> dict[str, float]:
-        """Return the loss on held-out sequences, and how far the drafter's confidence is from its accuracy."""
+    def evaluate_windows(self, dataset: Any) -> dict[str, float]:
+        """Look at held-out sequences.
+
+        Args:
+            dataset (`torch.utils.data.Dataset`): the sequences.
+
+        Returns:
+            `dict[str, float]`: `loss`, and `calibration_error`: how far the drafter's confidence is from its accuracy.
+        """
         was_training = self.model.training
         self.model.eval()
         losses, confidence, is_right = [], [], []
@@ -185,8 +192,12 @@ class SpecDiffTrainer(Trainer):
         error = calibration_error(torch.cat(confidence), torch.cat(is_right))
         return {"loss": float(torch.cat(losses).mean()), "calibration_error": error}
 
-    def _evaluate_decoding(self) -> dict[str, float]:
-        """Return tokens per round and acceptance per position on the held-out prompts, each process decoding its share."""
+    def evaluate_decoding(self) -> dict[str, float]:
+        """Decode the held-out prompts, each process its share.
+
+        Returns:
+            `dict[str, float]`: `tokens_per_round` and `acceptance_1`, ..., `acceptance_G`, over all processes.
+        """
         drafter = self.accelerator.unwrap_model(self.model)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         own = decode_held_out(self.target, drafter, self.eval_prompts[rank::world], self.args.eval_tokens)

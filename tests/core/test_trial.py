@@ -110,7 +110,7 @@ def test_ordinary_models_pass(config: object) -> None:
 @pytest.mark.parametrize("config", [Qwen3Config(**SMALL), ROBERTA], ids=["rotary", "learned"])
 def test_positions_off_by_one_are_seen(config: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """A control: noise is measured against the host's own decoding, so the same mistake on both sides cannot hide."""
-    monkeypatch.setattr(masked_target, "_lag", lambda positions, last_place, num_rows: -1)
+    monkeypatch.setattr(masked_target, "lag_of", lambda positions, last_place, num_rows: -1)
     model = make_model(config)
     assert why_not_chained(model, CPU) is None
     assert "other logits" in why_not_masked(model, CPU)
@@ -118,7 +118,7 @@ def test_positions_off_by_one_are_seen(config: object, monkeypatch: pytest.Monke
 
 def test_positions_of_padded_rows_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A control: as if every row stood at its slots, which is right only where nothing is padded."""
-    monkeypatch.setattr(masked_target, "_lag", lambda positions, last_place, num_rows: 0)
+    monkeypatch.setattr(masked_target, "lag_of", lambda positions, last_place, num_rows: 0)
     model = make_model(ROBERTA)
     assert why_not_masked(model, CPU) is None
     assert "padded rows" in why_not_masked(model, CPU, has_padding=True)

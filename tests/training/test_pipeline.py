@@ -298,8 +298,8 @@ def test_a_resumed_run_sums_up_all_its_parts_and_evaluates_not_again_at_its_star
         return original(self, **settings)
 
     monkeypatch.setattr(SpecDiffTrainer, "train", train)
-    monkeypatch.setattr(SpecDiffTrainer, "_evaluate_decoding", decode)
-    monkeypatch.setattr(SpecDiffTrainer, "_evaluate_windows", lambda self, dataset: {"loss": 1.0})
+    monkeypatch.setattr(SpecDiffTrainer, "evaluate_decoding", decode)
+    monkeypatch.setattr(SpecDiffTrainer, "evaluate_windows", lambda self, dataset: {"loss": 1.0})
     monkeypatch.setitem(losses.OBJECTIVES, "decayed_ce", objective)
     arguments: dict[str, Any] = {"mask_token_id": MASK_TOKEN_ID, "held_out": HeldOut([[5, 6]], make_sequences(4, seed=9))}
     failing = 7
@@ -471,7 +471,7 @@ def test_steps_and_memory_are_logged_and_told(
         return original(self, **settings)
 
     monkeypatch.setattr(SpecDiffTrainer, "train", train)
-    monkeypatch.setattr(SpecDiffTrainer, "_evaluate_decoding", lambda self: {"tokens_per_round": 1.0, "acceptance_1": 0.5})
+    monkeypatch.setattr(SpecDiffTrainer, "evaluate_decoding", lambda self: {"tokens_per_round": 1.0, "acceptance_1": 0.5})
     held_out = HeldOut([[5, 6]], make_sequences(4, seed=9))
     fit_drafter(make_target(), make_sequences(), tmp_path, PLAN, mask_token_id=MASK_TOKEN_ID, held_out=held_out)
     history, footprint = trainers[0].state.log_history, trainers[0].footprint

@@ -341,7 +341,7 @@ def test_the_drafter_with_the_most_tokens_per_round_is_kept(tmp_path: Path, monk
         weights.append(self.model.norm.weight.detach().clone())
         return {"tokens_per_round": next(rates), "acceptance_1": 0.5}
 
-    monkeypatch.setattr(SpecDiffTrainer, "_evaluate_decoding", judge)
+    monkeypatch.setattr(SpecDiffTrainer, "evaluate_decoding", judge)
     plan = TrainingPlan(
         None, num_layers=1, block_size=4, num_epochs=3, batch_size=8, bf16=False, save_steps=3, learning_rate=1e-2
     )
@@ -355,7 +355,7 @@ def test_the_drafter_with_the_most_tokens_per_round_is_kept(tmp_path: Path, monk
 
 
 def test_training_stops_early_when_nothing_gets_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SpecDiffTrainer, "_evaluate_decoding", lambda self: {"tokens_per_round": 1.0, "acceptance_1": 0.5})
+    monkeypatch.setattr(SpecDiffTrainer, "evaluate_decoding", lambda self: {"tokens_per_round": 1.0, "acceptance_1": 0.5})
     plan = TrainingPlan(None, num_layers=1, block_size=4, num_epochs=30, batch_size=8, bf16=False, save_steps=2, patience=2)
     held_out = HeldOut([[5, 6]], make_sequences(4, seed=9))
     fit_drafter(make_target(), make_sequences(), tmp_path, plan, mask_token_id=MASK_TOKEN_ID, held_out=held_out)
