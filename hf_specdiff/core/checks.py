@@ -33,22 +33,22 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MOST_PADDING = 1024
 
 
-def check_pair(model: Any, drafter: Any) -> None:
+def check_pair(model: Any, network: Any) -> None:
     """Refuse a drafter that was not made for this target.
 
     Args:
         model (`transformers.PreTrainedModel`): the target.
-        drafter (`SpecDiffDrafter`): the drafter.
+        network (`SpecDiffDrafter`): the drafter's.
 
     Raises:
-        TypeError: if `drafter` is none.
+        TypeError: if it is another kind of object.
         ValueError: if the two do not fit.
     """
-    config: Any = getattr(drafter, "config", None)
+    config: Any = getattr(network, "config", None)
     if getattr(config, "model_type", None) != "specdiff":
         raise TypeError(
             f"`assistant_model` must be a SpecDiffDrafter or an object with `draft` and `target_layer_ids`, got "
-            f"{type(drafter).__name__}. Load drafters of any format with hf_specdiff.load_drafter(source, target=model), and "
+            f"{type(network).__name__}. Load drafters of any format with hf_specdiff.load_drafter(source, target=model), and "
             "pass other assistants to model.generate."
         )
     check_target(model)

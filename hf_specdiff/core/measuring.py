@@ -40,14 +40,14 @@ CONTEXT_LENGTH = 64
 NOISE = 1.25
 
 
-def measure_profile(model: Any, drafter: Any, speculation: SpeculationConfig, device: torch.device) -> Profile:
+def measure_profile(model: Any, network: Any, speculation: SpeculationConfig, device: torch.device) -> Profile:
     """Measure target passes over 1 to 256 tokens and the drafter's pass, each with all that the loop does around it.
 
     It takes at most 2 seconds, or 20 plain steps where that is more: what does not fit is left out.
 
     Args:
         model (`transformers.PreTrainedModel`): the target.
-        drafter (`SpecDiffDrafter`): the drafter.
+        network (`SpecDiffDrafter`): the drafter's.
         speculation (`SpeculationConfig`): what rounds look like.
         device (`torch.device`): of the call's inputs.
 
@@ -63,7 +63,7 @@ def measure_profile(model: Any, drafter: Any, speculation: SpeculationConfig, de
 
     start = clock()
     with torch.no_grad(), torch.random.fork_rng():
-        draft_pass, target_pass = _passes(model, drafter, speculation, device)
+        draft_pass, target_pass = _passes(model, network, speculation, device)
         seconds = least_seconds(draft_pass, target_pass, _room(model) - _text_length(model), clock, start)
     return profile_from(seconds, machine_of(device))
 
@@ -136,21 +136,21 @@ def least_seconds(
 
 
 def _passes(
-    model: Any, drafter: Any, speculation: SpeculationConfig, device: torch.device
+    model: Any, network: Any, speculation: SpeculationConfig, device: torch.device
 ) -> tuple[Callable[[], Any], Callable[[int], Any]]:
     """Return a drafter pass, and a target pass over a number of tokens, behind a short text."""
     config = model.config.get_text_config()
     ids = torch.arange(_text_length(model), device=device)[None] * 7 % config.vocab_size
-    ids = torch.where(ids == drafter.config.mask_token_id, (ids + 1) % config.vocab_size, ids)
-    put_around = make_drafter(drafter, model, speculation, LogitsProcessorList(), shaper=DraftShaper(speculation))
+    ids = torch.where(ids == network.config.mask_token_id, (ids + 1) % config.vocab_size, ids)
+    drafter = make_drafter(network, model, speculation, LogitsProcessorList(), shaper=DraftShaper(speculation))
     is_tree = speculation.draft_shape != "chain"
     target_class = MaskedTarget if is_tree else chain_target_class(model)
-    target = target_class(model, GenerationConfig(), fresh_kwargs(model, ids), put_around.target_layer_ids)
+    target = target_class(model, GenerationConfig(), fresh_kwargs(model, ids), drafter.target_layer_ids)
     text = Text.of_prompt(ids)
     target.prefill(text)
     features = target.commit([[0]], 0)
     text = text.extended([[int(ids[0, 0])]])
-    put_around.draft(text, features)
+    drafter.draft(text, features)
 
     def target_pass(size: int) -> None:
         tokens = ids[:, :1].expand(1, size - 1)
@@ -158,7 +158,7 @@ def _passes(
         target.verify(text, DraftTree(tokens, path) if is_tree else Draft(tokens, None, has_prefix_law=True))
         target.forget(size)  # the next pass stands where this one stood
 
-    return partial(put_around.draft, text, None), target_pass
+    return partial(drafter.draft, text, None), target_pass
 
 
 def _room(model: Any) -> float:

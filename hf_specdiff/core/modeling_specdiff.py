@@ -27,15 +27,15 @@ from transformers.utils import ModelOutput
 from .candidate_generator import SpecDiffCandidateGenerator
 from .candidate_generator import check_stock_call
 from .configuration_specdiff import SpecDiffConfig
+from .files import check_drafted_ids
+from .files import check_finite
+from .files import check_weight_files
 from .heads import CandidateSelector
 from .heads import ConfidenceHead
 from .heads import MarkovHead
 from .heads import WindowConvolution
 from .repository import RepositoryMixin
 from .text import check_prompt
-from .weights import check_drafted_ids
-from .weights import check_finite
-from .weights import check_weight_files
 
 
 @dataclass

@@ -51,12 +51,12 @@ class _Known:
 
 
 _KNOWN: dict[str, _Known] = {}
-# Hashes of two configurations by target, drafter and what else may change: writing them out takes a millisecond.
+# Hashes of two configurations by target, network and what else may change: writing them out takes a millisecond.
 _CONFIGS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple[Any, ...], str]]] = WeakKeyDictionary()
 
 
 def profile_of(
-    model: Any, drafter: Any, speculation: SpeculationConfig, device: torch.device, given: Profile | str | Path | None = None
+    model: Any, network: Any, speculation: SpeculationConfig, device: torch.device, given: Profile | str | Path | None = None
 ) -> Profile:
     """Return what rounds cost: as given, as stored, or measured now and stored.
 
@@ -65,7 +65,7 @@ def profile_of(
 
     Args:
         model (`transformers.PreTrainedModel`): the target.
-        drafter (`SpecDiffDrafter`): the drafter.
+        network (`SpecDiffDrafter`): the drafter's.
         speculation (`SpeculationConfig`): how passes are prepared, where there is something to measure.
         device (`torch.device`): of the call's inputs.
         given (`Profile` or path, *optional*): to be used as it is, so that a run can be repeated.
@@ -82,27 +82,27 @@ def profile_of(
         if not isinstance(given, str | Path):
             raise ValueError(f"`profile` must be a Profile or a file that holds one, got {type(given).__name__}.")
         return _read(Path(given))
-    key = _pair_key(model, drafter, device)
+    key = _pair_key(model, network, device)
     path = cache_folder() / f"{key}.json"
     known = _KNOWN.setdefault(key, _Known(_stored(path)))
     if known.profile is None or (known.profile.is_doubtful and known.calls_left == 0):
-        known.profile = known.written = _measured(path, known.profile, model, drafter, speculation, device)
+        known.profile = known.written = _measured(path, known.profile, model, network, speculation, device)
         known.calls_left, known.interval = known.interval, 2 * known.interval
     elif known.profile.is_doubtful:
         known.calls_left -= 1
     return known.profile
 
 
-def learn(model: Any, drafter: Any, device: torch.device, budget: Budget) -> None:
+def learn(model: Any, network: Any, device: torch.device, budget: Budget) -> None:
     """Let the next call with this pair start from what this one has learnt.
 
     Args:
         model (`transformers.PreTrainedModel`): the target.
-        drafter (`SpecDiffDrafter`): the drafter.
+        network (`SpecDiffDrafter`): the drafter's.
         device (`torch.device`): of the call's inputs.
         budget (`Budget`): of the call, at its end.
     """
-    key = _pair_key(model, drafter, device)
+    key = _pair_key(model, network, device)
     known = _KNOWN[key]
     assert known.profile is not None
     old, factors = known.profile, budget.calibration.factors
@@ -169,7 +169,7 @@ def _stored(path: Path) -> Profile | None:
 
 
 def _measured(
-    path: Path, earlier: Profile | None, model: Any, drafter: Any, speculation: SpeculationConfig, device: torch.device
+    path: Path, earlier: Profile | None, model: Any, network: Any, speculation: SpeculationConfig, device: torch.device
 ) -> Profile:
     """Measure, say so, and keep the result, or the least of it and of an earlier profile."""
     reason = "" if earlier is None else " again, since rounds did not agree with it or other programs were running"
@@ -177,7 +177,7 @@ def _measured(
         f"Measuring what passes of this pair cost{reason}, for at most {MOST_SECONDS:.0f} seconds or {MOST_STEPS} plain steps. "
         f"It is kept in {path}; with `profile=` nothing is measured."
     )
-    profile = measure_profile(model, drafter, speculation, device)
+    profile = measure_profile(model, network, speculation, device)
     if earlier is not None:
         profile = profile.least(earlier)
     try:
@@ -200,19 +200,19 @@ def _read(path: Path) -> Profile:
         raise ValueError(f"`profile` must be a Profile or a file that holds one, got {str(path)!r}: {error}") from error
 
 
-def _pair_key(model: Any, drafter: Any, device: torch.device) -> str:
+def _pair_key(model: Any, network: Any, device: torch.device) -> str:
     """Return a name for the machine and for everything about a pair that decides what its rounds cost and bring."""
     parts = [machine_of(device), transformers.__version__, str(FINE_SIZES)]
-    for network in (model, drafter):
-        placement = getattr(network, "hf_device_map", None) or network.device.type
-        config = network.config.get_text_config()
-        parts += [str(network.dtype), str(network.config._attn_implementation), str(placement)]
+    for one in (model, network):
+        placement = getattr(one, "hf_device_map", None) or one.device.type
+        config = one.config.get_text_config()
+        parts += [str(one.dtype), str(one.config._attn_implementation), str(placement)]
         parts += [str(config.num_hidden_layers), str(config.hidden_size), str(config.vocab_size)]
-    configs = _CONFIGS.setdefault(model, WeakKeyDictionary()).setdefault(drafter, {})
+    configs = _CONFIGS.setdefault(model, WeakKeyDictionary()).setdefault(network, {})
     state = tuple(parts)
     if state not in configs:
-        configs[state] = _hash(*parts, model.config.to_json_string(), drafter.config.to_json_string())
-    return _hash(configs[state], _fingerprint(model), _fingerprint(drafter))
+        configs[state] = _hash(*parts, model.config.to_json_string(), network.config.to_json_string())
+    return _hash(configs[state], _fingerprint(model), _fingerprint(network))
 
 
 def _fingerprint(network: Any) -> str:
