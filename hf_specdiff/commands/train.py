@@ -11,6 +11,7 @@ from hf_specdiff.commands.loading import load_tokenizer
 from hf_specdiff.commands.regenerate import INTERRUPTED
 from hf_specdiff.commands.regenerate import read_sources
 from hf_specdiff.commands.regenerate import share_lines
+from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.training.corpus import read_corpus
 from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import processes
@@ -38,13 +39,20 @@ def train_command(
     ] = None,
     prompt_field: Annotated[str | None, typer.Option(help="the field or column to read, question for one")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="each text is a user's turn: put it into the chat template")] = False,
-    init: Annotated[Path | None, typer.Option(help="a drafter of the same shape to go on from")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="a drafter to go on from; shape and mask are its own where no option names them")
+    ] = None,
+    train: Annotated[str, typer.Option(help="all weights, or head: those of --init stay, but for its head's")] = "all",
+    head: Annotated[
+        str | None, typer.Option(help="for features: markov or gated, a head that makes each law one given the token before")
+    ] = None,
+    head_rank: Annotated[int | None, typer.Option(min=1, help="of --head; by default 64")] = None,
     cache_features: Annotated[
         Path | None,
         typer.Option(help="folder for the target's states: it runs once, later epochs and runs cost the drafter alone"),
     ] = None,
-    conditioning: Annotated[str, typer.Option(help="features or tokens")] = "features",
-    num_target_layers: Annotated[int, typer.Option(help="target layers to read, for features")] = 5,
+    conditioning: Annotated[str | None, typer.Option(help="features or tokens; by default features")] = None,
+    num_target_layers: Annotated[int | None, typer.Option(help="target layers to read, for features; by default 5")] = None,
     mask_token_id: Annotated[int | None, typer.Option(help="by default an id that is never written")] = None,
     mask_embedding: Annotated[
         bool | None,
@@ -60,8 +68,8 @@ def train_command(
             help="for features: draft the N commonest tokens of the text alone, and read the head's rows of these alone"
         ),
     ] = None,
-    num_layers: Annotated[int, typer.Option(min=1)] = 3,
-    block_size: Annotated[int, typer.Option(min=2)] = 16,
+    num_layers: Annotated[int | None, typer.Option(min=1, help="by default 3")] = None,
+    block_size: Annotated[int | None, typer.Option(min=2, help="by default 16")] = None,
     max_length: Annotated[int, typer.Option(min=4, help="tokens of a training sequence")] = 512,
     num_epochs: Annotated[float, typer.Option()] = 4,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
@@ -87,8 +95,13 @@ def train_command(
     bf16: Annotated[bool, typer.Option("--bf16/--float32")] = True,
 ) -> None:
     """Train a drafter for a target on the text that the target writes; Ctrl-C saves, the same command resumes."""
-    if conditioning not in ("features", "tokens"):
+    if conditioning not in (None, "features", "tokens"):
         raise ValueError(f"`--conditioning` must be features or tokens, got {conditioning!r}.")
+    if head_rank is not None and head is None:
+        raise ValueError(f"`--head-rank` must be left out without `--head`, got {head_rank}.")
+    if train not in ("all", "head"):
+        raise ValueError(f"`--train` must be all or head, got {train!r}.")
+    own = None if init is None else SpecDiffConfig.from_pretrained(init)
     if as_is and regenerate_at is not None:
         raise ValueError(
             f"`--regenerate-at` must be left out with `--as-is`, got {regenerate_at:g}. Nothing is continued then."
@@ -106,11 +119,11 @@ def train_command(
     device_map = "auto" if state.num_processes == 1 else {"": state.device}
     model = load_model("target", target, dtype=dtype, device_map=device_map).eval()
     tokenizer = load_tokenizer("target", target)
-    num_available = model.config.get_text_config().num_hidden_layers
+    shape = drafter_shape(model, own, conditioning, num_target_layers, mask_embedding)
     plan = TrainingPlan(
-        target_layer_ids=spread_layers(num_available, num_target_layers) if conditioning == "features" else None,
-        num_layers=num_layers,
-        block_size=block_size,
+        **shape,
+        num_layers=num_layers or (3 if own is None else own.num_hidden_layers),
+        block_size=block_size or (16 if own is None else own.block_size),
         max_length=max_length,
         num_epochs=num_epochs,
         batch_size=batch_size,
@@ -125,8 +138,10 @@ def train_command(
         num_eval_prompts=eval_prompts,
         eval_tokens=eval_tokens,
         warmup=warmup,
-        has_mask_embedding=conditioning == "features" and (has_tied_head(model) if mask_embedding is None else mask_embedding),
         draft_vocab_size=draft_vocab,
+        head=head,
+        head_rank=head_rank or 64,
+        trained=train,
         patience=patience,
         temperature=regenerate_at or 0.0,
         as_is=as_is,
@@ -148,7 +163,7 @@ def train_command(
             corpus,
             output,
             plan,
-            mask_token_id=mask_token_id,
+            mask_token_id=own.mask_token_id if own is not None and mask_token_id is None else mask_token_id,
             regenerate_batch_size=regenerate_batch_size,
             start_from=init,
             cache_features=cache_features,
@@ -163,6 +178,37 @@ def train_command(
         raise typer.Exit(INTERRUPTED)
     if state.is_main_process:
         typer.echo(f"The drafter is in {output}, with pictures of the run.")
+
+
+def drafter_shape(
+    target: Any,
+    own: SpecDiffConfig | None,
+    conditioning: str | None,
+    num_target_layers: int | None,
+    mask_embedding: bool | None,
+) -> dict[str, Any]:
+    """Return what a drafter reads: what the options say, else what the one to go on from does, else what fits the target.
+
+    Args:
+        target (`transformers.PreTrainedModel`): the target.
+        own (`SpecDiffConfig`, *optional*): of the drafter to go on from.
+        conditioning (`str`, *optional*): `--conditioning`.
+        num_target_layers (`int`, *optional*): `--num-target-layers`.
+        mask_embedding (`bool`, *optional*): `--mask-embedding`.
+
+    Returns:
+        `dict`: `target_layer_ids` and `has_mask_embedding` of a `TrainingPlan`.
+    """
+    if conditioning is None:
+        conditioning = "features" if own is None or own.is_feature_conditioned else "tokens"
+    if conditioning == "tokens":
+        return {"target_layer_ids": None, "has_mask_embedding": False}
+    layer_ids = own.target_layer_ids if own is not None and num_target_layers is None else None
+    if layer_ids is None:
+        layer_ids = spread_layers(target.config.get_text_config().num_hidden_layers, num_target_layers or 5)
+    if mask_embedding is None:
+        mask_embedding = has_tied_head(target) if own is None else own.has_mask_embedding
+    return {"target_layer_ids": layer_ids, "has_mask_embedding": mask_embedding}
 
 
 def has_tied_head(target: Any) -> bool:

@@ -227,6 +227,12 @@ class Windows:
     labels: torch.Tensor
     anchors: torch.Tensor
 
+    @property
+    def previous(self) -> torch.Tensor:
+        """The text's token before each label, `(B * A, W - 1)` int64: the anchor, then labels; any id where there is none."""
+        anchors = self.input_ids.view(len(self.labels), -1)[:, :1]
+        return torch.cat([anchors, self.labels[:, :-1].clamp(min=0)], dim=1)
+
 
 def sample_windows(
     batch: dict[str, torch.Tensor], num_anchors: int, block_size: int, mask_token_id: int, generator: torch.Generator

@@ -22,6 +22,7 @@ from transformers import PrinterCallback
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_specdiff.core.configuration_specdiff import SIZES
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.training.continuation import end_tokens_of
@@ -35,6 +36,9 @@ from hf_specdiff.training.disk import room_in
 from hf_specdiff.training.draft_vocabulary import drafted_tokens
 from hf_specdiff.training.draft_vocabulary import restrict
 from hf_specdiff.training.feature_cache import FeatureCache
+from hf_specdiff.training.heads import HEADS
+from hf_specdiff.training.heads import add_head
+from hf_specdiff.training.heads import train_head_alone
 from hf_specdiff.training.losses import DISTILLATION
 from hf_specdiff.training.mask_token import check_mask_token
 from hf_specdiff.training.mask_token import find_mask_token
@@ -53,6 +57,8 @@ from hf_specdiff.training.trainer import StopOnInterrupt
 from hf_specdiff.training.trainer import check_objectives
 from hf_specdiff.training.trainer import make_drafter_config
 from hf_specdiff.training.trainer import new_drafter
+
+MOST_RANK = SIZES["markov_rank"][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,11 @@ class TrainingPlan:
         draft_vocab_size (`int`, *optional*): tokens that are drafted: the commonest of the training text, and those that end
             the target's text or are special in it. Feature-conditioned drafters only. `None`: all, or those of the drafter that
             the run goes on from.
+        head (`str`, *optional*): `"markov"` or `"gated"`: a head that makes each position's law one that is given the token
+            before it, see `SpecDiffConfig.markov_head_type`; feature-conditioned drafters only. `None`: none, or that of the
+            drafter that the run goes on from.
+        head_rank (`int`): its rank.
+        trained (`str`): `"all"`, or `"head"`: the weights of the drafter that the run goes on from stay, but for its head's.
     """
 
     target_layer_ids: list[int] | None
@@ -109,6 +120,9 @@ class TrainingPlan:
     warmup: float = 0.05
     has_mask_embedding: bool = False
     draft_vocab_size: int | None = None
+    head: str | None = None
+    head_rank: int = 64
+    trained: str = "all"
 
 
 def train_drafter(
@@ -144,6 +158,7 @@ def train_drafter(
         ValueError: if `output` holds a run with other settings, no prompt is usable, or the loss is no number any more.
         OSError: if the disk is full.
     """
+    _check_trained(plan, start_from)
     _training_setup(target, output, plan, mask_token_id)  # a mistake in the plan is found before the work
     work = output / "work"
     settings = {**asdict(plan), "mask_token_id": mask_token_id, "corpus": _digest(corpus), **identity_of(target)}
@@ -245,6 +260,7 @@ def fit_drafter(
     Raises:
         ValueError: if the plan does not fit the target, the drafter to go on from, or the text.
     """
+    _check_trained(plan, start_from)
     config, arguments = _training_setup(target, output, plan, mask_token_id, evaluates=held_out is not None)
     interrupt = StopOnInterrupt()
     token_ids = None
@@ -255,6 +271,10 @@ def fit_drafter(
         drafter = new_drafter(config, plan.seed, target, token_ids)
     else:
         drafter = drafter_to_go_on_from(start_from, config, token_ids)
+    if plan.head is not None:
+        add_head(drafter, plan.head, plan.head_rank, plan.seed)
+    if plan.trained == "head":
+        train_head_alone(drafter)
     dataset = SequenceDataset(sequences, plan.max_length)
     if cache_features is not None:
         dataset.features = make_feature_cache(cache_features, dataset, target, plan)
@@ -356,15 +376,35 @@ def drafter_to_go_on_from(folder: Path, config: SpecDiffConfig, token_ids: torch
     return restrict(drafter, token_ids) if own is None and token_ids is not None else drafter
 
 
+def _check_trained(plan: TrainingPlan, start_from: Path | None) -> None:
+    """Refuse a head that cannot be, or one that is to be trained on nothing."""
+    if plan.head is not None and plan.head not in HEADS:
+        raise ValueError(f"`head` must be one of {', '.join(HEADS)}, got {plan.head!r}.")
+    if plan.head is not None and plan.target_layer_ids is None:
+        raise ValueError(
+            f"`head` must be left out for a token-conditioned drafter, got {plan.head!r}. Feature-conditioned ones have heads."
+        )
+    if plan.head is not None and not 1 <= plan.head_rank <= MOST_RANK:
+        raise ValueError(f"`head_rank` must be from 1 to {MOST_RANK}, got {plan.head_rank}. Take 64, or 256.")
+    if plan.trained not in ("all", "head"):
+        raise ValueError(f"`trained` must be 'all' or 'head', got {plan.trained!r}.")
+    if plan.trained == "head" and start_from is None:
+        raise ValueError(
+            "`trained` must be 'all' for a fresh drafter, got 'head': its head would learn beside noise. Name a drafter "
+            "to go on from (--init)."
+        )
+
+
 def _write_down(config: SpecDiffConfig, plan: TrainingPlan, num_sequences: int) -> None:
     """Put into a drafter's configuration how it is made, for its card; a later stage follows the earlier ones."""
     terms = [f"{name} (weight {weight:g})" for name, weight in plan.loss_weights.items()]
     if plan.context_weight:
         terms.append(f"next token of the context (weight {plan.context_weight:g})")
     kind = " of text as it stands," if plan.as_is else ""
+    alone = ", for the head alone" if plan.trained == "head" else ""
     stage = {
         "data": f"{num_sequences:,} sequences{kind} of up to {plan.max_length} tokens, {plan.num_epochs:g} epochs",
-        "objective": " + ".join(terms),
+        "objective": " + ".join(terms) + alone,
     }
     earlier = config.training or {}
     config.training = {name: f"{earlier[name]}; then {text}" if name in earlier else text for name, text in stage.items()}

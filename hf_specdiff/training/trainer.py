@@ -38,6 +38,7 @@ from hf_specdiff.training.evaluation import calibration_error
 from hf_specdiff.training.evaluation import decode_held_out
 from hf_specdiff.training.feature_cache import features_of
 from hf_specdiff.training.footprint import Footprint
+from hf_specdiff.training.heads import given_tokens_before
 from hf_specdiff.training.losses import DISTILLATION
 from hf_specdiff.training.losses import IGNORED
 from hf_specdiff.training.losses import LOSSES
@@ -314,7 +315,8 @@ class SpecDiffTrainer(Trainer):
         states = states.unflatten(1, (-1, config.block_size)).flatten(0, 1)[:, 1:]
         if self._head is None:
             self._head = lent_head(self.target, network.drafted_ids)
-        return network.drafted_logits(states, self._head)
+        logits = network.drafted_logits(states, self._head)
+        return given_tokens_before(network, logits, states, windows.previous)
 
 
 class EvaluateAtEnd(TrainerCallback):

@@ -1,0 +1,272 @@
+"""Heads that know the token before: taught as they are decoded, put on trunks that stay, saved and used like any drafter."""
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+from transformers import LogitsProcessorList
+from transformers import logging
+
+import hf_specdiff
+from hf_specdiff import SpecDiffDrafter
+from hf_specdiff.commands.main import main
+from hf_specdiff.core.cache import RaggedCache
+from hf_specdiff.core.conditioning import make_drafter as put_around
+from hf_specdiff.core.features import Features
+from hf_specdiff.core.speculation import SpeculationConfig
+from hf_specdiff.core.text import Text
+from hf_specdiff.training.data import collate
+from hf_specdiff.training.data import sample_windows
+from hf_specdiff.training.heads import add_head
+from hf_specdiff.training.heads import train_head_alone
+from hf_specdiff.training.pipeline import TrainingPlan
+from hf_specdiff.training.pipeline import fit_drafter
+from hf_specdiff.training.trainer import make_drafter_config
+from hf_specdiff.training.trainer import new_drafter
+from tests.conftest import MASK_TOKEN_ID
+from tests.conftest import make_drafter
+from tests.conftest import make_target
+from tests.core.test_draft_vocabulary import KEPT
+from tests.core.test_draft_vocabulary import reduced
+
+from .test_training import KillAfter
+from .test_training import make_sequences
+from .test_training import make_trainer
+
+PLAN = TrainingPlan([0, 2], num_layers=1, block_size=4, max_length=24, num_epochs=2, batch_size=4, bf16=False, save_steps=4)
+KINDS = ["markov", "gated"]
+
+
+def with_head(kind: str, *, is_reduced: bool) -> SpecDiffDrafter:
+    """Return a drafter with a head whose weights are random."""
+    fields: dict[str, Any] = {"markov_rank": 4, "markov_head_type": kind}
+    drafter = reduced(KEPT, **fields) if is_reduced else make_drafter([0, 2], **fields)
+    torch.nn.init.normal_(drafter.markov_head.markov_w1.weight)
+    torch.nn.init.normal_(drafter.markov_head.markov_w2.weight)
+    return drafter
+
+
+@pytest.mark.parametrize("is_reduced", [False, True], ids=["all tokens", "some tokens"])
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_training_reads_the_laws_that_decoding_draws_from(kind: str, is_reduced: bool, tmp_path: Path) -> None:
+    """Each slot's law given the text's token before it: the conditional law of a decoding round that drafted these tokens."""
+    target, drafter = make_target(), with_head(kind, is_reduced=is_reduced)
+    trainer = make_trainer(tmp_path, drafter, num_anchors=3)
+    batch = collate([trainer.train_dataset[i] for i in range(3)])
+    with torch.no_grad():
+        _, outputs = trainer.compute_loss(drafter, batch, return_outputs=True)
+    seed = trainer._window_seed(batch["indices"])
+    windows = sample_windows(batch, 3, 6, MASK_TOKEN_ID, torch.Generator().manual_seed(seed))
+    num_compared = 0
+    for row in range(3):
+        for column in range(3):
+            number, anchor = row * 3 + column, int(windows.anchors[row, column])
+            text = batch["input_ids"][row : row + 1, : anchor + 1]
+            with torch.no_grad():
+                states = target(text[:, :-1], output_hidden_states=True).hidden_states
+            given = Features(torch.cat([states[i + 1] for i in (0, 2)], dim=-1), [anchor])
+            decoding = put_around(drafter, target, SpeculationConfig(5, draft_temperature=1.0), LogitsProcessorList())
+            decoding.rows = RaggedCache(decoding.cache, 1)
+            window = torch.tensor([[int(text[0, -1])] + [MASK_TOKEN_ID] * 5])
+            with torch.no_grad():
+                logits = decoding.window_logits(window, Text.of_prompt(text), given)
+                laws = decoding._conditionals(Text.of_prompt(text), logits.clone())
+                previous, memory = laws.anchors, None
+                for index, label in enumerate(windows.labels[number].tolist()):
+                    if label == -100:
+                        break
+                    scores, memory = laws.step(index, [0], previous, memory)
+                    law = scores[0].log_softmax(-1)
+                    seen = outputs["log_probs"][number, index]
+                    if is_reduced:
+                        law = law[KEPT]
+                    else:  # decoding never drafts the mask, and training has no label there
+                        seen = seen.index_fill(0, torch.tensor(MASK_TOKEN_ID), -torch.inf).log_softmax(-1)
+                    torch.testing.assert_close(seen, law, atol=1e-4, rtol=1e-4)
+                    previous = torch.tensor([label])
+                    num_compared += 1
+    assert num_compared > 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_head_changes_nothing(kind: str) -> None:
+    target, drafter = make_target(), make_drafter([0, 2])
+    settings = {"max_new_tokens": 16, "do_sample": False, "draft_shape": "chain", "gamma": 5, "return_dict_in_generate": True}
+    ids = torch.tensor([[1, 5, 9]])
+    before = hf_specdiff.generate(target, ids, assistant_model=drafter, **settings).speculation.num_accepted
+    generator = torch.random.get_rng_state()
+    add_head(drafter, kind, 4, 0)
+    assert torch.equal(torch.random.get_rng_state(), generator)
+    states, previous = torch.randn(9, 16), torch.arange(9)
+    logits = torch.randn(9, 31)
+    assert torch.equal(drafter.step_logits(logits, states, previous)[0], logits)
+    assert hf_specdiff.generate(target, ids, assistant_model=drafter, **settings).speculation.num_accepted == before
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trunk")
+    assert fit_drafter(make_target(), make_sequences(), folder, PLAN, mask_token_id=MASK_TOKEN_ID)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "losses", "count"),
+    [("gated", {"dpace": 1.0, "chain": 0.5}, None), ("markov", {"ce": 0.2, "tv": 0.8}, 12)],
+    ids=["gated", "markov of some tokens"],
+)
+def test_a_head_is_trained_alone_and_the_drafter_is_like_any(
+    kind: str, losses: dict[str, float], count: int | None, trunk: Path, tmp_path: Path
+) -> None:
+    target = make_target()
+    plan = replace(PLAN, head=kind, head_rank=4, trained="head", loss_weights=losses, draft_vocab_size=count)
+    assert fit_drafter(target, make_sequences(), tmp_path, plan, mask_token_id=MASK_TOKEN_ID, start_from=trunk)
+    drafter, before = SpecDiffDrafter.from_pretrained(tmp_path), SpecDiffDrafter.from_pretrained(trunk).state_dict()
+    own = {
+        name: weight for name, weight in drafter.state_dict().items() if not name.startswith("markov_head.") and name != "d2t"
+    }
+    assert own.keys() == before.keys()
+    for name, weight in own.items():
+        assert torch.equal(weight, before[name]), name
+    assert bool(drafter.markov_head.markov_w2.weight.any())
+    assert len(drafter.markov_head.markov_w2.weight) == (count or 31)
+    assert "for the head alone" in drafter.config.training["objective"]
+    check_greedy_and_drawn(target, drafter)
+
+
+def check_greedy_and_drawn(target: LlamaForCausalLM, drafter: SpecDiffDrafter) -> None:
+    ids = torch.tensor([[1, 5, 9, 4], [3, 8, 8, 6]])
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    plain = target.generate(ids, **settings)
+    for scheme in ({"draft_shape": "chain", "gamma": 3}, {"draft_shape": "tree", "tree_budget": 6}):
+        assert torch.equal(hf_specdiff.generate(target, ids, assistant_model=drafter, **settings, **scheme), plain)
+    drawn = {"max_new_tokens": 6, "do_sample": True, "top_k": 0, "acceptance": "ratio", "draft_shape": "chain", "gamma": 3}
+    assert hf_specdiff.generate(target, ids[:1], assistant_model=drafter, **drawn).shape[1] > 4
+
+
+def test_a_head_learns_what_a_trunk_alone_cannot(tmp_path: Path) -> None:
+    """Text in which each token follows from the one before, and a trunk that sees neither: the loss falls by the head alone."""
+    drafter = add_head(make_drafter([0, 2]), "gated", 16, 0)
+    train_head_alone(drafter)
+    trainer = make_trainer(tmp_path, drafter, max_steps=60, save_steps=1000, learning_rate=3e-2)
+    sequences = trainer.train_dataset.sequences
+    for start, end in zip(sequences.starts.tolist(), sequences.ends.tolist(), strict=True):
+        for place in range(start + 1, end):
+            sequences.tokens[place] = 3 + (3 * int(sequences.tokens[place - 1]) + 1) % 26
+    batch = collate([trainer.train_dataset[i] for i in range(16)])
+
+    def loss() -> float:
+        drafter.eval()
+        with torch.no_grad():
+            return float(trainer.compute_loss(drafter, batch))
+
+    first = loss()
+    trainer.train()
+    assert loss() < 0.6 * first
+
+
+def test_an_interrupted_run_of_a_head_ends_in_the_weights_of_an_unbroken_one(trunk: Path, tmp_path: Path) -> None:
+    plan = replace(PLAN, head="gated", head_rank=4, trained="head")
+    arguments: dict[str, Any] = {"mask_token_id": MASK_TOKEN_ID, "start_from": trunk}
+    assert fit_drafter(make_target(), make_sequences(), tmp_path / "unbroken", plan, **arguments)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit_drafter(make_target(), make_sequences(), tmp_path / "broken", plan, **arguments, callbacks=[KillAfter(6)])
+    assert fit_drafter(make_target(), make_sequences(), tmp_path / "broken", plan, **arguments)
+    one, other = (SpecDiffDrafter.from_pretrained(tmp_path / name).state_dict() for name in ("unbroken", "broken"))
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"head": "rnn"}, "`head` must be one of markov, gated, got 'rnn'"),
+        ({"head": "gated", "head_rank": 0}, "`head_rank` must be from 1 to 16384, got 0"),
+        ({"head": "gated", "target_layer_ids": None}, "`head` must be left out for a token-conditioned"),
+        ({"trained": "trunk"}, "`trained` must be 'all' or 'head', got 'trunk'"),
+        ({"trained": "head", "head": "gated"}, "`trained` must be 'all' for a fresh drafter"),
+    ],
+)
+def test_heads_that_cannot_be_are_refused(fields: dict, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        fit_drafter(make_target(), make_sequences(), tmp_path / "new", replace(PLAN, **fields), mask_token_id=MASK_TOKEN_ID)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[TrainingPlan, dict[str, Any]]]:
+    """Return `hf-specdiff train` without its work: words to a plan and what goes with it."""
+    tokenizer = hf_specdiff.load_demo()[2]
+    target = make_target(vocab_size=len(tokenizer))
+    target.save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    config = make_drafter_config(
+        target, mask_token_id=9, block_size=5, num_layers=1, target_layer_ids=[0, 1], has_mask_embedding=True
+    )
+    new_drafter(config, 0, target).save_pretrained(tmp_path / "trunk")
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    seen: list[Any] = []
+
+    def train(target: Any, tokenizer: Any, corpus: Any, output: Path, plan: TrainingPlan, **settings: Any) -> bool:
+        seen[:] = [plan, settings]
+        return True
+
+    monkeypatch.setattr("hf_specdiff.commands.train.train_drafter", train)
+
+    def run(*options: str) -> tuple[TrainingPlan, dict[str, Any]]:
+        seen.clear()
+        words = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["hf-specdiff", "train", str(tmp_path / "target"), *words, *options])
+        verbosity = logging.get_verbosity()
+        with suppress(SystemExit):
+            main()
+        logging.set_verbosity(verbosity)
+        return seen[0], seen[1]
+
+    return run
+
+
+def test_a_drafter_to_go_on_from_tells_its_shape(command: Callable[..., Any], tmp_path: Path) -> None:
+    plan, settings = command("--init", str(tmp_path / "trunk"), "--train", "head", "--head", "gated", "--draft-vocab", "40")
+    assert (plan.num_layers, plan.block_size, plan.target_layer_ids) == (1, 5, [0, 1])
+    assert (plan.has_mask_embedding, settings["mask_token_id"]) == (True, 9)
+    assert (plan.head, plan.head_rank, plan.trained, plan.draft_vocab_size) == ("gated", 64, "head", 40)
+    other = ["--num-layers", "2", "--num-target-layers", "1", "--block-size", "7"]
+    plan, settings = command("--init", str(tmp_path / "trunk"), *other)
+    assert (plan.num_layers, plan.block_size, plan.target_layer_ids) == (2, 7, [1])
+    plan, settings = command("--num-target-layers", "2")
+    assert (plan.num_layers, plan.block_size, plan.head, plan.trained, settings["mask_token_id"]) == (3, 16, None, "all", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--head-rank", "8"], "`--head-rank` must be left out without `--head`"),
+        (["--train", "trunk"], "`--train` must be all or"),
+    ],
+)
+def test_words_that_do_not_go_together_are_refused(
+    options: list[str], words: str, command: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(IndexError):
+        command(*options)
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_head_that_is_not_there_or_another_one_is_refused(trunk: Path, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"mask_token_id": MASK_TOKEN_ID}
+    with pytest.raises(ValueError, match="`trained` must be 'all' for a drafter whose logits"):
+        fit_drafter(make_target(), make_sequences(), tmp_path, replace(PLAN, trained="head"), start_from=trunk, **arguments)
+    words = r"`head` must be the one that the drafter has, got 'gated' of rank 4 .* 'vanilla' of rank 8"
+    with pytest.raises(ValueError, match=words):
+        add_head(add_head(make_drafter([0, 2]), "markov", 8, 0), "gated", 4, 0)
+    with pytest.raises(ValueError, match=r"`head` must be the one that the drafter has, .* a selector"):
+        add_head(make_drafter([0, 2], selector_rank=4), "gated", 4, 0)
+    with pytest.raises(ValueError, match="`trained` must be 'all'"):
+        train_head_alone(make_drafter([0, 2]))
