@@ -9,6 +9,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,13 @@ import torch
 from hf_specdiff.benchmarks.figures import rows_of
 from hf_specdiff.benchmarks.journal import Journal
 from hf_specdiff.benchmarks.methods import PLAIN
+from hf_specdiff.benchmarks.methods import TREE_SIZES
 from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
+from hf_specdiff.benchmarks.runner import CALL
 from hf_specdiff.benchmarks.runner import Block
-from hf_specdiff.benchmarks.runner import run_block
+from hf_specdiff.benchmarks.runner import run_step
+from hf_specdiff.benchmarks.runner import warm_up
 from hf_specdiff.core.checks import SPECIAL_IDS
 from hf_specdiff.core.checks import check_layers
 from hf_specdiff.core.checks import check_pair
@@ -34,8 +38,11 @@ from hf_specdiff.core.trial import why_not_chained
 from hf_specdiff.core.trial import why_not_masked
 from hf_specdiff.training.prompts import Prompt
 
+AUTO = "auto"
 # Below it a drafter is as good as untrained: the target's own token is one of them.
 SUSPICIOUS_TOKENS_PER_ROUND = 1.3
+# Enough to have run every kind of pass once. Together with a prompt of each set and few tokens it keeps a report short.
+WARM_TOKENS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +176,17 @@ def try_prompts(models: Models, prompts: Mapping[str, Sequence[Prompt]], max_new
     if why_not_masked(models.target, models.target.device) is None:
         methods += [
             Method(f"tree of {nodes}", {"draft_shape": "tree", "tree_budget": nodes}, "drafter", is_ours=True)
-            for nodes in (16, 32)
+            for nodes in TREE_SIZES[:1]
         ]
-    rows = []
+    methods.append(Method(AUTO, {"tree_budget": "auto"}, "drafter", is_ours=True))
+    rows: list[dict[str, Any]] = []
     for task, texts in prompts.items():
         block, journal = Block(task, texts, methods, max_new_tokens, num_detailed=0), Journal()
-        run_block(models, block, journal)
+        batches = block.batches(models)
+        if not rows:
+            warm_up(models, replace(block, max_new_tokens=WARM_TOKENS), journal, batches[0])
+        for number, batch in enumerate(batches):
+            run_step(models, block, journal, CALL, number, batch)
         rows += rows_of(block, models, journal)
     for row in rows:
         if "refusal" in row:
@@ -218,6 +230,24 @@ def verdict(rows: list[dict[str, Any]], profile: Profile, models: Models) -> lis
             "tree_budget='auto', which drafts only as much as pays."
         )
     return warnings
+
+
+def auto_line(rows: list[dict[str, Any]]) -> str:
+    """Return in words what a call without arguments would bring here.
+
+    Args:
+        rows (`list[dict]`): of `try_prompts`.
+
+    Returns:
+        `str`: a line of text.
+    """
+    auto = [row for row in rows if row["method"] == AUTO]
+    parts = [
+        f"{row['ratio_to_plain']:.2f}x plain generate's speed on {row['task']} ({row['drafted_per_round'] or 0:.1f} tokens "
+        "drafted a round)"
+        for row in auto
+    ]
+    return f'"auto", which follows the machine and the text, brings {", ".join(parts)}'
 
 
 def _refusal(check: Callable[[Any, Any], None], theirs: Any, own: Any) -> str:

@@ -146,8 +146,9 @@ def doctor_command(
     target: Annotated[str, typer.Argument(help="the target: a folder or a Hub repository")],
     drafter: Annotated[str, typer.Argument(help="its drafter: a folder or a Hub repository")],
     prompts_file: Annotated[Path | None, typer.Option(help="a text file or JSON lines; by default the bundled prompts")] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="of each set")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    raw: Annotated[bool, typer.Option("--raw", help="leave texts as they are, also where there is a chat template")] = False,
+    num_prompts: Annotated[int, typer.Option(min=1, help="of each set")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 24,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "float32",
     device_map: Annotated[str, typer.Option(help="as for from_pretrained")] = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures: publish puts them on the card")] = None,
@@ -157,6 +158,7 @@ def doctor_command(
     model = load_model("target", target, dtype=dtype, device_map=device_map)
     assistant = load_drafter(drafter, model, dtype=dtype, device_map=device_map)
     tokenizer = load_tokenizer("target", target)
+    prompts = {task: as_turns(texts, tokenizer, raw=raw) for task, texts in prompts.items()}
     console = Console()
     findings = doctor.compare(model, assistant, tokenizer)
     console.print(terminal_table(["", "target", "drafter", ""], [[f.name, f.target, f.drafter, f.warning] for f in findings]))
@@ -176,6 +178,7 @@ def doctor_command(
         for r in rows
     ]
     console.print(terminal_table(["task", "method", "tokens per round", "speed against plain", "identical"], cells))
+    console.print(doctor.auto_line(rows), highlight=False)
     if output is not None:
         command = shlex.join(["hf-specdiff", *sys.argv[1:]])
         conditions = {**conditions_of(models, command), "device": str(model.device), "max_new_tokens": max_new_tokens}

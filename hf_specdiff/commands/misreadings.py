@@ -12,8 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from transformers import LogitsProcessorList
+
 from hf_specdiff.benchmarks.methods import Models
-from hf_specdiff.training.evaluation import decode_held_out
+from hf_specdiff.core.conditioning import make_drafter
+from hf_specdiff.core.features import Features
+from hf_specdiff.core.speculation import resolve_speculation
+from hf_specdiff.core.text import Text
+from hf_specdiff.training.feature_cache import features_of
 from hf_specdiff.training.prompts import Prompt
 from hf_specdiff.training.prompts import encode
 
@@ -45,11 +52,12 @@ class Reading:
 def readings_that_fit_better(models: Models, prompts: Mapping[str, Sequence[Prompt]]) -> list[str]:
     """Try a drafter with one field read otherwise: layers, anchor, causality, scale and mask.
 
-    A mask id that is no neighbour of the configured one and no special id of the tokenizer is not found.
+    The target writes one answer, and the readings draft along it: a reading costs drafter passes alone. A mask id that is no
+    neighbour of the configured one and no special id of the tokenizer is not found.
 
     Args:
         models (`Models`): the target and one drafter, named "drafter", which is left as it was.
-        prompts (`Mapping[str, Sequence]`): texts or chats by task; the first of each is decoded.
+        prompts (`Mapping[str, Sequence]`): texts or chats by task; the first of all is answered.
 
     Returns:
         `list[str]`: a warning that names the best reading if it brings clearly more than the configured one; nothing for
@@ -58,10 +66,12 @@ def readings_that_fit_better(models: Models, prompts: Mapping[str, Sequence[Prom
     drafter = models.drafters["drafter"]
     if drafter.config.target_layer_ids is None:
         return []
-    ids = [encode(models.tokenizer, texts[0]) for texts in prompts.values()]
+    first = next(iter(prompts.values()))[0]
+    answer = Answer(models, encode(models.tokenizer, first), TRIAL_TOKENS)
 
     def rate(num_tokens: int) -> float:
-        return decode_held_out(models.target, drafter, ids, num_tokens).tokens_per_round
+        rounds = answer.rounds(num_tokens)
+        return sum(rounds) / max(len(rounds), 1)
 
     def ranked(readings: list[Reading], num_tokens: int) -> list[tuple[float, Reading]]:
         found = []
@@ -78,6 +88,55 @@ def readings_that_fit_better(models: Models, prompts: Mapping[str, Sequence[Prom
     own = getattr(drafter.config, best.field)
     figures = f"{best.value} brings {best_rate:.2f} tokens per round where {own} brings {configured:.2f}"
     return [f"{best.field}: {figures}: {best.reason}."]
+
+
+class Answer:
+    """What the target writes greedily after a prompt, to be drafted along.
+
+    Args:
+        models (`Models`): the target and one feature-conditioned drafter, named "drafter".
+        prompt (`list[int]`): token ids.
+        max_new_tokens (`int`): tokens to write.
+    """
+
+    def __init__(self, models: Models, prompt: list[int], max_new_tokens: int) -> None:
+        self.target, self.drafter = models.target, models.drafters["drafter"]
+        ids = torch.tensor([prompt], device=models.device)
+        self.ids = self.target.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
+        )
+        self.start = len(prompt) + 1  # the first token comes with the prompt
+        self.features: dict[tuple[int, ...], torch.Tensor] = {}
+
+    @torch.no_grad()
+    def rounds(self, num_tokens: int) -> list[int]:
+        """Return how many tokens each round of whole chains adds, as far as they lie within the first ones of the answer.
+
+        Args:
+            num_tokens (`int`): of the answer.
+
+        Returns:
+            `list[int]`: at least 1 each.
+        """
+        config = self.drafter.config
+        layers = tuple(config.target_layer_ids)
+        if layers not in self.features:
+            self.features[layers] = features_of(self.target, self.ids, list(layers))
+        settings = {"draft_shape": "chain", "gamma": config.max_gamma}
+        speculation = resolve_speculation(settings, self.drafter, do_sample=False)
+        drafter = make_drafter(self.drafter, self.target, speculation, LogitsProcessorList())
+        written = self.ids[0, : self.start - 1 + num_tokens].tolist()
+        text, num_seen, rounds = Text.of_prompt(self.ids[:, : self.start]), 0, []
+        while (length := text.lengths[0]) < len(written):
+            states = self.features[layers][:, num_seen : length - 1]  # the anchor's are not known yet
+            num_seen = length - 1
+            draft = drafter.draft(text, Features(states, [states.shape[1]]))
+            pairs = list(zip(draft.tokens[0].tolist(), written[length:], strict=False))
+            accepted = next((place for place, (own, other) in enumerate(pairs) if own != other), len(pairs))
+            added = written[length : length + accepted + 1]
+            text = text.extended([added])
+            rounds.append(len(added))
+        return rounds
 
 
 def other_readings(models: Models) -> list[Reading]:

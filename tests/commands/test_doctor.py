@@ -81,6 +81,21 @@ def test_tokenizers_without_padding_are_fine() -> None:
     assert all(row["num_tokens"] == 8 for row in rows)
 
 
+def test_what_auto_brings_is_told_and_the_work_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter, tokenizer = hf_specdiff.load_demo()
+    models = Models(target, tokenizer, {"drafter": drafter})
+    passes: list[int] = []
+    hook = target.register_forward_hook(lambda *arguments: passes.append(1))
+    rows = doctor.try_prompts(models, {"math": ["1 + 1 ="], "code": ["def f(x):"]}, 8)
+    hook.remove()
+    assert [row["method"] for row in rows] == ["plain generate", "chain", "tree of 15", "auto"] * 2
+    # At worst a pass for each token: the warm-up, both prompts, and what "auto" measured and what was tried first.
+    assert len(passes) <= 4 * (doctor.WARM_TOKENS + 2 * 8) + 150
+    line = doctor.auto_line(rows)
+    for row in rows[3::4]:
+        assert f"{row['ratio_to_plain']:.2f}x plain generate's speed on {row['task']}" in line
+
+
 def test_an_untrained_drafter_is_called_suspicious() -> None:
     target, drafter, tokenizer = hf_specdiff.load_demo()
     models = Models(target, tokenizer, {"drafter": new_drafter(drafter.config, seed=0).eval()})

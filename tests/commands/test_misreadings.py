@@ -4,13 +4,16 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 import hf_specdiff
 from hf_specdiff.benchmarks.methods import Models
+from hf_specdiff.commands.misreadings import Answer
 from hf_specdiff.commands.misreadings import Reading
 from hf_specdiff.commands.misreadings import other_readings
 from hf_specdiff.commands.misreadings import read_as
 from hf_specdiff.commands.misreadings import readings_that_fit_better
+from hf_specdiff.training.prompts import encode
 from hf_specdiff.training.trainer import new_drafter
 from tests.conftest import make_drafter
 from tests.conftest import make_target
@@ -49,6 +52,19 @@ def test_one_misread_field_is_found(field: str, value: Any) -> None:
         assert (drafter.config.to_dict(), is_causal(drafter)) == before
     assert warning.startswith(f"{field}: {right} brings ")
     assert f"where {value} brings " in warning
+
+
+def test_readings_draft_along_what_the_loop_would_draft() -> None:
+    """Along the target's own text a round adds what a round of the real loop adds."""
+    models = demo_models()
+    ids = encode(models.tokenizer, PROMPTS["math"][0])
+    answer = Answer(models, ids, 40)
+    settings = {"draft_shape": "chain", "gamma": 15, "do_sample": False, "max_new_tokens": 40, "return_dict_in_generate": True}
+    drafter = models.drafters["drafter"]
+    output = hf_specdiff.generate(models.target, torch.tensor([ids]), assistant_model=drafter, **settings)
+    assert torch.equal(answer.ids, output.sequences)
+    assert answer.rounds(40) == [accepted + 1 for (accepted,) in output.speculation.num_accepted]
+    assert sum(answer.rounds(12)) == 11
 
 
 def test_what_is_read_right_or_untrained_gets_no_warning() -> None:
