@@ -1,4 +1,4 @@
-"""A real model on real prompts: `python -m benchmarks.smollm2 OUTPUT.json --work FOLDER --target MODEL --drafter DRAFTER`.
+"""A real model on real prompts: `python -m benchmarks.smollm2 OUTPUT.json TARGET DRAFTER --work FOLDER`.
 
 GSM8K, HumanEval, MBPP and each category of Spec-Bench, greedily and in part at temperature 0.7, and what an untrained drafter
 costs. All methods take turns on each prompt, and the sets take turns too: when the time is over, each has had its share of its
@@ -201,9 +201,9 @@ def rows_so_far(blocks: list[Block], models: Models, journal: Journal) -> list[d
 
 def main(
     output: Annotated[Path, typer.Argument(help="JSON file of the figures")],
+    target: Annotated[str, typer.Argument(help="SmolLM2-135M-Instruct: a folder or its name on the Hub")],
+    drafter: Annotated[str, typer.Argument(help="its drafter: a folder or a Hub repository")],
     work: Annotated[Path, typer.Option(help="folder of the run; the same command goes on")],
-    target: Annotated[str, typer.Option(help="SmolLM2-135M-Instruct: a folder or its name on the Hub")],
-    drafter: Annotated[str, typer.Option(help="its drafter: a folder or a Hub repository")],
     data: Annotated[Path | None, typer.Option(help="a folder of the sets as NAME*.jsonl; by default the Hub")] = None,
     minutes: Annotated[float, typer.Option(min=0, help="after which no prompt is begun that would not be finished")] = 22.0,
     num_prompts: Annotated[int, typer.Option(min=1, help="of GSM8K, HumanEval and MBPP each")] = USUAL.num_prompts,
@@ -229,11 +229,12 @@ def main(
     blocks = blocks_of(sets, size, seed)
     names = {"target": target, "drafter": drafter}
     journal = Journal(work, {**claim_of(models, names), **asdict(size), "seed": seed})
-    command = "python -m benchmarks.smollm2 OUTPUT.json --work FOLDER --target MODEL --drafter DRAFTER"
+    command = "python -m benchmarks.smollm2 OUTPUT.json TARGET DRAFTER --work FOLDER"
     command += f" --num-prompts {num_prompts} --num-category-prompts {num_category_prompts} --num-sampled {num_sampled}"
     command += f" --num-untrained {num_untrained} --max-new-tokens {max_new_tokens} --minutes {minutes:g}"
+    known = trained.config.target_model or target
     conditions = conditions_of(models, command) | {
-        "target": trained.config.target_model or Path(target).name,
+        "target": Path(known).name if Path(known).exists() else known,  # no folder of this machine
         "target_parameters": model.num_parameters(),
         "drafter_parameters": trained.num_parameters(),
     }

@@ -87,8 +87,8 @@ def test_the_command_measures_everything_and_the_pages_show_it(tmp_path: Path, m
     app.command()(smollm2.main)
     monkeypatch.setattr(smollm2, "SHORT", 4)
     output = tmp_path / "smollm2.json"
-    arguments = [str(output), "--work", str(tmp_path / "work"), "--target", str(PAIR / "target")]
-    arguments += ["--drafter", str(PAIR / "features"), "--data", str(write_sets(tmp_path / "data"))]
+    arguments = [str(output), str(PAIR / "target"), str(PAIR / "features"), "--work", str(tmp_path / "work")]
+    arguments += ["--data", str(write_sets(tmp_path / "data"))]
     arguments += ["--num-prompts", "1", "--num-category-prompts", "1", "--num-sampled", "2", "--num-untrained", "1"]
     result = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "6"])
     assert result.exit_code == 0, result.output
