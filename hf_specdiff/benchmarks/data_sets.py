@@ -3,15 +3,19 @@
 Knows their columns. Knows no models.
 """
 
+import json
 from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from hf_specdiff.benchmarks.answers import final_number
 from hf_specdiff.training.prompts import Prompt
@@ -26,13 +30,12 @@ class DataSet:
     """Where a set lies and what its columns hold.
 
     Attributes:
-        path (`str`): its name on the Hub, or a loader of `datasets`.
+        path (`str`): its name on the Hub, or the address of a file of JSON lines.
         split (`str`): the held-out part.
         prompt (`str`): the column of the prompt: a text, or a list of turns, of which the first is taken.
         config (`str`, *optional*): the set's configuration.
         answer (`str`, *optional*): the column of an answer that ends in the right number.
         category (`str`, *optional*): the column of the category; each category is measured for itself.
-        data_files (`str`, *optional*): of a loader.
         form (`str`): what the prompt is put into.
     """
 
@@ -42,10 +45,10 @@ class DataSet:
     config: str | None = None
     answer: str | None = None
     category: str | None = None
-    data_files: str | None = None
     form: str = "{}"
 
 
+SECONDS = 30.0  # to wait for a file that is not on the Hub
 STEP_BY_STEP = "{}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 SPEC_BENCH = "https://raw.githubusercontent.com/hemingkx/Spec-Bench/main/data/spec_bench/question.jsonl"
 DATA_SETS = {
@@ -53,7 +56,7 @@ DATA_SETS = {
     "humaneval": DataSet("openai/openai_humaneval", "test", "prompt"),
     "mbpp": DataSet("google-research-datasets/mbpp", "test", "text", config="full"),
     "math500": DataSet("HuggingFaceH4/MATH-500", "test", "problem", form=STEP_BY_STEP),
-    "spec-bench": DataSet("json", "train", "turns", category="category", data_files=SPEC_BENCH),
+    "spec-bench": DataSet(SPEC_BENCH, "train", "turns", category="category"),
 }
 # Eight kinds of MT-Bench's questions are one category of Spec-Bench's.
 MULTI_TURN = "multi-turn"
@@ -175,18 +178,18 @@ def _plain(name: str) -> str:
 def _of_hub(name: str, source: DataSet) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield rows of a set on the Hub with their places, under the names that folders use."""
     try:
-        rows = load_dataset(source.path, source.config, split=source.split, data_files=source.data_files)
+        rows, names = _rows_of(source)
     except (OSError, DatasetsError, ValueError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
-            f"`--prompts {name}` must reach {source.data_files or source.path} or have --data with a folder that holds "
+            f"`--prompts {name}` must reach {source.path} or have --data with a folder that holds "
             f"{name}*.jsonl, got neither: {reason}"
         ) from error
     columns = {"prompt": source.prompt, "answer": source.answer, "category": source.category}
-    missing = [column for column in columns.values() if column is not None and column not in rows.column_names]
+    missing = [column for column in columns.values() if column is not None and column not in names]
     if missing:
         raise ValueError(
-            f"`--prompts {name}` must have the column {' and '.join(missing)}, got {', '.join(rows.column_names)} in "
+            f"`--prompts {name}` must have the column {' and '.join(missing)}, got {', '.join(names)} in "
             f"{source.path!r}. Pass --data with a folder that holds {name}*.jsonl."
         )
     for number, row in enumerate(rows, 1):
@@ -196,3 +199,15 @@ def _of_hub(name: str, source: DataSet) -> Iterator[tuple[dict[str, Any], str]]:
         else:
             record["prompt"] = source.form.format(record["prompt"])
         yield record, f"row {number} of {source.path!r}"
+
+
+def _rows_of(source: DataSet) -> tuple[Iterable[dict[str, Any]], list[str]]:
+    """Return a set's rows and the names of its columns."""
+    if not source.path.startswith("https://"):
+        rows = load_dataset(source.path, source.config, split=source.split)
+        return rows, rows.column_names
+    if HF_HUB_OFFLINE:
+        raise ConnectionError("HF_HUB_OFFLINE is set")
+    with urlopen(source.path, timeout=SECONDS) as answer:
+        lines = [json.loads(line) for line in answer.read().decode("utf-8").split("\n") if line.strip()]
+    return lines, list(lines[0])

@@ -1,5 +1,6 @@
 """Published sets of prompts: read from a folder or from the Hub under one name, by category, and refused by name."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ def test_what_cannot_be_read_is_said(files: dict[str, list[dict]], name: str, wo
 def test_without_network_and_folder_one_line_says_both(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must reach openai/gsm8k or have --data with a folder that holds gsm8k\*\.jsonl"):
         read_questions("gsm8k", 2)
+    with pytest.raises(ValueError, match=r"must reach https://.*spec-bench\*\.jsonl, got neither: HF_HUB_OFFLINE is set"):
+        read_questions("spec-bench", 2)
     with pytest.raises(ValueError, match="must be a folder"):
         read_questions("gsm8k", 2, tmp_path / "nowhere")
 
@@ -104,17 +107,26 @@ def test_sets_of_the_hub_are_read_by_their_own_columns(
 ) -> None:
     asked = []
 
-    def load(path: str, config: str | None, *, split: str, data_files: str | None) -> Dataset:
-        asked.append((path, config, split, data_files))
+    def load(path: str, config: str | None, *, split: str) -> Dataset:
+        asked.append((path, config, split))
         return Dataset.from_dict(columns)
 
     monkeypatch.setattr(data_sets, "load_dataset", load)
     assert read_questions(name, 3) == {name: expected}
     source = data_sets.DATA_SETS[name]
-    assert asked == [(source.path, source.config, "test", None)]
+    assert asked == [(source.path, source.config, "test")]
     monkeypatch.setattr(data_sets, "load_dataset", lambda *names, **settings: Dataset.from_dict({"other": ["?"]}))
     with pytest.raises(ValueError, match=f"must have the column {source.prompt}.*got other in '{source.path}'"):
         read_questions(name, 3)
+
+
+def test_spec_bench_is_read_from_its_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "".join(json.dumps({"category": kind, "turns": [f"{kind}?", "more"]}) + "\n" for kind in ("qa", "rag"))
+    asked = []
+    monkeypatch.setattr(data_sets, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(data_sets, "urlopen", lambda url, timeout: asked.append(url) or io.BytesIO(lines.encode()))
+    assert read_questions("spec-bench", 1) == {"spec-bench: qa": Questions(["qa?"]), "spec-bench: rag": Questions(["rag?"])}
+    assert asked == [data_sets.SPEC_BENCH]
 
 
 def test_the_hubs_problems_are_asked_as_those_of_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
