@@ -1,7 +1,8 @@
 """The whole promise, through the whole loop: sampled text has the law of plain `generate`, under every kind of processor.
 
-Every random choice of a call goes through `torch.multinomial`. Replacing it by an oracle that replays a script of choices and
-multiplies their probabilities lets a test walk through all runs of a call, so its output law is exact, not sampled.
+Every random choice of a call goes through `torch.multinomial`, and in the host's own loop through `torch.rand_like` of what it
+compares the numbers with. Replacing both by an oracle that replays a script of choices and multiplies their probabilities lets
+a test walk through all runs of a call, so its output law is exact, not sampled.
 """
 
 from collections import Counter
@@ -47,7 +48,7 @@ PROMPT = torch.tensor([[1, 2]])
 
 
 class Oracle:
-    """A stand-in for `torch.multinomial` that replays choices, and takes the first possible one where the script ends."""
+    """A stand-in for torch's random numbers that replays choices, and takes the first possible one where the script ends."""
 
     def __init__(self, script: list[int]) -> None:
         self.script = script
@@ -57,16 +58,24 @@ class Oracle:
     def __call__(self, probs: torch.Tensor, num_samples: int = 1) -> torch.Tensor:
         assert num_samples == 1
         rows = probs if probs.dim() == 2 else probs[None]
-        picked = []
-        for row in rows.double():
-            law = row / row.sum()
-            possible = law.nonzero().flatten().tolist()
-            step = len(self.choices)
-            choice = self.script[step] if step < len(self.script) else possible[0]
-            self.choices.append((choice, possible))
-            self.probability *= float(law[choice])
-            picked.append([choice])
-        return torch.tensor(picked)
+        return torch.tensor([[self._choose(row / row.sum())] for row in rows.double()])
+
+    def accept(self, ratios: torch.Tensor) -> torch.Tensor:
+        """Stand in for `torch.rand_like`: a number that is no more than a ratio accepts, one that exceeds it rejects."""
+        numbers = []
+        for ratio in ratios.double().flatten().tolist():
+            rejection = 1 - min(ratio, 1.0)
+            law = torch.tensor([1 - rejection, rejection if rejection > TOLERANCE / 4 else 0.0])  # not for rounding's sake
+            numbers.append(2.0 * self._choose(law))
+        return torch.tensor(numbers).view(ratios.shape)
+
+    def _choose(self, law: torch.Tensor) -> int:
+        possible = law.nonzero().flatten().tolist()
+        step = len(self.choices)
+        choice: int = self.script[step] if step < len(self.script) else possible[0]
+        self.choices.append((choice, possible))
+        self.probability *= float(law[choice])
+        return choice
 
 
 def all_runs(call: Callable[[], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Ids, float]]:
@@ -76,6 +85,7 @@ def all_runs(call: Callable[[], torch.Tensor], monkeypatch: pytest.MonkeyPatch) 
         oracle = Oracle(script)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "multinomial", oracle)
+            patch.setattr(torch, "rand_like", oracle.accept)
             text = tuple(call()[0].tolist())
         yield text, oracle.probability
         script = None
@@ -540,15 +550,16 @@ def test_a_rule_that_needs_a_prefix_law_refuses_drafts_without_one() -> None:
     assert generator.get_candidates(PROMPT)[1] is None
 
 
+def sharpened(scores: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Draw as `draw_from_scores` does, and tell another law."""
+    tokens, probs = draw_from_scores(scores, temperature)
+    return tokens, None if probs is None else probs.square() / probs.square().sum(-1, keepdim=True)
+
+
 def test_control_a_wrong_rule_is_seen(
     target: LlamaForCausalLM, plain_law: Callable[[dict], Counter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same check must fail where the draft's law is not the one its tokens were drawn from."""
-
-    def sharpened(scores: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-        tokens, probs = draw_from_scores(scores, temperature)
-        return tokens, None if probs is None else probs.square() / probs.square().sum(-1, keepdim=True)
-
     monkeypatch.setattr(drafters, "draw_from_scores", sharpened)
     settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 0}
     drafter = drafter_for(None)
@@ -579,30 +590,23 @@ def test_control_rules_that_would_break_the_law_are_refused(target: LlamaForCaus
 
 @pytest.mark.parametrize("draft_temperature", [None, 0])
 def test_way_one_sampling_has_the_law_of_plain_generate(
-    draft_temperature: float | None, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+    draft_temperature: float | None,
+    target: LlamaForCausalLM,
+    plain_law: Callable[[dict], Counter],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The host's own loop draws uniforms, which cannot be enumerated, so this one is sampled.
-
-    1,500 texts of 3 tokens against the exact law, Pearson's statistic over the texts with an expected count of 5 or more. The
-    limit is mean plus 6 standard deviations of the chi-square law: a false alarm is rarer than one in a million. The control,
-    the same texts against the law at another temperature, must exceed it.
-    """
+    """The host's own loop, with its own ratio test; the control tells it another law than the draft was drawn from."""
     settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 3, "repetition_penalty": 1.2}
     drafter = drafter_for(None)
     drafter.generation_config.draft_temperature = draft_temperature
-    exact = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
-    other = law_of(lambda: target.generate(PROMPT, temperature=1.5, **settings), monkeypatch)
-    torch.manual_seed(0)
-    total = 1_500
-    counts = Counter(tuple(target.generate(PROMPT, assistant_model=drafter, **settings)[0].tolist()) for _ in range(total))
 
-    def excess(law: Counter) -> float:
-        texts = [text for text in law if law[text] * total >= 5]
-        statistic = sum((counts[text] - total * law[text]) ** 2 / (total * law[text]) for text in texts)
-        return (statistic - len(texts)) / (2 * len(texts)) ** 0.5
+    def ours() -> Counter:
+        return law_of(lambda: target.generate(PROMPT, assistant_model=drafter, **settings), monkeypatch)
 
-    assert excess(exact) < 6
-    assert excess(other) > 6
+    assert distance(plain_law(settings), ours()) < TOLERANCE
+    if draft_temperature is None:
+        monkeypatch.setattr(drafters, "draw_from_scores", sharpened)
+        assert distance(plain_law(settings), ours()) > 1e-3
 
 
 @pytest.fixture(scope="module")
