@@ -436,7 +436,7 @@ def test_sizes_that_hang_on_what_was_accepted_preserve_the_law(
         sizes.add((len(values), any(outcome)))
 
     monkeypatch.setattr(Calibration, "learn", learn)
-    settings = {"max_new_tokens": 5, "do_sample": True, "top_k": 2, **PROCESSED}
+    settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 2, **PROCESSED}
     plain = plain_law(settings)
     ours = law_of(
         lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **MANY[scheme]),

@@ -85,8 +85,8 @@ def test_the_example_runs_in_every_way_and_by_every_rule(way: str, example: dict
     ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     plain = target.generate(**ids, **GREEDY)
     if way == "generate":
-        for shape in (None, "auto", "chain"):
-            for rule in (None, "auto", "match", "ratio", "block"):
+        for shape in (None, "chain"):
+            for rule in ("auto", "match", "ratio", "block"):
                 scheme = {"assistant_model": drafter, "draft_shape": shape, "acceptance": rule}
                 assert torch.equal(hf_specdiff.generate(target, **ids, **scheme, **GREEDY), plain)
                 drawn = hf_specdiff.generate(target, **ids, **scheme, do_sample=True, max_new_tokens=12)
