@@ -20,6 +20,8 @@ TREE_SIZES = (15, 32)
 HOT = 1.5  # the temperature that SpecDiff-2 draws joint samples at
 # What the host's documentation proposes to begin with.
 LOOKUP_TOKENS = 10
+# Beside a drafter a copy may be longer: how far it is trusted is learnt.
+COPIED_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +129,15 @@ def our_methods(drafter: str, temperature: float, num_drafts: tuple[int, ...] = 
             ours(drafter, f"tree of {size} by {rule}", draft_shape="tree", tree_budget=size, acceptance=rule)
             for size, rule in ((7, "ratio"), (32, "match"), (32, "ratio"))
         ]
+        fixed: dict[str, Any] = {"draft_shape": "tree", "tree_budget": 7, "acceptance": "ratio"}
+        name = "tree of 7 by ratio"
     else:
         methods = [ours(drafter, "chain", draft_shape="chain")]
         methods += [ours(drafter, f"tree of {size}", draft_shape="tree", tree_budget=size) for size in TREE_SIZES]
+        fixed, name = {"draft_shape": "tree", "tree_budget": TREE_SIZES[0]}, f"tree of {TREE_SIZES[0]}"
+    methods.append(ours(drafter, f"{name} with copies", **fixed, prompt_lookup_num_tokens=COPIED_TOKENS))
     methods.append(ours(drafter, "auto", tree_budget="auto"))
+    methods.append(ours(drafter, "auto with copies", tree_budget="auto", prompt_lookup_num_tokens=COPIED_TOKENS))
     return methods + [samples(drafter, count, rule) for count in num_drafts for rule in ("match", "self_selection")]
 
 

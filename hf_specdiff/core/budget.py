@@ -148,7 +148,7 @@ class Budget:
         self.pace = Pace()
         self._clock = clock
         self._last_second: float | None = None  # when the last round ended
-        self._tokens = self._seconds = 0.0
+        self._tokens = self._seconds = self._rounds = 0.0
         self._is_drafted, self._num_nodes = False, 0  # the round that is under way
 
     @property
@@ -180,10 +180,37 @@ class Budget:
         if num_rows != self.num_rows:
             # What other rows brought together says nothing about these.
             self.num_rows, self.pauses = num_rows, Pauses()
-            self._tokens = self._seconds = 0.0
+            self._tokens = self._seconds = self._rounds = 0.0
         self._num_nodes = 0
         self._is_drafted = not self.pauses.is_on() and self._loss(1) <= self.allowance.steps
         return self._is_drafted
+
+    def choose_copied(self, rows: list[list[float]]) -> int:
+        """Return how many copied tokens to verify in each row without a pass of the drafter; to be asked after `wants_draft`.
+
+        Where this round would draft, that pass is saved only if it costs more than it would bring: in the rows whose copy does
+        not stand to its end, what drafts have brought of late.
+
+        Args:
+            rows (`list[list[float]]`): how likely each copied token of a row is reached and stands.
+
+        Returns:
+            `int`: 0 to the longest copy; 0: the drafter is to be asked, or nothing drafted where it is not wanted.
+        """
+        gains = [sum(column) for column in zip_longest(*rows, fillvalue=0.0)]
+        costs = [self._cost(count, is_drafted=False) for count in range(len(gains) + 1)]
+        num_allowed = sum(cost / self.plain_seconds - 1 <= self.allowance.steps for cost in costs[1:])
+        best = best_count(gains, costs[: num_allowed + 1], self.rate if self._is_drafted else self.plain_rate)
+        if best == 0:
+            return 0
+        if self._is_drafted:
+            # Nothing is known of drafts before the first.
+            brought = self._tokens / self._rounds / self.num_rows - 1 if self._rounds else float("inf")
+            missed = brought * sum(1 - row[best - 1] if len(row) >= best else 1.0 for row in rows)
+            if missed >= self.rate * (self._cost(best, is_drafted=True) - costs[best]):
+                return 0
+        self._is_drafted, self._num_nodes = False, best
+        return best
 
     def choose(self, shapes: list[TreeShape]) -> int:
         """Return how many nodes to verify in each row.
@@ -233,6 +260,7 @@ class Budget:
         seconds = self._cost(self._num_nodes, is_drafted=self._is_drafted)
         if self._is_drafted:
             self._tokens, self._seconds = DECAY * self._tokens + num_new, DECAY * self._seconds + seconds
+            self._rounds = DECAY * self._rounds + 1
             self.pauses.observe(num_new, seconds)
         spent = seconds / self.plain_seconds
         self.allowance.settle(num_new / self.num_rows - spent, spent)

@@ -15,6 +15,7 @@ from .conditional import conditional_tree
 from .conditional import merged_drafts
 from .conditional import sample_drafts
 from .copies import Copies
+from .copies import Copy
 from .draft import Conditionals
 from .draft import Draft
 from .draft import DraftTree
@@ -108,11 +109,16 @@ class DraftShaper:
         Returns:
             `Draft` or `DraftTree`, *optional*: `None` where the drafter is to be asked.
         """
-        if self.copies is not None:
-            self.copies.look(text, max_length)
-        if self.budget is None or self.budget.wants_draft(text.num_rows):
+        copies = [] if self.copies is None else self.copies.look(text, max_length)
+        if self.budget is None:
             return None
-        return Draft.nothing(text.tokens)
+        is_wanted = self.budget.wants_draft(text.num_rows)
+        if self.speculation.draft_shape == "chain":  # has the same length in each row
+            copies = copies if all(copy.tokens for copy in copies) else []
+        count = self.budget.choose_copied([copy.values() for copy in copies])
+        if count > 0:
+            return copied_draft(copies, count, text.tokens, self.speculation.draft_shape)
+        return None if is_wanted else Draft.nothing(text.tokens)
 
     def chain_plan(self, scores: torch.Tensor) -> tuple[int, list[list[float]] | None, list[list[int]] | None]:
         """Return how much of a chain to verify, and which of its tokens are copied.
@@ -183,6 +189,19 @@ class DraftShaper:
             self.copies.observe(outcome)
         if self.budget is not None:
             self.budget.observe(outcome)
+
+
+def copied_draft(copies: list[Copy], count: int, tokens: torch.Tensor, shape: str) -> Draft | DraftTree:
+    """Return a draft of copied tokens alone, no longer than `count`; a chain is as long as each row's copy is."""
+    if shape == "chain":
+        count = min(count, *(len(copy.tokens) for copy in copies))
+    rows = [copy.tokens[:count] for copy in copies]
+    values = [copy.values()[:count] for copy in copies]
+    copied = [list(range(1, len(row) + 1)) for row in rows]
+    if shape == "chain":
+        return Draft(torch.tensor(rows, device=tokens.device), None, has_prefix_law=True, values=values, copied=copied)
+    parents = [list(range(len(row))) for row in rows]
+    return DraftTree.of_rows(rows, parents, tokens.device, values=values, copied=copied)
 
 
 def _tempered(laws: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -155,6 +155,31 @@ def test_a_drawn_child_is_worth_what_it_has_been_and_its_sibling_by_rank_again()
     assert Budget(budget.profile, 1).gains(TreeShape([0, 0], [1, 1], [0, 1], [0.4, 0.3])) == pytest.approx([0.4, 0.3])
 
 
+def test_a_copy_that_is_sure_enough_saves_the_pass() -> None:
+    costs = Profile([1, 65], [0.010, 0.012], drafter_seconds=0.003)
+    budget, sure, unsure = Budget(costs, 1), [[0.999] * 8], [[0.6, 0.3]]
+    budget.wants_draft(1)
+    assert budget.choose_copied(sure) == 0  # nothing is known of drafts yet
+    for _ in range(20):
+        budget.wants_draft(1)
+        budget.choose([chain([0.9] * 5)])
+        budget.observe(outcome_of([0.9] * 5, 3))
+    assert budget.wants_draft(1)
+    assert budget.choose_copied(unsure) == 0
+    assert budget.choose_copied([]) == 0
+    # A draft brings three tokens more, and a pass costs what one brings: worth saving where the copy stands in most cases.
+    rate = budget.rate
+    assert budget.choose_copied(sure) == 8
+    budget.observe(outcome_of([0.999] * 8, 8))
+    assert budget.rate == rate  # of drafted rounds
+    assert budget.wants_draft(1)
+    assert budget.choose_copied([[0.7]]) == int(rate * costs.drafter_seconds > 0.3 * 3)
+    dear = Budget(Profile([1, 65], [0.010, 0.012], drafter_seconds=1.0), 2)
+    assert not dear.wants_draft(2)
+    assert dear.choose_copied([[0.9] * 4, [0.5]]) == 4  # without a draft a copy only has to beat plain decoding
+    assert dear.choose_copied([[0.001], [0.001]]) == 0
+
+
 def test_pauses_grow_while_drafting_does_not_pay() -> None:
     pauses, tried = Pauses(), []
     for step in range(40):

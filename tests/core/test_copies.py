@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 import hf_specdiff
+from hf_specdiff import Profile
 from hf_specdiff import SpecDiffCandidateGenerator
 from hf_specdiff import SpecDiffDrafter
 from hf_specdiff.core import copies as module
@@ -243,12 +244,17 @@ def test_control_a_copy_that_is_chosen_by_what_was_drawn_is_seen(acceptance: str
     assert total_variation(output_law(make, acceptance, monkeypatch)) > 1e-3
 
 
+# A pass of the drafter costs next to nothing; or a hundred steps, so that copies are drafted alone.
+CHEAP, DEAR = (Profile([1, 65], [0.010, 0.020], drafter_seconds=seconds) for seconds in (0.0005, 1.0))
 WHOLE: dict[str, dict[str, Any]] = {
     "tree-ratio": {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": 3, "gamma": 2},
     "tree-match": {"draft_shape": "tree", "acceptance": "match", "tree_budget": 3},
     "chain-block": {"draft_shape": "chain", "acceptance": "block"},
     "chain-ratio-penalty": {"draft_shape": "chain", "acceptance": "ratio", "repetition_penalty": 1.3},
     "samples-match": {"draft_shape": "samples", "num_drafts": 1, "gamma": 2},
+    "adaptive-tree-ratio": {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": "auto", "profile": CHEAP},
+    "alone-tree-ratio": {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": "auto", "profile": DEAR},
+    "alone-chain-block": {"draft_shape": "chain", "acceptance": "block", "gamma": "auto", "profile": DEAR},
 }
 
 
@@ -284,6 +290,25 @@ def test_greedy_text_stays_the_targets_and_copies_stand_in_it(arguments: dict[st
     assert without.num_copied_tokens == 0
     # A random drafter is never right, and a greedy text of a tiny model soon repeats itself.
     assert stats.tokens_per_round > 1.25 * without.tokens_per_round
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"tree_budget": "auto"}, {"draft_shape": "chain", "gamma": "auto"}], ids=["tree", "chain"]
+)
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_where_no_pass_pays_copies_are_drafted_alone(
+    num_rows: int, arguments: dict[str, Any], drafter: SpecDiffDrafter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_pass(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the drafter is too dear")
+
+    monkeypatch.setattr(SpecDiffDrafter, "forward", no_pass)
+    target, ids = make_target(), LOOPING.expand(num_rows, -1)
+    settings = {"do_sample": False, "max_new_tokens": 40, "return_dict_in_generate": True, "eos_token_id": None}
+    call = {"assistant_model": drafter, "profile": DEAR, "prompt_lookup_num_tokens": 12, **arguments}
+    output = hf_specdiff.generate(target, ids, **settings, **call)
+    assert output.sequences.tolist() == target.generate(ids, **settings).sequences.tolist()
+    assert output.speculation.num_copied_tokens == sum(map(sum, output.speculation.num_accepted)) > 0
 
 
 @pytest.mark.parametrize("arguments", [{}, {"draft_shape": "chain"}], ids=["tree", "chain"])
