@@ -74,6 +74,8 @@ class Size:
             num_eval_prompts=16,
             eval_tokens=64,
             has_mask_embedding=True,
+            draft_vocab_size=8192,
+            from_target=True,
         )
     )
 

@@ -49,10 +49,10 @@ from hf_specdiff.core.speculation import resolve_speculation
 from hf_specdiff.demo.bundle import PROMPT_SETS
 from hf_specdiff.demo.bundle import load_demo
 from hf_specdiff.demo.bundle import load_prompts
+from hf_specdiff.training.first_weights import new_drafter
 from hf_specdiff.training.prompts import Prompt
 from hf_specdiff.training.prompts import encode
 from hf_specdiff.training.prompts import read_prompts
-from hf_specdiff.training.trainer import new_drafter
 
 RESULTS, TABLE, PROFILES = "results.json", "table.md", "profiles"
 PACKAGE = Path(__file__).parents[1]

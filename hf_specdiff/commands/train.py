@@ -68,6 +68,10 @@ def train_command(
             help="for features: draft the N commonest tokens of the text alone, and read the head's rows of these alone"
         ),
     ] = None,
+    from_target: Annotated[
+        bool,
+        typer.Option("--from-target", help="for features: begin with the target's last layers; saves steps"),
+    ] = False,
     num_layers: Annotated[int | None, typer.Option(min=1, help="by default 3")] = None,
     block_size: Annotated[int | None, typer.Option(min=2, help="by default 16")] = None,
     max_length: Annotated[int, typer.Option(min=4, help="tokens of a training sequence")] = 512,
@@ -142,6 +146,7 @@ def train_command(
         head=head,
         head_rank=head_rank or 64,
         trained=train,
+        from_target=from_target,
         patience=patience,
         temperature=regenerate_at or 0.0,
         as_is=as_is,

@@ -36,6 +36,7 @@ from hf_specdiff.training.disk import room_in
 from hf_specdiff.training.draft_vocabulary import drafted_tokens
 from hf_specdiff.training.draft_vocabulary import restrict
 from hf_specdiff.training.feature_cache import FeatureCache
+from hf_specdiff.training.first_weights import new_drafter
 from hf_specdiff.training.heads import HEADS
 from hf_specdiff.training.heads import add_head
 from hf_specdiff.training.heads import train_head_alone
@@ -56,7 +57,6 @@ from hf_specdiff.training.trainer import SpecDiffTrainingArguments
 from hf_specdiff.training.trainer import StopOnInterrupt
 from hf_specdiff.training.trainer import check_objectives
 from hf_specdiff.training.trainer import make_drafter_config
-from hf_specdiff.training.trainer import new_drafter
 
 MOST_RANK = SIZES["markov_rank"][1]
 
@@ -96,6 +96,7 @@ class TrainingPlan:
             drafter that the run goes on from.
         head_rank (`int`): its rank.
         trained (`str`): `"all"`, or `"head"`: the weights of the drafter that the run goes on from stay, but for its head's.
+        from_target (`bool`): whether the layers begin as the target's last ones, see `first_weights.borrow_layers`.
     """
 
     target_layer_ids: list[int] | None
@@ -123,6 +124,7 @@ class TrainingPlan:
     head: str | None = None
     head_rank: int = 64
     trained: str = "all"
+    from_target: bool = False
 
 
 def train_drafter(
@@ -267,8 +269,10 @@ def fit_drafter(
     if plan.draft_vocab_size is not None:
         token_ids = drafted_tokens(sequences, plan.draft_vocab_size, end_tokens_of(target), special_ids, mask_token_id)
     config.draft_vocab_size = None if token_ids is None else len(token_ids)
+    if plan.from_target and start_from is not None:
+        raise ValueError("`from_target` must be false where a run goes on from a drafter, got true. Its weights are its own.")
     if start_from is None:
-        drafter = new_drafter(config, plan.seed, target, token_ids)
+        drafter = new_drafter(config, plan.seed, target, token_ids, from_target=plan.from_target)
     else:
         drafter = drafter_to_go_on_from(start_from, config, token_ids)
     if plan.head is not None:

@@ -26,7 +26,6 @@ from hf_specdiff.core.conditioning import raw_embeddings
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.core.features import layer_output_indices
 from hf_specdiff.core.features import target_features
-from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.core.repository import cached_revision
 from hf_specdiff.training.data import Windows
 from hf_specdiff.training.data import collate
@@ -442,31 +441,3 @@ def spread_layers(num_target_layers: int, count: int) -> list[int]:
     while len(spread) < count:
         spread.add(next(others))
     return sorted(spread)
-
-
-def new_drafter(
-    config: SpecDiffConfig, seed: int, target: PreTrainedModel | None = None, token_ids: torch.Tensor | None = None
-) -> SpecDiffDrafter:
-    """Return a drafter with fresh weights that depend on the seed alone.
-
-    Where the mask is a row of an embedding that is the head too, it passes through the layers, and a fresh drafter is sure of
-    the rows that look like it: on a model of 49,152 tokens its first loss was 71 to 76 nats, where a guess costs 11. A vector
-    of its own, in a direction that no row has, is free of that.
-
-    Args:
-        config (`SpecDiffConfig`): the drafter's shape.
-        seed (`int`): of the weights.
-        target (`transformers.PreTrainedModel`, *optional*): tells how large a mask embedding of its own should be.
-        token_ids (`torch.Tensor` of shape `(draft_vocab_size,)`, int64, *optional*): the tokens of a reduced vocabulary.
-
-    Returns:
-        `SpecDiffDrafter`: in training mode.
-    """
-    torch.manual_seed(seed)
-    drafter = SpecDiffDrafter(config)
-    if config.has_mask_embedding and target is not None:
-        size = target.get_input_embeddings().weight.detach().float().square().mean().sqrt()
-        drafter.mask_embedding.data.normal_(0.0, float(size))
-    if token_ids is not None:
-        drafter.d2t.copy_(token_ids - torch.arange(len(token_ids)))
-    return drafter

@@ -11,7 +11,7 @@ from hf_specdiff.commands import main as cli
 from hf_specdiff.core.budget import Profile
 from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.hub.card import check_results
-from hf_specdiff.training.trainer import new_drafter
+from hf_specdiff.training.first_weights import new_drafter
 from tests.conftest import TEMPLATE
 
 PROFILE = Profile([1, 64], [0.01, 0.02], 0.002)

@@ -13,8 +13,8 @@ from hf_specdiff.commands.misreadings import Reading
 from hf_specdiff.commands.misreadings import other_readings
 from hf_specdiff.commands.misreadings import read_as
 from hf_specdiff.commands.misreadings import readings_that_fit_better
+from hf_specdiff.training.first_weights import new_drafter
 from hf_specdiff.training.prompts import encode
-from hf_specdiff.training.trainer import new_drafter
 from tests.conftest import make_drafter
 from tests.conftest import make_target
 

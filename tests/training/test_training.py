@@ -28,6 +28,7 @@ from hf_specdiff.training.data import hold_out
 from hf_specdiff.training.data import sample_windows
 from hf_specdiff.training.evaluation import calibration_error
 from hf_specdiff.training.evaluation import decode_held_out
+from hf_specdiff.training.first_weights import new_drafter
 from hf_specdiff.training.pipeline import HeldOut
 from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import fit_drafter
@@ -37,7 +38,6 @@ from hf_specdiff.training.prompts import read_prompts
 from hf_specdiff.training.trainer import SpecDiffTrainer
 from hf_specdiff.training.trainer import SpecDiffTrainingArguments
 from hf_specdiff.training.trainer import make_drafter_config
-from hf_specdiff.training.trainer import new_drafter
 from hf_specdiff.training.trainer import spread_layers
 from tests.conftest import MASK_TOKEN_ID
 from tests.conftest import make_drafter
