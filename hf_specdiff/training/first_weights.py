@@ -72,9 +72,7 @@ def borrow_layers(drafter: SpecDiffDrafter, target: Any) -> None:
         raise _no_fit(f"{len(layers)} layers that a drafter of {len(drafter.layers)} could borrow")
     for own, lent in zip(drafter.layers, layers[-len(drafter.layers) :], strict=True):
         _copy(own, lent)
-    norm = getattr(target.get_decoder(), "norm", None)
-    _check_norm(norm)
-    drafter.norm.weight.copy_(norm.weight)
+    drafter.norm.weight.copy_(_weight_of(getattr(target.get_decoder(), "norm", None)))
     # Context comes from the last layer that is read, as if the layers stood right above it; training mixes in the others.
     width = drafter.config.hidden_size
     drafter.fc.weight.zero_()
@@ -92,15 +90,16 @@ def _copy(own: nn.Module, lent: nn.Module) -> None:
     if differing:
         raise _no_fit(f"layers with other weights ({', '.join(differing[:3])})")
     for name in ("input_layernorm", "post_attention_layernorm"):
-        _check_norm(getattr(lent, name))
+        _weight_of(getattr(lent, name))
     own.load_state_dict({name: weights.get(name, value) for name, value in wanted.items()})
 
 
-def _check_norm(norm: Any) -> None:
-    """Refuse norms whose weight is not what they multiply by (some add 1 to it)."""
+def _weight_of(norm: Any) -> torch.Tensor:
+    """Return what a norm multiplies by; norms that do something else with their weight (some add 1 to it) are refused."""
     weight = getattr(norm, "weight", None)
     if weight is None or not torch.allclose(norm(torch.ones_like(weight)[None]), weight, rtol=0.02, atol=1e-3):
         raise _no_fit("norms of another kind")
+    return torch.as_tensor(weight)
 
 
 def _no_fit(what: str) -> ValueError:
