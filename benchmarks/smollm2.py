@@ -39,8 +39,8 @@ from hf_specdiff.commands.loading import load_drafter
 from hf_specdiff.commands.loading import load_model
 from hf_specdiff.commands.loading import load_tokenizer
 from hf_specdiff.core.profiling import isolated_profiles
+from hf_specdiff.training.first_weights import new_drafter
 from hf_specdiff.training.prompts import as_turns
-from hf_specdiff.training.trainer import new_drafter
 
 DRAFTER, UNTRAINED = "drafter", "untrained"
 MATHS, SPEC_BENCH = "gsm8k", "spec-bench"

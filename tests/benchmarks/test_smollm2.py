@@ -22,7 +22,7 @@ from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.plots import plot_tasks
 from hf_specdiff.benchmarks.plots import save
 from hf_specdiff.demo.bundle import PAIR
-from hf_specdiff.training.trainer import new_drafter
+from hf_specdiff.training.first_weights import new_drafter
 
 ROOT = Path(__file__).parents[2]
 SIZE = smollm2.Size(num_prompts=2, num_category_prompts=1, num_sampled=2, num_untrained=1, max_new_tokens=6)
