@@ -97,7 +97,7 @@ SPECULATION_ARGUMENTS = tuple(field.name for field in fields(SpeculationConfig) 
 
 def resolve_speculation(
     arguments: dict[str, Any],
-    drafter: Any,
+    network: Any,
     *,
     do_sample: bool,
     why_no_tree: Callable[[], str | None] = lambda: "this loop verifies one draft a round",
@@ -107,7 +107,7 @@ def resolve_speculation(
     Args:
         arguments (`dict[str, Any]`): what the user passed, by name; absent or `None` means the drafter's own default from its
             `generation_config`, then the package's.
-        drafter (`SpecDiffDrafter`): has `config.block_size` and `generation_config`.
+        network (`SpecDiffDrafter`): has `config.block_size` and `generation_config`.
         do_sample (`bool`): whether the target samples. A greedy target is met with greedy chains.
         why_no_tree (`Callable`): says why the target cannot verify several drafts in a pass, or `None`; asked only if it
             matters.
@@ -118,14 +118,14 @@ def resolve_speculation(
     Raises:
         ValueError: for a value out of range, or a combination that would not be lossless or that the target cannot verify.
     """
-    values = {name: _value(name, arguments, drafter) for name in SPECULATION_ARGUMENTS}
-    max_gamma = drafter.config.max_gamma
+    values = {name: _value(name, arguments, network) for name in SPECULATION_ARGUMENTS}
+    max_gamma = network.config.max_gamma
     gamma = max_gamma if values["gamma"] in (None, "auto") else values["gamma"]
-    most = "`block_size`" if drafter.config.predicts_from_anchor else "`block_size` - 1"
+    most = "`block_size`" if network.config.predicts_from_anchor else "`block_size` - 1"
     gamma = _integer("gamma", gamma, 1, max_gamma, f" ({most}) or 'auto'")
     steps = 1 if values["num_denoising_steps"] is None else values["num_denoising_steps"]
     steps = _integer("num_denoising_steps", steps, 1, gamma, " (`gamma`)")
-    if steps > 1 and getattr(drafter.config, "knows_token_before", False):
+    if steps > 1 and getattr(network.config, "knows_token_before", False):
         raise ValueError(
             f"`num_denoising_steps` must be 1 for a drafter whose heads know the token before, got {steps}: they write a "
             "window from left to right already."
@@ -148,7 +148,7 @@ def resolve_speculation(
     why_not_adaptive = _why_not_adaptive(shape, steps)
     if why_not_adaptive is not None and "auto" in (values["gamma"], values["tree_budget"]):
         raise ValueError(f"`gamma` and `tree_budget` must be integers with {why_not_adaptive}, got 'auto'. Pass numbers.")
-    is_adaptive = why_not_adaptive is None and _is_adaptive(shape, values, drafter)
+    is_adaptive = why_not_adaptive is None and _is_adaptive(shape, values, network)
     if budget is None:
         budget = AUTO_TREE_BUDGET if is_adaptive else DEFAULT_TREE_BUDGET
     num_copied = _num_copied(arguments, values["prompt_lookup_num_tokens"], steps)
@@ -237,14 +237,14 @@ def _why_not_adaptive(shape: str, steps: int) -> str | None:
     return f"`draft_shape` {shape!r} and `num_denoising_steps` {steps}, where no pass says what each size would bring"
 
 
-def _is_adaptive(shape: str, values: dict[str, Any], drafter: Any) -> bool:
+def _is_adaptive(shape: str, values: dict[str, Any], network: Any) -> bool:
     """Return whether a chain or tree follows the machine: where that was asked for, or its size was left to us.
 
     A drafter that names a size was published with a measured shape: what it leaves open stays as large as it can be.
     """
     if "auto" in (values["gamma"], values["tree_budget"]):
         return True
-    is_published = any(getattr(drafter.generation_config, name, None) is not None for name in ("gamma", "tree_budget"))
+    is_published = any(getattr(network.generation_config, name, None) is not None for name in ("gamma", "tree_budget"))
     return not is_published and values["tree_budget" if shape == "tree" else "gamma"] is None
 
 
@@ -270,9 +270,9 @@ def _with_rule(speculation: SpeculationConfig, *, do_sample: bool) -> Speculatio
     return speculation
 
 
-def _value(name: str, arguments: dict[str, Any], drafter: Any) -> Any:
+def _value(name: str, arguments: dict[str, Any], network: Any) -> Any:
     value = arguments.get(name)
-    return getattr(drafter.generation_config, name, None) if value is None else value
+    return getattr(network.generation_config, name, None) if value is None else value
 
 
 def _integer(name: str, value: Any, low: int, high: int, high_name: str = "") -> int:
