@@ -24,6 +24,7 @@ from hf_specdiff.core.stats import SpeculationStats
 from hf_specdiff.core.text import Text
 from hf_specdiff.demo.bundle import load_demo
 from hf_specdiff.demo.bundle import load_prompts
+from hf_specdiff.diffusion.drafter import DiffusionDrafter
 from hf_specdiff.formats.exporting import export_drafter
 from hf_specdiff.formats.loading import load_drafter
 from hf_specdiff.hub import repository
@@ -31,6 +32,7 @@ from hf_specdiff.hub import repository
 __version__ = "0.1.0"
 __all__ = [
     "DenoisingDrafter",
+    "DiffusionDrafter",
     "Draft",
     "DraftTree",
     "Drafter",

@@ -16,13 +16,14 @@ CORE = PACKAGE / "core"
 # Which folders a folder may import from; "" is the package's front, "core" is looked at file by file below.
 ARROWS = {
     "core": set(),
-    "formats": {"core"},
+    "diffusion": {"core"},
+    "formats": {"core", "diffusion"},
     "hub": {"core", "formats"},
     "training": {"core", "formats"},
     "demo": {"core", "formats", "training"},
     "benchmarks": {"", "core", "formats", "training", "demo"},
     "commands": {"", "core", "formats", "hub", "training", "demo", "benchmarks"},
-    "": {"core", "formats", "demo", "hub"},
+    "": {"core", "diffusion", "formats", "demo", "hub"},
 }
 CORE_FILES = sorted(path for path in CORE.glob("*.py") if path.stem != "__init__")
 # safetensors and huggingface_hub are always there where transformers is.

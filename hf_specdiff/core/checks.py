@@ -79,7 +79,8 @@ def check_vocabulary(target_config: Any, config: Any) -> None:
     """Refuse a drafter that could draft a token which the target does not have.
 
     A target may have more: rows that only pad its embedding. A token that the drafter does not know is never drafted. A target
-    that has many more is another one than the drafter was made for.
+    that has many more is another one than the drafter was made for. A language model may have rows of padding of its own, which
+    it never drafts.
 
     Args:
         target_config (`PreTrainedConfig`): of the target's text model.
@@ -90,7 +91,8 @@ def check_vocabulary(target_config: Any, config: Any) -> None:
     """
     has_own = config.has_own_embedding or config.has_own_head or config.draft_vocab_size is not None
     missing = target_config.vocab_size - config.vocab_size
-    if not 0 <= missing <= (0 if has_own else MOST_PADDING):
+    fewest = -MOST_PADDING if is_language_model(config) else 0
+    if not fewest <= missing <= (0 if has_own else MOST_PADDING):
         raise ValueError(
             f"`assistant_model` must have the target's vocabulary of {target_config.vocab_size} tokens, or it without at most "
             f"{MOST_PADDING} rows of padding, got {config.vocab_size}. Use a drafter that was made for this target."
@@ -100,7 +102,8 @@ def check_vocabulary(target_config: Any, config: Any) -> None:
 def check_special_id(name: str, target_config: Any, config: Any) -> None:
     """Refuse a token-conditioned drafter with another special id: it was made for another tokenizer.
 
-    It decides nothing for a feature-conditioned one, which reads the target's states and borrows its embedding.
+    It decides nothing for a feature-conditioned one, which reads the target's states and borrows its embedding, nor for a
+    language model of its own, which may end its texts in another way.
 
     Args:
         name (`str`): of `SPECIAL_IDS`.
@@ -110,7 +113,7 @@ def check_special_id(name: str, target_config: Any, config: Any) -> None:
     Raises:
         ValueError: if so.
     """
-    if config.target_layer_ids is not None:
+    if config.target_layer_ids is not None or is_language_model(config):
         return
     own, theirs = getattr(config, name, None), getattr(target_config, name, None)
     if own != theirs:
@@ -118,6 +121,11 @@ def check_special_id(name: str, target_config: Any, config: Any) -> None:
             f"`assistant_model` must have the target's `{name}` {theirs}, got {own}. Use a drafter that was made for this "
             "target, or correct the drafter's config."
         )
+
+
+def is_language_model(config: Any) -> bool:
+    """Return whether a drafter is a diffusion language model, which was made for a tokenizer and for no target."""
+    return bool(getattr(config, "is_language_model", False))
 
 
 def check_layers(target_config: Any, config: Any) -> None:

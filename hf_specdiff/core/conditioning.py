@@ -144,8 +144,8 @@ def make_drafter(
     max_length: int | None = None,
     shaper: Shaper | None = None,
     end_token_ids: Set[int] = frozenset(),
-) -> TokenDrafter | FeatureDrafter:
-    """Put the drafter that fits a network's conditioning around it.
+) -> DenoisingDrafter:
+    """Put the drafter that fits a network's conditioning around it, or the one that the network brings as `drafter_class`.
 
     Args:
         network (`SpecDiffDrafter`): the network.
@@ -158,11 +158,12 @@ def make_drafter(
         end_token_ids (`set[int]`): with one of them a text ends.
 
     Returns:
-        `TokenDrafter` or `FeatureDrafter`: fresh, with an empty context cache.
+        `DenoisingDrafter`: fresh, with an empty context cache.
     """
     if network.config.target_layer_ids is None:
         theirs = None if target is None else target.config.get_text_config().vocab_size
-        return TokenDrafter(network, speculation, logits_processor, max_length, shaper, end_token_ids, target_vocab_size=theirs)
+        around = getattr(network, "drafter_class", TokenDrafter)
+        return around(network, speculation, logits_processor, max_length, shaper, end_token_ids, target_vocab_size=theirs)
     return FeatureDrafter(
         network,
         speculation,

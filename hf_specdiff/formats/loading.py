@@ -16,7 +16,13 @@ from hf_specdiff.formats import deepspec
 from hf_specdiff.formats import dflash
 from hf_specdiff.formats import muse
 from hf_specdiff.formats import speculators
+from hf_specdiff.formats.language_models import READERS as LANGUAGE_MODELS
+from hf_specdiff.formats.language_models import WRAPPED
+from hf_specdiff.formats.language_models import family_of
+from hf_specdiff.formats.loading_language_models import SETTINGS
+from hf_specdiff.formats.loading_language_models import load_language_model
 from hf_specdiff.formats.record import Record
+from hf_specdiff.formats.record import match_tensors
 from hf_specdiff.formats.source import Source
 
 # From an architecture's name to who reads it.
@@ -46,10 +52,8 @@ UNREAD = {
 PADDING = 1024
 
 
-def load_drafter(
-    source: str | os.PathLike, target: Any = None, *, ignored_fields: Iterable[str] = (), **arguments: Any
-) -> SpecDiffDrafter:
-    """Load a drafter of any format.
+def load_drafter(source: str | os.PathLike, target: Any = None, *, ignored_fields: Iterable[str] = (), **arguments: Any) -> Any:
+    """Load a drafter of any format, or a diffusion language model as one.
 
     Reads data, never code or pickles, and refuses what it does not understand before memory is taken.
 
@@ -58,10 +62,11 @@ def load_drafter(
         target (`transformers.PreTrainedModel`, *optional*): the model it drafts for. The drafter is checked against it, and
             takes over its special ids, which pipelines compare.
         ignored_fields (`Iterable[str]`): fields of config.json that the reader does not know and that you know change nothing.
-        **arguments: of `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, `local_files_only` and so on.
+        **arguments: of `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, `local_files_only` and so on; and for a
+            diffusion language model those of `DiffusionDrafter`, where its family's known values are not to be used.
 
     Returns:
-        `SpecDiffDrafter`: in evaluation mode.
+        `SpecDiffDrafter` or `DiffusionDrafter`: in evaluation mode.
 
     Raises:
         ValueError: if a file is missing or broken, the format or a field or tensor of it is not understood, or the drafter does
@@ -73,6 +78,11 @@ def load_drafter(
         if target is not None:
             check_pair(target, drafter)
         return drafter
+    read_model = family_of(opened.config, opened.shapes)
+    if read_model is not None:
+        settings = {name: arguments.pop(name) for name in SETTINGS if name in arguments}
+        model = read_model(opened.config, opened.shapes(), ignored_fields)
+        return load_language_model(opened, model, target, settings, arguments)
     read = recognise(opened)
     shapes = opened.shapes()
     record = read(opened.config, shapes, ignored_fields)
@@ -119,8 +129,9 @@ def recognise(source: Source) -> Any:
             raise ValueError(f"{source.name!r} must be of a format that is read here, got {name}: {reason}.")
     raise ValueError(
         f"{source.name!r} must hold a drafter of a known format, got `architectures` {architectures} and `model_type` "
-        f"{config.get('model_type')!r}. Read are hf_specdiff's own, {', '.join(READERS)} and speculators' "
-        f"{', '.join(speculators.KINDS)}."
+        f"{config.get('model_type')!r}. Read are hf_specdiff's own, {', '.join(READERS)}, speculators' "
+        f"{', '.join(speculators.KINDS)}, and diffusion language models of the types {', '.join(LANGUAGE_MODELS)} and, "
+        f"wrapped, {', '.join(WRAPPED)}."
     )
 
 
@@ -138,25 +149,7 @@ def check_tensors(config: SpecDiffConfig, record: Record, shapes: dict[str, tupl
     """
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in SpecDiffDrafter(config).state_dict().items()}
-    found = {record.renamed(name): (name, shape) for name, shape in shapes.items() if not record.is_unused(name)}
-    for name, (theirs, shape) in found.items():
-        if name not in expected:
-            raise ValueError(
-                f"the tensor `{theirs}` of {source.name!r} must be one that the format {record.format} has, got one of shape "
-                f"{shape} that is not understood. The drafter would not be itself without it: it needs another version of "
-                "hf_specdiff, or is of another format."
-            )
-        if expected[name] != shape:
-            raise ValueError(
-                f"the tensor `{theirs}` of {source.name!r} must have the shape {expected[name]} that config.json asks for, got "
-                f"{shape}. Which of the two files belongs to this drafter?"
-            )
-    missing = sorted(expected.keys() - found.keys())
-    if missing:
-        raise ValueError(
-            f"{source.name!r} must hold all weights of the format {record.format}, got none for {', '.join(missing[:3])}. Is "
-            "the file whole, and config.json its own?"
-        )
+    match_tensors(expected, record, shapes, source.name)
     if config.draft_vocab_size is not None:
         _check_vocabulary(config, source, shapes)
 

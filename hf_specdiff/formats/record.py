@@ -185,3 +185,36 @@ def sliding_layers(body: dict[str, Any], format_name: str) -> list[bool]:
         )
     body["layer_types"] = config.layer_types
     return is_sliding
+
+
+def match_tensors(expected: dict[str, tuple[int, ...]], record: Record, shapes: dict[str, tuple[int, ...]], name: str) -> None:
+    """Refuse a weights file that is not the one its configuration describes.
+
+    Args:
+        expected (`dict`): shapes of the network's tensors.
+        record (`Record`): says how tensors are renamed.
+        shapes (`dict`): of the file's tensors.
+        name (`str`): of the folder or repository, for messages.
+
+    Raises:
+        ValueError: if a tensor is missing, not understood or of another shape.
+    """
+    found = {record.renamed(theirs): (theirs, shape) for theirs, shape in shapes.items() if not record.is_unused(theirs)}
+    for ours, (theirs, shape) in found.items():
+        if ours not in expected:
+            raise ValueError(
+                f"the tensor `{theirs}` of {name!r} must be one that the format {record.format} has, got one of shape "
+                f"{shape} that is not understood. The drafter would not be itself without it: it needs another version of "
+                "hf_specdiff, or is of another format."
+            )
+        if expected[ours] != shape:
+            raise ValueError(
+                f"the tensor `{theirs}` of {name!r} must have the shape {expected[ours]} that config.json asks for, got "
+                f"{shape}. Which of the two files belongs to this drafter?"
+            )
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        raise ValueError(
+            f"{name!r} must hold all weights of the format {record.format}, got none for {', '.join(missing[:3])}. Is "
+            "the file whole, and config.json its own?"
+        )

@@ -1,0 +1,1 @@
+"""Masked diffusion language models as drafters: not trained for a target, only fitted to its vocabulary."""
