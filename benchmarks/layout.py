@@ -10,7 +10,7 @@ from benchmarks.report import between_markers
 from hf_specdiff.benchmarks.journal import write_text
 
 PAGE = Path("docs") / "layout.md"
-FOLDERS = ("", "core", "formats", "hub", "training", "benchmarks", "commands", "demo")
+FOLDERS = ("", "core", "diffusion", "formats", "hub", "training", "benchmarks", "commands", "demo")
 
 
 def first_line(path: Path) -> str:

@@ -1,5 +1,4 @@
-"""Loading a diffusion language model that has been recognised: its weights into the native body, its words held against the
-target's.
+"""Loading a recognised diffusion language model: its weights into the native body, its words held against the target's.
 
 Knows files and the readings that a family leaves open.
 """
