@@ -13,6 +13,7 @@ from hf_specdiff.core.stats import SpeculationStats
 def test_public_names() -> None:
     assert set(hf_specdiff.__all__) == {
         "DenoisingDrafter",
+        "DiffusionDrafter",
         "Draft",
         "DraftTree",
         "Drafter",
