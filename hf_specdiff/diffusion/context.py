@@ -84,7 +84,9 @@ class LanguageModelDrafter(DenoisingDrafter):
         self.vocab_size = target_vocab_size
         self.way = network.context_cache
         self._read_at = 0  # length of the text when all of it was last read
-        self._round: tuple[int, float] | None = None  # length of the text and start, of a round that counts
+        # Length of the text and start of a round that counts, if it comes to a pass.
+        self._begun: tuple[int, float] | None = None
+        self._round: tuple[int, float] | None = None
 
     @torch.no_grad()
     def draft(self, text: Text, features: Features | None) -> Draft | DraftTree:
@@ -96,10 +98,8 @@ class LanguageModelDrafter(DenoisingDrafter):
         self.way = way
         # A round in which all of the text is read for keeping says nothing about those that follow.
         counts = is_chosen and (way == "exact" or (self.rows is not None and any(self.rows.ends)))
-        start = time.perf_counter()
-        draft = super().draft(text, features)
-        self._round = (length, start) if counts and draft.num_tokens > 0 else None
-        return draft
+        self._begun, self._round = ((length, time.perf_counter()) if counts else None), None
+        return super().draft(text, features)
 
     def observe(self, outcome: Outcome) -> None:
         """Note what the round brought; see `Drafter`."""
@@ -118,6 +118,7 @@ class LanguageModelDrafter(DenoisingDrafter):
     def window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
         """Run the body over what it has not kept of the text, and the window; see `DenoisingDrafter.window_logits`."""
         assert self.rows is not None
+        self._round = self._begun
         counts = [length - 1 - end for length, end in zip(text.lengths, self.rows.ends, strict=True)]
         position_ids, key_mask = self.layout(text, counts, window.shape[1])
         outputs = self.network(
