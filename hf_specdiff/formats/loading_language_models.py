@@ -9,8 +9,8 @@ import torch
 from transformers.utils import logging
 
 from hf_specdiff.core.checks import check_pair
-from hf_specdiff.core.weights import check_finite
-from hf_specdiff.core.weights import check_weight_files
+from hf_specdiff.core.files import check_finite
+from hf_specdiff.core.files import check_weight_files
 from hf_specdiff.diffusion.drafter import DiffusionDrafter
 from hf_specdiff.diffusion.trials import Reading
 from hf_specdiff.diffusion.trials import best_reading
