@@ -23,12 +23,12 @@ from hf_specdiff.core.speculation import SpeculationConfig
 from hf_specdiff.core.text import Text
 from hf_specdiff.training.data import collate
 from hf_specdiff.training.data import sample_windows
+from hf_specdiff.training.first_weights import new_drafter
 from hf_specdiff.training.heads import add_head
 from hf_specdiff.training.heads import train_head_alone
 from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import fit_drafter
 from hf_specdiff.training.trainer import make_drafter_config
-from hf_specdiff.training.trainer import new_drafter
 from tests.conftest import MASK_TOKEN_ID
 from tests.conftest import make_drafter
 from tests.conftest import make_target
