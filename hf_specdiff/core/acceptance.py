@@ -19,40 +19,29 @@ from .draft import Draft
 from .draft import DraftTree
 from .sampling import draw
 from .sampling import residual
+from .text import to_device
 
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """What a rule decided about a draft.
+    """What a rule decided about a draft, in numbers of the host: all that a round reads back after the target's pass.
 
     Attributes:
-        num_accepted (`torch.Tensor` of shape `(B,)`, int64): drafted tokens accepted, 0 to G; the bonus is not counted.
-        bonus_token (`torch.Tensor` of shape `(B,)`, int64): the token that the target adds after them.
-        paths (`list[list[int]]`, *optional*): of a tree, for each row the accepted nodes, root to leaf. `None`: a chain, whose
-            nodes are 1, 2, ...
+        tokens (`list[list[int]]`): for each row what the round would add: the accepted tokens, then the bonus token, the
+            target's own.
+        nodes (`list[list[int]]`): for each row the nodes that lead there, the anchor (0) first, so that node `i` is the one
+            whose logits token `i` was taken from. Of a chain they are 0, 1, 2, ...
         target_laws (`dict[tuple[int, int], torch.Tensor]`): see `Outcome`.
     """
 
-    num_accepted: torch.Tensor
-    bonus_token: torch.Tensor
-    paths: list[list[int]] | None = None
+    tokens: list[list[int]]
+    nodes: list[list[int]]
     target_laws: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
-    def new_tokens(self, draft_tokens: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
-        """Return what the round would add.
-
-        Args:
-            draft_tokens (`torch.Tensor` of shape `(B, G)`, int64): the draft, or a tree's nodes.
-
-        Returns:
-            `tuple`: for each row its new tokens, the accepted ones and then the bonus token; and the nodes that lead there, the
-            anchor (0) first, so that node `i` is the one whose logits token `i` was taken from.
-        """
-        # One device sync for all that the host side of the round needs to know.
-        table = torch.cat([self.num_accepted[:, None], self.bonus_token[:, None], draft_tokens], dim=1).tolist()
-        paths = self.paths or [list(range(1, row[0] + 1)) for row in table]
-        tokens = [[*(row[node + 1] for node in path), row[1]] for row, path in zip(table, paths, strict=True)]
-        return tokens, [[0, *path] for path in paths]
+    @property
+    def num_accepted(self) -> list[int]:
+        """Drafted tokens accepted in each row, 0 to G; the bonus is not counted."""
+        return [len(row) - 1 for row in self.tokens]
 
 
 def accept_by_match(draft_tokens: torch.Tensor, target_tokens: torch.Tensor) -> Acceptance:
@@ -76,9 +65,9 @@ def accept_by_match(draft_tokens: torch.Tensor, target_tokens: torch.Tensor) -> 
     table = torch.cat([draft_tokens, target_tokens], dim=1).tolist()
     gamma = draft_tokens.shape[1]
     counts = [next((i for i in range(gamma) if row[i] != row[gamma + i]), gamma) for row in table]
-    bonus_tokens = [row[gamma + count] for row, count in zip(table, counts, strict=True)]
-    device = draft_tokens.device
-    return Acceptance(torch.tensor(counts, device=device), torch.tensor(bonus_tokens, device=device))
+    # The accepted tokens are the target's own too.
+    tokens = [row[gamma : gamma + count + 1] for row, count in zip(table, counts, strict=True)]
+    return Acceptance(tokens, [list(range(count + 1)) for count in counts])
 
 
 def accept_by_ratio(draft: Draft, target_probs: torch.Tensor) -> Acceptance:
@@ -99,7 +88,7 @@ def accept_by_ratio(draft: Draft, target_probs: torch.Tensor) -> Acceptance:
     """
     draft_probs = draft.dense_probs(target_probs.shape[-1])
     num_accepted = draw(ratio_num_accepted_law(draft.tokens, draft_probs, target_probs))
-    return Acceptance(num_accepted, draw(ratio_bonus_law(draft_probs, target_probs, num_accepted)))
+    return _of_chain(draft.tokens, num_accepted, draw(ratio_bonus_law(draft_probs, target_probs, num_accepted)))
 
 
 def accept_by_block(draft: Draft, target_probs: torch.Tensor) -> Acceptance:
@@ -117,16 +106,18 @@ def accept_by_block(draft: Draft, target_probs: torch.Tensor) -> Acceptance:
     """
     draft_probs = draft.dense_probs(target_probs.shape[-1])
     num_accepted = draw(block_num_accepted_law(draft.tokens, draft_probs, target_probs))
-    return Acceptance(num_accepted, draw(block_bonus_law(draft.tokens, draft_probs, target_probs, num_accepted)))
+    return _of_chain(draft.tokens, num_accepted, draw(block_bonus_law(draft.tokens, draft_probs, target_probs, num_accepted)))
 
 
 def accept_by_walk(
-    tree: DraftTree, next_token: Callable[[int, list[int]], int | None], end_token_ids: Set[int] = frozenset()
+    children: list[dict[tuple[int, int], int]],
+    next_token: Callable[[int, list[int]], int | None],
+    end_token_ids: Set[int] = frozenset(),
 ) -> Acceptance:
     """Walk down a tree: let the target write its next token, go on while a child carries it.
 
     Args:
-        tree (`DraftTree`): the draft.
+        children (`list[dict[tuple[int, int], int]]`): the draft; see `DraftTree.children`.
         next_token (`Callable`): from batch row and the path so far (node 0 first) to the target's token after it: drawn from
             the target's law given that prefix, or the most probable one. It is asked once for each node that is reached, and
             `None` where the text cannot be gone on with yet; then the round ends with the node's own token.
@@ -139,25 +130,127 @@ def accept_by_walk(
     the target's own tokens are known after one pass.
     Source: arXiv:2604.12989, section 3; the match rule for trees.
     """
-    paths, bonus_tokens = [], []
-    for row, children in enumerate(tree.children()):
+    tokens, nodes = [], []
+    for row, of_row in enumerate(children):
         path = [0]
         token = next_token(row, path)
         assert token is not None  # what is committed can be gone on with
-        while token not in end_token_ids and (child := children.get((path[-1], token))) is not None:
+        written = [token]
+        while token not in end_token_ids and (child := of_row.get((path[-1], token))) is not None:
             following = next_token(row, [*path, child])
             if following is None:
                 break
             path.append(child)
             token = following
-        paths.append(path[1:])
-        bonus_tokens.append(token)
-    device = tree.tokens.device
-    num_accepted = torch.tensor([len(path) for path in paths], device=device)
-    return Acceptance(num_accepted, torch.tensor(bonus_tokens, device=device), paths)
+            written.append(token)
+        tokens.append(written)
+        nodes.append(path)
+    return Acceptance(tokens, nodes)
 
 
-def sampled_child_law(target_probs: torch.Tensor, draft_probs: torch.Tensor, token: int) -> torch.Tensor:
+def accept_on_tree(tree: DraftTree, target_probs: torch.Tensor) -> Acceptance:
+    """Draw where a walk down a tree ends, and the token behind it: what `accept_by_walk` draws token by token, in two draws.
+
+    Args:
+        tree (`DraftTree`): the draft; where a child was drawn (`sampled`), the node's law is coupled with that draw.
+        target_probs (`torch.Tensor` of shape `(B, N + 1, V)`, float32): p after the anchor and after each node.
+
+    Returns:
+        `Acceptance`: the accepted path and the bonus token.
+
+    Lossless when: as `accept_by_walk`, with `sampled_child_law` where a child was drawn.
+    Source: as `accept_by_walk`; `walk_end_law` is the law of its last node.
+    """
+    laws = coupled_laws(tree, target_probs)
+    ends = draw(walk_end_law(tree, laws))
+    bonus_tokens = draw(walk_bonus_law(tree, laws, ends))
+    # One device sync for all that the host side of the round needs to know.
+    tokens, nodes = [], []
+    for row, (end, bonus_token, *drafted) in enumerate(
+        torch.cat([ends[:, None], bonus_tokens[:, None], tree.tokens], dim=1).tolist()
+    ):
+        path = tree.path(row, end)
+        tokens.append([*(drafted[node - 1] for node in path[1:]), bonus_token])
+        nodes.append(path)
+    target_laws: dict[tuple[int, int], torch.Tensor] = {}
+    if tree.sampled is not None:
+        for row, places in enumerate(tree.sampled.row_of):
+            target_laws |= {(row, node): target_probs[row, node] for node in nodes[row] if node in places}
+    return Acceptance(tokens, nodes, target_laws)
+
+
+def coupled_laws(tree: DraftTree, target_probs: torch.Tensor) -> torch.Tensor:
+    """Return the target's laws at all nodes, where a child was drawn by `sampled_child_law`.
+
+    Args:
+        tree (`DraftTree`): the draft.
+        target_probs (`torch.Tensor` of shape `(B, N + 1, V)`): p.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N + 1, V)`.
+    """
+    if tree.sampled is None:
+        return target_probs
+    table = [
+        (row, node, place, tree.sampled.child_of[row][node] - 1)
+        for row, places in enumerate(tree.sampled.row_of)
+        for node, place in places.items()
+    ]
+    if not table:
+        return target_probs
+    device = target_probs.device
+    rows, nodes, places, drawn = to_device(list(zip(*table, strict=True)), device)
+    draft_probs = tree.sampled.laws.to(device)[places]
+    given = sampled_child_law(target_probs[rows, nodes], draft_probs, tree.tokens[rows, drawn])
+    return target_probs.index_put((rows, nodes), given)
+
+
+def walk_end_law(tree: DraftTree, laws: torch.Tensor) -> torch.Tensor:
+    """Return P(a walk ends at node v): the target writes the tokens down to v and then none of v's children.
+
+    Args:
+        tree (`DraftTree`): the draft.
+        laws (`torch.Tensor` of shape `(B, N + 1, V)`): of the next token at each node.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N + 1)`.
+    """
+    parents, is_node = _parents(tree, laws.device)
+    rows = torch.arange(len(parents), device=laws.device)[:, None]
+    taken = torch.where(is_node, laws[rows, parents, tree.tokens], 0)  # (B, N): P(v's token at v's parent)
+    go_on = torch.zeros_like(laws[:, :, 0]).scatter_add(1, parents, taken)
+    taken = torch.cat([torch.ones_like(go_on[:, :1]), taken], dim=1)
+    # P(all ancestors' tokens): a node's row of the mask names them.
+    reached = torch.where(tree.ancestor_mask(), taken[:, None], 1).prod(dim=-1)
+    return reached * (1 - go_on).clamp(min=0)
+
+
+def walk_bonus_law(tree: DraftTree, laws: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Return the law of the token behind a walk: that of its last node without the node's children.
+
+    Args:
+        tree (`DraftTree`): the draft.
+        laws (`torch.Tensor` of shape `(B, N + 1, V)`): of the next token at each node.
+        ends (`torch.Tensor` of shape `(B,)`, int64): the last nodes.
+
+    Returns:
+        `torch.Tensor` of shape `(B, V)`.
+    """
+    parents, is_node = _parents(tree, laws.device)
+    law = _row(laws, ends)
+    is_child = (is_node & (parents == ends[:, None])).to(law.dtype)
+    # What is larger than any probability leaves nothing of a child's token.
+    return residual(law, torch.zeros_like(law).scatter_add(1, tree.tokens, 2 * is_child))
+
+
+def _parents(tree: DraftTree, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the parents `(B, N)` int64 of all nodes, and which are nodes at all, `(B, N)` bool: filler has none."""
+    rows = [row + [-1] * (tree.num_tokens - len(row)) for row in tree.parents]
+    parents = to_device(rows, device).view(len(rows), tree.num_tokens)
+    return parents.clamp(min=0), parents >= 0
+
+
+def sampled_child_law(target_probs: torch.Tensor, draft_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Return the law of the target's next token at a node, given the token that was drawn as its child.
 
     With q the law that x was drawn from: x with probability a = min(1, p(x) / q(x)), else a token of norm(max(p - q, 0)). Over
@@ -165,21 +258,20 @@ def sampled_child_law(target_probs: torch.Tensor, draft_probs: torch.Tensor, tok
     the target wants them: a node accepts p(siblings) + sum min(p, q).
 
     Args:
-        target_probs (`torch.Tensor` of shape `(V,)`): p at the node.
-        draft_probs (`torch.Tensor` of shape `(V,)`): q, 0 on the siblings of x.
-        token (`int`): x.
+        target_probs (`torch.Tensor` of shape `(..., V)`): p at the node.
+        draft_probs (`torch.Tensor` of shape `(..., V)`): q, 0 on the siblings of x.
+        tokens (`torch.Tensor` of shape `(...)`, int64): x.
 
     Returns:
-        `torch.Tensor` of shape `(V,)`: to draw the next token from.
+        `torch.Tensor` of shape `(..., V)`: to draw the next token from.
 
     Lossless when: x was drawn from q, which other children there are was settled before, and nothing in the tree depends on x
     but the token of that one node.
     Source: the node rule of arXiv:2502.18779 ("greedy draft"), for trees as in arXiv:2609.21827.
     """
-    accept = (target_probs[token] / draft_probs[token]).clamp(max=1)
-    law = (1 - accept) * residual(target_probs, draft_probs)
-    law[token] += accept
-    return law
+    index = tokens[..., None]
+    accept = (target_probs.gather(-1, index) / draft_probs.gather(-1, index)).clamp(max=1)
+    return ((1 - accept) * residual(target_probs, draft_probs)).scatter_add(-1, index, accept)
 
 
 def select_draft(drafts: list[list[int]], path_probs: dict[int, float]) -> list[int]:
@@ -302,3 +394,11 @@ def _ratios(draft_tokens: torch.Tensor, draft_probs: torch.Tensor, target_probs:
 def _row(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Return `table[b, index[b]]` for every b; `table` is `(B, R, ...)`, `index` is `(B,)`."""
     return table[torch.arange(len(index), device=index.device), index]
+
+
+def _of_chain(draft_tokens: torch.Tensor, num_accepted: torch.Tensor, bonus_tokens: torch.Tensor) -> Acceptance:
+    """Return the decision about a chain `(B, G)` from the accepted tokens and the bonus token of each row, both `(B,)`."""
+    # One device sync for all that the host side of the round needs to know.
+    table = torch.cat([num_accepted[:, None], bonus_tokens[:, None], draft_tokens], dim=1).tolist()
+    tokens = [[*drafted[:count], bonus_token] for count, bonus_token, *drafted in table]
+    return Acceptance(tokens, [list(range(len(row))) for row in tokens])

@@ -17,6 +17,8 @@ from transformers import Cache
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .text import to_device
+
 # Under what names models take their cache; the second one is that of models which are all state.
 CACHE_NAMES = ("past_key_values", "cache_params")
 # Read by transformers' "sdpa" attention at every call; 5.17 does not know it yet.
@@ -167,7 +169,7 @@ class RaggedCache:
         """Return which of the first `length` slots belong to each row, `(B, length)` bool; `None`: all."""
         if min(self.ends) == self.length:
             return None
-        return torch.arange(self.length, device=device) < torch.tensor(self.ends, device=device)[:, None]
+        return torch.arange(self.length, device=device) < to_device(self.ends, device)[:, None]
 
     def keep(self, kept: list[list[int]]) -> None:
         """Keep some slots of the last pass, in the given order, and forget the rest of it.
@@ -198,8 +200,9 @@ class RaggedCache:
             return
         count, goal, source = len(kept) - first, start + first, start + kept[first]
         is_block = kept[first:] == list(range(kept[first], kept[first] + count)) and source >= goal + count
-        index = None if is_block else torch.tensor(kept[first:]) + start
-        for layer in filled_layers(self.cache):
+        layers = filled_layers(self.cache)
+        index = None if is_block else to_device(kept[first:], layers[0].keys.device) + start
+        for layer in layers:
             offset = getattr(layer, "offset", 0)
             for states in (layer.keys, layer.values):
                 # One branch of a tree lies in one piece.
@@ -213,14 +216,17 @@ class RaggedCache:
         """Copy each row's kept slots to its own end, within the tail."""
         most = max(map(len, kept))
         # Rows that keep fewer move filler behind their end, where nobody looks.
-        sources = torch.tensor([row + [0] * (most - len(row)) for row in kept], dtype=torch.long) + start
-        goals = torch.tensor(self.ends)[:, None] + torch.arange(most)
-        rows = torch.tensor(self.places)[:, None]
-        for layer in filled_layers(self.cache):
+        layers = filled_layers(self.cache)
+        device = layers[0].keys.device
+        sources = to_device([row + [0] * (most - len(row)) for row in kept], device) + start
+        goals = to_device(self.ends, device)[:, None] + torch.arange(most, device=device)
+        rows = to_device(self.places, device)[:, None]
+        for layer in layers:
             offset = getattr(layer, "offset", 0)
             for states in (layer.keys, layer.values):
                 by_slot = states.transpose(1, 2)  # a view (B, slots, heads, dim)
-                by_slot[rows, goals - offset] = by_slot[rows, sources - offset]
+                own, to, source = (index.to(states.device) for index in (rows, goals - offset, sources - offset))
+                by_slot[own, to] = by_slot[own, source]
 
     def select(self, rows: list[int]) -> None:
         """Keep some rows only."""

@@ -19,6 +19,7 @@ from .draft import SampledChildren
 from .sampling import draw
 from .sampling import to_probs
 from .speculation import SpeculationConfig
+from .text import to_device
 from .tree import COPIED
 from .tree import Copied
 from .tree import TreeShape
@@ -148,7 +149,7 @@ def _most_probable(laws: Conditionals, speculation: SpeculationConfig, smallest:
                 found[row].end = node
         if not frontier:
             break
-        previous = torch.tensor([found[row].tokens[node] for row, node in frontier], device=laws.anchors.device)
+        previous = to_device([found[row].tokens[node] for row, node in frontier], laws.anchors.device)
         memory = None if memory is None else memory[[places[node] for node in frontier]]
     for nodes, copy in zip(found, [] if copies is None else copies.found, strict=False):
         if nodes.depths[nodes.end] == laws.gamma:
@@ -226,7 +227,7 @@ def _filled(
         for node, parent in enumerate(shape.parents, 1):
             children[row].setdefault(parent, []).append(node)
     row_of: list[dict[int, int]] = [{} for _ in shapes]
-    token_of: list[dict[int, int]] = [{} for _ in shapes]
+    child_of: list[dict[int, int]] = [{} for _ in shapes]
     all_laws: list[torch.Tensor] = []
     all_natural: list[torch.Tensor] = []
     inner = [(row, 0) for row, found in enumerate(children) if found]
@@ -254,7 +255,7 @@ def _filled(
             if shapes[row].ranks[family[-1] - 1] == COPIED:
                 continue  # alone, and not drawn
             tokens[row][family[-1] - 1] = token
-            row_of[row][node], token_of[row][node] = num_laws + place, token
+            row_of[row][node], child_of[row][node] = num_laws + place, family[-1]
         num_laws += len(inner)
         all_laws.append(drawn_from)
         all_natural.append(natural)
@@ -265,17 +266,17 @@ def _filled(
             if child in children[row]
         ]
         inner = [(row, child) for _, row, child in behind]
-        previous = torch.tensor([tokens[row][child - 1] for row, child in inner], device=law.device)
+        previous = to_device([tokens[row][child - 1] for row, child in inner], law.device)
         memory = None if memory is None else memory[[place for place, _, _ in behind]]
         index += 1
-    return SampledChildren(torch.cat(all_laws), row_of, token_of, None if temper is None else torch.cat(all_natural))
+    return SampledChildren(torch.cat(all_laws), row_of, child_of, None if temper is None else torch.cat(all_natural))
 
 
 def _without(law: torch.Tensor, siblings: list[tuple[int, int]]) -> torch.Tensor:
     """Return laws `(n, V)` without some tokens, normalised; where nothing is left, all others alike."""
     allowed = torch.ones_like(law, dtype=torch.bool)
     if siblings:
-        index = torch.tensor(siblings, device=law.device)
+        index = to_device(siblings, law.device)
         allowed[index[:, 0], index[:, 1]] = False
     left = law * allowed
     mass = left.sum(dim=-1, keepdim=True)

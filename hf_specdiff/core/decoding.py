@@ -72,10 +72,9 @@ def decode(
         # Accept: as much of the draft as the rule lets stand, then one token of the target's own, cut where the text ends.
         scores = Scores(processors, text, draft.tokens, logits)
         acceptance = accept(draft, scores)
-        tokens, nodes = acceptance.new_tokens(draft.tokens)
-        counts, is_done = stop.cut(text, tokens, nodes, scores)
-        tokens = [row[:count] for row, count in zip(tokens, counts, strict=True)]
-        nodes = [row[:count] for row, count in zip(nodes, counts, strict=True)]
+        counts, is_done = stop.cut(text, acceptance.tokens, acceptance.nodes, scores)
+        tokens = [row[:count] for row, count in zip(acceptance.tokens, counts, strict=True)]
+        nodes = [row[:count] for row, count in zip(acceptance.nodes, counts, strict=True)]
         outcome = Outcome(draft, tokens, nodes, is_done, acceptance.target_laws)
         # Commit: keep the accepted keys and values in place, forget the rest.
         features = target.commit(nodes, draft.num_tokens)

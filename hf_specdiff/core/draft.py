@@ -12,6 +12,8 @@ from typing import TypeAlias
 
 import torch
 
+from .text import to_device
+
 
 @dataclass(frozen=True, slots=True)
 class Draft:
@@ -134,13 +136,13 @@ class SampledChildren:
         laws (`torch.Tensor` of shape `(n, V)`, float32): what each was drawn from: its position's marginal without the tokens
             of its siblings, normalised.
         row_of (`list[dict[int, int]]`): for each batch row, from inner node to its row in `laws`.
-        token_of (`list[dict[int, int]]`): for each batch row, from inner node to the token that was drawn under it.
+        child_of (`list[dict[int, int]]`): for each batch row, from the same nodes to the child that was drawn.
         marginals (`torch.Tensor` of shape `(n, V)`, float32, *optional*): what `laws` are at temperature 1, if at another.
     """
 
     laws: torch.Tensor
     row_of: list[dict[int, int]]
-    token_of: list[dict[int, int]]
+    child_of: list[dict[int, int]]
     marginals: torch.Tensor | None = None
 
 
@@ -179,7 +181,7 @@ class DraftTree:
         """Join rows of different sizes."""
         most = max(map(len, tokens))
         padded = [row + [0] * (most - len(row)) for row in tokens]
-        return cls(torch.tensor(padded, device=device).view(len(tokens), most), parents, drafts, sampled, values, copied)
+        return cls(to_device(padded, device).view(len(tokens), most), parents, drafts, sampled, values, copied)
 
     @classmethod
     def of_chain(cls, tokens: torch.Tensor) -> "DraftTree":
@@ -205,18 +207,29 @@ class DraftTree:
         """Return the longest path of each row."""
         return [max(row) for row in self._depth_rows()]
 
-    def children(self) -> list[dict[tuple[int, int], int]]:
-        """Return, for each row, from (node, token) to the child of that node with that token."""
+    def children(self, tokens: list[list[int]] | None = None) -> list[dict[tuple[int, int], int]]:
+        """Return, for each row, from (node, token) to the child of that node with that token.
+
+        Args:
+            tokens (`list[list[int]]`, *optional*): `tokens`, where they have been read back from the device already.
+        """
         return [
-            {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens, strict=False), 1)}
-            for parents, tokens in zip(self.parents, self.tokens.tolist(), strict=True)
+            {(parent, token): node for node, (parent, token) in enumerate(zip(parents, own, strict=False), 1)}
+            for parents, own in zip(self.parents, self.tokens.tolist() if tokens is None else tokens, strict=True)
         ]
+
+    def path(self, row: int, node: int) -> list[int]:
+        """Return the nodes from the anchor (0) down to one of a row's."""
+        path = [node]
+        while path[-1] > 0:
+            path.append(self.parents[row][path[-1] - 1])
+        return path[::-1]
 
     def depths(self) -> torch.Tensor:
         """Return how far behind the anchor each node stands, `(B, N + 1)` int64: 0 for the anchor and for filler."""
         size = self.num_tokens + 1
         rows = [row + [0] * (size - len(row)) for row in self._depth_rows()]
-        return torch.tensor(rows, device=self.tokens.device)
+        return to_device(rows, self.tokens.device)
 
     def _depth_rows(self) -> list[list[int]]:
         rows = []
@@ -240,7 +253,8 @@ class DraftTree:
                 rows.append(row)
             table += b"".join(rows)
         mask = torch.frombuffer(table, dtype=torch.bool)
-        return mask.view(len(self.parents), size, size).to(self.tokens.device)
+        device = self.tokens.device
+        return mask.view(len(self.parents), size, size).to(device, non_blocking=device.type == "cuda")
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from .sampling import to_float
 from .sampling import to_probs
 from .speculation import SpeculationConfig
 from .text import Text
+from .text import to_device
 
 
 class Drafter(Protocol):
@@ -369,8 +370,8 @@ class DenoisingDrafter:
         if text.num_rows == 1 and text.prompt_mask is None:
             anchor = text.lengths[0] - 1
             return torch.arange(anchor - num_new, anchor + window_size, device=device)[None], None
-        anchors = torch.tensor(text.lengths, device=device)[:, None] - 1
-        added = torch.tensor(counts, device=device)[:, None]
+        anchors = to_device(text.lengths, device)[:, None] - 1
+        added = to_device(counts, device)[:, None]
         slots = torch.arange(num_new, device=device)
         positions = torch.cat([anchors - added + slots, anchors + torch.arange(window_size, device=device)], dim=1)
         is_context = self.rows.is_owned(device)
@@ -381,7 +382,7 @@ class DenoisingDrafter:
         start = text.lengths[0] - 1 - counts[0] - self.rows.ends[0]
         is_text = text.is_text(start, self.rows.length + num_new)
         if is_text is not None:
-            ends = torch.tensor(self.rows.ends, device=device)[:, None]
+            ends = to_device(self.rows.ends, device)[:, None]
             is_context = is_context & is_text[:, : self.rows.length]
             is_new = is_new & is_text.gather(1, ends + slots)
         window = torch.ones(text.num_rows, window_size, dtype=torch.bool, device=device)

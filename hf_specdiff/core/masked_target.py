@@ -22,6 +22,7 @@ from .features import target_features
 from .target import TOKEN_TYPE_NAMES
 from .target import Target
 from .text import Text
+from .text import to_device
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 # Functions of the host that mask sliding windows; a model's file imports the one it uses.
@@ -136,7 +137,7 @@ class MaskedTarget(Target):
         if nodes == [list(range(most))]:
             return Features(target_features(self._layer_states(), self.layer_ids, most), [most])
         features = target_features(self._layer_states(), self.layer_ids, num_drafted + 1)
-        index = torch.tensor([row + [0] * (most - len(row)) for row in nodes], device=features.device)
+        index = to_device([row + [0] * (most - len(row)) for row in nodes], features.device)
         if len(nodes) == 1:
             return Features(features[:, index[0]], [most])
         rows = torch.arange(len(nodes), device=features.device)[:, None]
@@ -200,7 +201,7 @@ class MaskedTarget(Target):
     def _places(self, draft: Draft | DraftTree, device: torch.device) -> torch.Tensor:
         """Return places of the nodes, `(B, N + 1)`."""
         assert self.rows is not None
-        places = torch.tensor(self.rows.ends, device=device)[:, None] + draft.depths()
+        places = to_device(self.rows.ends, device)[:, None] + draft.depths()
         max_length = self.generation_config.max_length
         if max_length is not None and len(self.rows.ends) > 1:
             # A row near its end is drafted past it, since others are not; what stands there is never kept.

@@ -152,14 +152,15 @@ def shallow(tree: DraftTree, depth: int) -> DraftTree:
         ]
     if sampled is not None:
         inner = [set(of_row) for of_row in parents]  # a node whose children are gone has none that was drawn
-        row_of, token_of = (
-            [
-                {place[node]: value for node, value in column.items() if place.get(node) in left}
-                for column, place, left in zip(columns, places, inner, strict=True)
-            ]
-            for columns in (sampled.row_of, sampled.token_of)
-        )
-        sampled = replace(sampled, row_of=row_of, token_of=token_of)
+        row_of = [
+            {place[node]: value for node, value in column.items() if place.get(node) in left}
+            for column, place, left in zip(sampled.row_of, places, inner, strict=True)
+        ]
+        child_of = [
+            {place[node]: place[child] for node, child in column.items() if child in place}
+            for column, place in zip(sampled.child_of, places, strict=True)
+        ]
+        sampled = replace(sampled, row_of=row_of, child_of=child_of)
     return DraftTree.of_rows(tokens, parents, tree.tokens.device, drafts, sampled)
 
 
@@ -235,18 +236,20 @@ def _check_tree(tree: DraftTree, vocab_size: int) -> None:
 
 
 def _check_sampled(tree: DraftTree, sampled: SampledChildren, vocab_size: int) -> None:
-    """Refuse drawn children that are not the last of their parents, or laws that know of no siblings."""
+    """Refuse drawn children that are no children, or laws that know of no siblings."""
     drawn: dict[int, int] = {}
     siblings: list[tuple[int, int]] = []
     for row, (parents, tokens) in enumerate(zip(tree.parents, tree.tokens.tolist(), strict=True)):
-        last_under = {parent: node for node, parent in enumerate(parents)}  # counted from 0
-        if any(node not in last_under or tokens[last_under[node]] != token for node, token in sampled.token_of[row].items()):
-            raise ValueError("`SampledChildren.token_of` must name the token of a node's last child, got another.")
-        if sampled.row_of[row].keys() != sampled.token_of[row].keys():
-            raise ValueError("`SampledChildren` must have the same nodes in `row_of` and `token_of`, got others.")
+        children = sampled.child_of[row]
+        if any(not 0 < child <= len(parents) or parents[child - 1] != node for node, child in children.items()):
+            raise ValueError(f"`SampledChildren.child_of` must name a child of each of its nodes, got {children}.")
+        if sampled.row_of[row].keys() != children.keys():
+            raise ValueError("`SampledChildren` must have the same nodes in `row_of` and `child_of`, got others.")
         for parent, place in sampled.row_of[row].items():
-            drawn[place] = sampled.token_of[row][parent]
-            siblings += [(place, tokens[i]) for i, other in enumerate(parents) if other == parent and i != last_under[parent]]
+            drawn[place] = tokens[children[parent] - 1]
+            siblings += [
+                (place, tokens[i - 1]) for i, other in enumerate(parents, 1) if other == parent and i != children[parent]
+            ]
     if sorted(drawn) != list(range(len(sampled.laws))):
         raise ValueError(f"`SampledChildren.row_of` must use each of the {len(sampled.laws)} laws once, got {sorted(drawn)}.")
     token_row = torch.tensor([drawn[place] for place in range(len(drawn))], dtype=torch.long)

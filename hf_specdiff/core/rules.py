@@ -15,6 +15,7 @@ from .acceptance import accept_by_block
 from .acceptance import accept_by_match
 from .acceptance import accept_by_ratio
 from .acceptance import accept_by_walk
+from .acceptance import accept_on_tree
 from .acceptance import sampled_child_law
 from .acceptance import select_draft
 from .draft import Draft
@@ -44,11 +45,11 @@ def make_rule(acceptance: str, *, do_sample: bool, end_token_ids: Set[int] = fro
             is_selected = acceptance == "self_selection"
             tree = _selected(draft, scores, end_token_ids, do_sample=do_sample) if is_selected else draft
             # The match asks nobody what a token was drawn from.
-            return walk(replace(tree, sampled=None) if acceptance == "match" and tree.sampled is not None else tree, scores)
+            return on_tree(replace(tree, sampled=None) if acceptance == "match" and tree.sampled is not None else tree, scores)
         name = ("block" if draft.has_prefix_law else "match") if acceptance == "auto" else acceptance
         is_by_match = not do_sample or name in ("match", "self_selection")
         if is_by_match and not scores.is_prefix_free:
-            return walk(DraftTree.of_chain(draft.tokens), scores)
+            return on_tree(DraftTree.of_chain(draft.tokens), scores)
         if not do_sample:
             return accept_by_match(draft.tokens, scores.window().argmax(dim=-1))
         if is_by_match:
@@ -63,10 +64,18 @@ def make_rule(acceptance: str, *, do_sample: bool, end_token_ids: Set[int] = fro
             return rule(draft, to_probs(scores.window()))
         return _row_by_row(rule, draft, scores, end_token_ids)
 
-    def walk(tree: DraftTree, scores: Scores) -> Acceptance:
+    def on_tree(tree: DraftTree, scores: Scores) -> Acceptance:
+        if scores.is_prefix_free and do_sample:
+            return accept_on_tree(tree, to_probs(scores.window()))
+        if scores.is_prefix_free:
+            # One device sync: the drafted tokens, and the target's own after the anchor and after each of them.
+            table = torch.cat([tree.tokens, scores.window().argmax(dim=-1)], dim=1).tolist()
+            size = tree.num_tokens
+            return accept_by_walk(tree.children([row[:size] for row in table]), lambda row, path: table[row][size + path[-1]])
+        # Processors that read the text are asked node by node, and only where the walk comes.
         target_laws: dict[tuple[int, int], torch.Tensor] = {}
         next_token = next_token_at(tree, scores, target_laws, do_sample=do_sample)
-        return replace(accept_by_walk(tree, next_token, end_token_ids), target_laws=target_laws)
+        return replace(accept_by_walk(tree.children(), next_token, end_token_ids), target_laws=target_laws)
 
     return accept
 
@@ -80,7 +89,7 @@ def _row_by_row(
     is tested against the law that it was drawn from, whatever would have come later. Where it stops without a law for what
     follows, its last token ends the round in the bonus token's place.
     """
-    counts, bonus_tokens = [], []
+    new_tokens, nodes = [], []
     for row, tokens in enumerate(draft.tokens.tolist()):
         laws = known_laws(scores, row, list(range(1, len(tokens) + 1)), tokens, end_token_ids)
         count = min(len(laws), len(tokens))
@@ -89,13 +98,9 @@ def _row_by_row(
         )
         # A row of the last law again stands where none is known: nothing is read from it.
         answer = rule(replace(own, values=None).first(count), torch.stack([*laws, laws[-1]][: count + 1])[None])
-        accepted, bonus_token = int(answer.num_accepted), int(answer.bonus_token)
-        if accepted == len(laws):
-            accepted, bonus_token = accepted - 1, tokens[accepted - 1]
-        counts.append(accepted)
-        bonus_tokens.append(bonus_token)
-    device = draft.tokens.device
-    return Acceptance(torch.tensor(counts, device=device), torch.tensor(bonus_tokens, device=device))
+        new_tokens.append(answer.tokens[0][: len(laws)])
+        nodes.append(answer.nodes[0][: len(laws)])
+    return Acceptance(new_tokens, nodes)
 
 
 def known_laws(scores: Scores, row: int, nodes: list[int], tokens: list[int], end_token_ids: Set[int]) -> list[torch.Tensor]:
@@ -138,9 +143,6 @@ def next_token_at(
     Returns:
         `Callable`: from batch row and path to a token; `None` behind a drafted text that the processors do not take.
     """
-    if not do_sample and not scores.processors:
-        best = scores.logits.argmax(dim=-1).tolist()
-        return lambda row, path: best[row][path[-1]]
 
     def next_token(row: int, path: list[int]) -> int | None:
         found = scores.last_if_taken(row, path)
@@ -152,7 +154,7 @@ def next_token_at(
             place = sampled.row_of[row][path[-1]]
             target_laws[row, path[-1]] = law
             draft_law = sampled.laws[place].to(law.device)
-            law = sampled_child_law(law, draft_law, sampled.token_of[row][path[-1]])
+            law = sampled_child_law(law, draft_law, tree.tokens[row, sampled.child_of[row][path[-1]] - 1])
         return int(draw(law[None]))
 
     return next_token

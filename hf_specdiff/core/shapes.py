@@ -5,8 +5,10 @@ gives a law for every position, whatever stands at the others, so many drafts co
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from operator import mul
+from typing import Any
 
 import torch
 
@@ -25,6 +27,7 @@ from .sampling import draw
 from .sampling import to_probs
 from .speculation import SpeculationConfig
 from .text import Text
+from .text import to_device
 from .tree import COPIED
 from .tree import Copied
 from .tree import TreeShape
@@ -34,7 +37,7 @@ from .tree import best_first
 TEMPERATURES = (1.0, 0.7, 0.4, 0.2)
 DECAY = 0.9
 # Ranks of a position that are looked at first: sorting more of them takes longer, and a tree seldom has so many siblings.
-FEW_RANKS = 8
+FEW_RANKS = 16
 
 
 class ChildTemperature:
@@ -51,9 +54,24 @@ class ChildTemperature:
     """
 
     def __init__(self) -> None:
-        self.value = 1.0
+        self._value = 1.0
         self._num_rounds = 0
+        # Of the last round, on the device still: they are read back together with the next one's marginals.
+        self.unread: torch.Tensor | None = None
         self._overlaps = [0.0] * len(TEMPERATURES)
+
+    @property
+    def value(self) -> float:
+        """The temperature of the next children."""
+        if self.unread is not None:
+            self.read(self.unread.tolist())
+        return self._value
+
+    def read(self, overlaps: list[float]) -> None:
+        """Take in what `unread` holds: the overlaps of the last round, temperature by temperature."""
+        self.unread = None
+        self._overlaps = [DECAY * old + new for old, new in zip(self._overlaps, overlaps, strict=True)]
+        self._value = TEMPERATURES[self._overlaps.index(max(self._overlaps))]
 
     def law(self, marginals: torch.Tensor) -> torch.Tensor:
         """Return what to draw this round's children from.
@@ -76,12 +94,12 @@ class ChildTemperature:
         # A text changes slowly, and comparing costs time: after the first rounds one in four tells enough.
         if not outcome.target_laws or (self._num_rounds > 4 and self._num_rounds % 4 != 0):
             return
-        places = [sampled.row_of[row][node] for row, node in outcome.target_laws]
+        if self.unread is not None:
+            self.read(self.unread.tolist())
+        places = to_device([sampled.row_of[row][node] for row, node in outcome.target_laws], sampled.marginals.device)
         marginals = sampled.marginals[places]
         target_laws = torch.stack(list(outcome.target_laws.values())).to(marginals.device)
-        found = torch.stack([torch.minimum(target_laws, _tempered(marginals, t)).sum() for t in TEMPERATURES]).tolist()
-        self._overlaps = [DECAY * old + new for old, new in zip(self._overlaps, found, strict=True)]
-        self.value = TEMPERATURES[self._overlaps.index(max(self._overlaps))]
+        self.unread = torch.stack([torch.minimum(target_laws, _tempered(marginals, t)).sum() for t in TEMPERATURES])
 
 
 class DraftShaper:
@@ -251,7 +269,7 @@ def draft_tree(
     Source: arXiv:2604.12989; drawn children arXiv:2502.18779.
     """
     marginals = to_probs(scores / speculation.draft_temperature)
-    shapes, ranked_tokens = _most_probable(marginals, speculation.tree_budget, smallest, copies)
+    shapes, ranked_tokens = _most_probable(marginals, speculation.tree_budget, smallest, temperature, copies)
     if choose is not None:
         count = choose(shapes)
         shapes = [shape.first(count) for shape in shapes]
@@ -262,30 +280,54 @@ def draft_tree(
             own[depth - 1] if rank == COPIED else row[depth - 1][rank]
             for depth, rank in zip(shape.depths, shape.ranks, strict=True)
         ]
-        for shape, row, own in zip(shapes, ranked_tokens.tolist(), copied, strict=True)
+        for shape, row, own in zip(shapes, ranked_tokens, copied, strict=True)
     ]
     if not any(tokens):
-        return Draft.nothing(ranked_tokens[:, :, 0])
-    sampled = draw_last_children(shapes, tokens, marginals, temperature) if speculation.acceptance == "ratio" else None
+        return Draft.nothing(marginals.new_empty(marginals.shape[:2], dtype=torch.long))
     parents, values = [shape.parents for shape in shapes], [shape.values for shape in shapes]
     nodes = None if copies is None else [shape.copied() for shape in shapes]
-    return DraftTree.of_rows(tokens, parents, scores.device, sampled=sampled, values=values, copied=nodes)
+    tree = DraftTree.of_rows(tokens, parents, scores.device, values=values, copied=nodes)
+    return draw_last_children(tree, shapes, marginals, temperature) if speculation.acceptance == "ratio" else tree
 
 
 def _most_probable(
-    marginals: torch.Tensor, budget: int, smallest: float, copies: Copies | None = None
-) -> tuple[list[TreeShape], torch.Tensor]:
-    """Return each row's most probable prefixes of `marginals` `(B, G, V)`, and the tokens by rank, `(B, G, ranks)`."""
+    marginals: torch.Tensor,
+    budget: int,
+    smallest: float,
+    temperature: ChildTemperature | None = None,
+    copies: Copies | None = None,
+) -> tuple[list[TreeShape], list[list[list[int]]]]:
+    """Return each row's most probable prefixes of `marginals` `(B, G, V)`, and tokens by row, position and rank.
+
+    What `temperature` has not read of the last round yet is read along.
+    """
     most = min(budget, marginals.shape[-1])
     for num_ranks in sorted({min(FEW_RANKS, most), most}):
         probs, tokens = marginals.topk(num_ranks, dim=-1)
-        rows = probs.tolist()
-        places = [[]] * len(rows) if copies is None else _copied_places(marginals, rows, tokens.tolist(), copies)
+        # One device sync. Ids are exact in float32, as far as vocabularies go (2 ** 24).
+        parts = [probs.flatten(), tokens.flatten().to(probs.dtype)]
+        if temperature is not None and temperature.unread is not None:
+            parts.append(temperature.unread.to(probs.device, probs.dtype))
+        numbers = torch.cat(parts).tolist()
+        size = probs.numel()
+        if len(parts) > 2:
+            assert temperature is not None
+            temperature.read(numbers[2 * size :])
+        rows = _nested(numbers[:size], probs.shape)
+        ranked_tokens = _nested([int(token) for token in numbers[size : 2 * size]], probs.shape)
+        places = [[]] * len(rows) if copies is None else _copied_places(marginals, rows, ranked_tokens, copies)
         shapes = [best_first(row, budget, smallest, copied) for row, copied in zip(rows, places, strict=True)]
         # Where the last rank was not taken, the one after it could not have been.
         if all(max(shape.ranks, default=0) < num_ranks - 1 for shape in shapes):
             break
-    return shapes, tokens
+    return shapes, ranked_tokens
+
+
+def _nested(numbers: list[Any], shape: torch.Size) -> list[list[list[Any]]]:
+    """Return a flat list in a tensor's shape of three dimensions."""
+    _, count, size = shape
+    rows = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    return [rows[start : start + count] for start in range(0, len(rows), count)]
 
 
 def _copied_places(
@@ -351,51 +393,47 @@ def copied_chains(scores: torch.Tensor, drafted: list[TreeShape], copies: Copies
 
 
 def draw_last_children(
-    shapes: list[TreeShape], tokens: list[list[int]], marginals: torch.Tensor, temperature: ChildTemperature | None = None
-) -> SampledChildren:
+    tree: DraftTree, shapes: list[TreeShape], marginals: torch.Tensor, temperature: ChildTemperature | None = None
+) -> DraftTree:
     """Replace the last child of each inner node by one drawn from the marginal without its siblings.
 
-    Which nodes there are was settled before anything is drawn, and does not change with what is drawn.
+    Which nodes there are was settled before anything is drawn, and does not change with what is drawn. The drawn tokens stay
+    on the device: nobody asks for them before the target has read them.
 
     Args:
+        tree (`DraftTree`): with tokens by rank only.
         shapes (`list[TreeShape]`): of each row.
-        tokens (`list[list[int]]`): of each row's nodes; the replaced ones are changed in place.
         marginals (`torch.Tensor` of shape `(B, G, V)`, float32): what to draw from.
         temperature (`ChildTemperature`, *optional*): at which.
 
     Returns:
-        `SampledChildren`: the drawn tokens and their laws.
+        `DraftTree`: with the drawn tokens, and their laws as `sampled`.
     """
-    rows: list[int] = []
-    positions: list[int] = []
-    siblings: list[tuple[int, int]] = []
-    places: list[tuple[int, int, int]] = []
+    drawn: list[tuple[int, int, int]] = []  # row of the batch, position, node counted from 0
+    siblings: list[tuple[int, int, int]] = []  # place among the laws, row of the batch, node counted from 0
+    row_of: list[dict[int, int]] = [{} for _ in shapes]
+    child_of: list[dict[int, int]] = [{} for _ in shapes]
     for row, shape in enumerate(shapes):
         children: dict[int, list[int]] = {}
-        for node, parent in enumerate(shape.parents, 1):
+        for node, parent in enumerate(shape.parents):
             children.setdefault(parent, []).append(node)
         for parent, nodes in children.items():
-            last = max((node for node in nodes if shape.ranks[node - 1] != COPIED), default=None)
+            last = max((node for node in nodes if shape.ranks[node] != COPIED), default=None)
             if last is None:
                 continue  # a copied token alone, which is not drawn
-            for node in nodes:
-                if node == last:
-                    continue
-                siblings.append((len(rows), tokens[row][node - 1]))
-            rows.append(row)
-            positions.append(shape.depths[last - 1] - 1)
-            places.append((row, parent, last))
+            siblings += [(len(drawn), row, node) for node in nodes if node != last]
+            row_of[row][parent], child_of[row][parent] = len(drawn), last + 1
+            drawn.append((row, shape.depths[last] - 1, last))
+    if not drawn:
+        return tree
+    rows, positions, places = to_device(list(zip(*drawn, strict=True)), marginals.device)
     laws = marginals[rows, positions]  # (n, V)
     if siblings:
-        index = torch.tensor(siblings, device=laws.device)
-        laws[index[:, 0], index[:, 1]] = 0.0
+        law, of_row, kept = to_device(list(zip(*siblings, strict=True)), laws.device)
+        laws[law, tree.tokens[of_row, kept]] = 0.0
     # The last child's own rank has a positive probability, so something is left to draw.
     natural = laws / laws.sum(dim=-1, keepdim=True)
     laws = natural if temperature is None else temperature.law(natural)
-    row_of: list[dict[int, int]] = [{} for _ in shapes]
-    token_of: list[dict[int, int]] = [{} for _ in shapes]
-    for place, ((row, parent, last), token) in enumerate(zip(places, draw(laws).tolist(), strict=True)):
-        tokens[row][last - 1] = token
-        row_of[row][parent] = place
-        token_of[row][parent] = token
-    return SampledChildren(laws, row_of, token_of, None if temperature is None else natural)
+    tokens = tree.tokens.index_put((rows, places), draw(laws))
+    sampled = SampledChildren(laws, row_of, child_of, None if temperature is None else natural)
+    return replace(tree, tokens=tokens, sampled=sampled)

@@ -23,6 +23,7 @@ from .draft import DraftTree
 from .masked_target import MaskedTarget
 from .masked_target import additive
 from .text import Text
+from .text import to_device
 
 # A cache's slots are a multiple of it, so that texts of nearly the same length share what was compiled.
 SLOTS = 256
@@ -147,7 +148,7 @@ class StaticTarget(MaskedTarget):
         positions = places - self.lag  # (B, N + 1) or (planes, B, N + 1)
         if width not in self._buffers:
             self._buffers[width] = self._make_buffers(width, positions.shape[:-2], device)
-        buffers, rows, start = self._buffers[width], self.rows.places, self.rows.length
+        buffers, rows, start = self._buffers[width], self._own_places(device), self.rows.length
         size, end = draft.num_tokens + 1, start + draft.num_tokens + 1
         buffers["input_ids"][rows, :size] = torch.cat([text.anchors(), draft.tokens], dim=1)
         buffers["position_ids"].fill_(start)
@@ -159,6 +160,12 @@ class StaticTarget(MaskedTarget):
         mask[rows, 0, :size, :end] = additive(self._visible(draft, device), self.dtype)[:, 0]
         kept = {name: value for name, value in self.model_kwargs.items() if name not in (*buffers, "logits_to_keep")}
         return kept | buffers | {"past_key_values": self.cache}
+
+    def _own_places(self, device: torch.device) -> slice | torch.Tensor:
+        """Return the places of the text's rows in the buffers, as an index."""
+        assert self.rows is not None
+        places = self.rows.places
+        return slice(None) if len(places) == self.num_rows else to_device(places, device)
 
     def _make_buffers(self, width: int, planes: torch.Size, device: torch.device) -> dict[str, torch.Tensor]:
         shape = (self.num_rows, width)

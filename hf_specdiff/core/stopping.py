@@ -10,6 +10,7 @@ from transformers import StoppingCriteriaList
 
 from .sampling import Scores
 from .text import Text
+from .text import to_device
 
 
 class StopCheck:
@@ -56,7 +57,7 @@ class StopCheck:
         count, is_done = self._cut_in_closed_form(text.lengths[index], tokens)
         own = None if self.scores is None else [*self.scores[row], *scores.along(index, nodes[:count]).unbind()]
         if self.others:
-            written = torch.cat([text.row(index), torch.tensor([tokens], device=text.tokens.device)], dim=1)
+            written = torch.cat([text.row(index), to_device([tokens], text.tokens.device)], dim=1)
             length, earlier = text.lengths[index], 0 if self.scores is None else len(self.scores[row])
             for kept in range(1, count + 1):
                 seen = None if own is None else tuple(score[None] for score in own[: earlier + kept])

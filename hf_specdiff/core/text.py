@@ -10,6 +10,12 @@ from typing import Any
 import torch
 
 
+def to_device(numbers: Any, device: torch.device) -> torch.Tensor:
+    """Return nested lists of whole numbers as an int64 tensor on a device, without waiting for what the device is doing."""
+    # CUDA has copied the numbers aside when the call returns, so the host's tensor may go; others make no such promise.
+    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=device.type == "cuda")
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """What is final of every row.
@@ -51,13 +57,13 @@ class Text:
         """Return the last token of every row, `(B, 1)`."""
         if self.num_rows == 1:
             return self.tokens[:, -1:]
-        return self.tokens.gather(1, torch.tensor(self.lengths, device=self.tokens.device)[:, None] - 1)
+        return self.tokens.gather(1, to_device(self.lengths, self.tokens.device)[:, None] - 1)
 
     def gather(self, starts: list[int], count: int) -> torch.Tensor:
         """Return `count` tokens of every row from `starts[b]` on, `(B, count)`; behind a row's end stands filler."""
         if self.num_rows == 1:
             return self.tokens[:, starts[0] : starts[0] + count]
-        columns = torch.tensor(starts, device=self.tokens.device)[:, None] + torch.arange(count, device=self.tokens.device)
+        columns = to_device(starts, self.tokens.device)[:, None] + torch.arange(count, device=self.tokens.device)
         return self.tokens.gather(1, columns.clamp(max=self.tokens.shape[1] - 1))
 
     def num_padding(self) -> torch.Tensor | int:
@@ -84,13 +90,14 @@ class Text:
         """Return the text with more tokens, `additions[b]` after row `b`."""
         lengths = [length + len(addition) for length, addition in zip(self.lengths, additions, strict=True)]
         if self.num_rows == 1:
-            added = torch.tensor(additions, device=self.tokens.device)
+            added = to_device(additions, self.tokens.device)
             return replace(self, tokens=torch.cat([self.tokens, added], dim=1), lengths=lengths)
         tokens = torch.nn.functional.pad(self.tokens, (0, max(0, max(lengths) - self.tokens.shape[1])))
         rows = [row for row, addition in enumerate(additions) for _ in addition]
         columns = [self.lengths[row] + i for row, addition in enumerate(additions) for i in range(len(addition))]
-        flat = torch.tensor([token for addition in additions for token in addition], device=tokens.device)
-        tokens = tokens.index_put((torch.tensor(rows, device=tokens.device), torch.tensor(columns, device=tokens.device)), flat)
+        flat = [token for addition in additions for token in addition]
+        row, column, token = to_device([rows, columns, flat], tokens.device)
+        tokens = tokens.index_put((row, column), token)
         return replace(self, tokens=tokens, lengths=lengths)
 
     def select(self, rows: list[int]) -> "Text":

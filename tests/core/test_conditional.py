@@ -80,7 +80,7 @@ def output_law(
     def call() -> torch.Tensor:
         draft = make()
         accepted = rule(draft, scores_of(draft))
-        return torch.tensor(accepted.new_tokens(draft.tokens)[0])
+        return torch.tensor(accepted.tokens)
 
     found: Counter = Counter()
     for written, probability in all_runs(call, monkeypatch):
@@ -155,7 +155,7 @@ def test_control_a_tree_whose_children_were_drawn_given_another_token_is_seen(mo
         assert len(laws) > 1
         laws[1:] = torch.softmax(drafter_logits(1, 0), 0)
         return DraftTree(
-            tree.tokens, tree.parents, sampled=type(tree.sampled)(laws, tree.sampled.row_of, tree.sampled.token_of)
+            tree.tokens, tree.parents, sampled=type(tree.sampled)(laws, tree.sampled.row_of, tree.sampled.child_of)
         )
 
     assert total_variation(output_law(make, "ratio", monkeypatch)) > 1e-3

@@ -200,9 +200,9 @@ def test_control_a_copied_child_that_is_taken_for_a_drawn_one_is_seen(what: str,
 
     def make() -> DraftTree:
         if what == "copied as if it were drawn":
-            return DraftTree(torch.tensor([[2]]), [[0]], sampled=SampledChildren(full[None], [{0: 0}], [{0: 2}]))
+            return DraftTree(torch.tensor([[2]]), [[0]], sampled=SampledChildren(full[None], [{0: 0}], [{0: 1}]))
         token = int(draw(without[None]))
-        return DraftTree(torch.tensor([[2, token]]), [[0, 0]], sampled=SampledChildren(full[None], [{0: 0}], [{0: token}]))
+        return DraftTree(torch.tensor([[2, token]]), [[0, 0]], sampled=SampledChildren(full[None], [{0: 0}], [{0: 2}]))
 
     assert total_variation(output_law(make, "ratio", monkeypatch)) > 1e-3
 

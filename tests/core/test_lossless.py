@@ -409,7 +409,7 @@ def test_children_at_a_temperature_learnt_on_the_way_preserve_the_law(
     def choose(self: shapes.ChildTemperature, outcome: Outcome) -> None:
         used.add(self.value)
         if outcome.target_laws:
-            self.value = temperatures[len(outcome.target_laws) % len(temperatures)]
+            self._value = temperatures[len(outcome.target_laws) % len(temperatures)]
 
     monkeypatch.setattr(shapes.ChildTemperature, "observe", choose)
     settings = {"max_new_tokens": 5, "do_sample": True, "top_k": 2, **PROCESSED}
@@ -488,7 +488,7 @@ class GuessingDrafter:
         law[0, best] = 0
         law /= law.sum()
         drawn = int(draw(law))
-        sampled = SampledChildren(self._told(law), [{0: 0}], [{0: drawn}])
+        sampled = SampledChildren(self._told(law), [{0: 0}], [{0: 2}])
         return DraftTree(torch.tensor([[best, drawn, 1, 2]]), [[0, 0, 1, 2]], sampled=sampled)
 
     def _told(self, probs: torch.Tensor) -> torch.Tensor:

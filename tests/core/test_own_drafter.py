@@ -153,12 +153,12 @@ def test_no_draft_reaches_past_the_end(limit: int) -> None:
 
 def test_a_shallow_tree_keeps_its_paths_and_its_laws() -> None:
     laws = torch.eye(4)[[1, 3, 2]]
-    sampled = SampledChildren(laws, [{0: 0, 1: 1, 3: 2}], [{0: 1, 1: 3, 3: 2}])
+    sampled = SampledChildren(laws, [{0: 0, 1: 1, 3: 2}], [{0: 2, 1: 3, 3: 4}])
     deep = DraftTree(torch.tensor([[0, 1, 3, 2]]), [[0, 0, 1, 3]], [[[1, 3, 4], [2]]], sampled)
     cut = shallow(deep, 2)
     assert (cut.tokens.tolist(), cut.parents, cut.drafts) == ([[0, 1, 3]], [[0, 0, 1]], [[[1, 3], [2]]])
     assert cut.sampled.row_of == [{0: 0, 1: 1}]
-    assert cut.sampled.token_of == [{0: 1, 1: 3}]
+    assert cut.sampled.child_of == [{0: 2, 1: 3}]
     assert shallow(deep, 3) is deep
 
 
@@ -200,15 +200,15 @@ CERTAIN = torch.nn.functional.one_hot(torch.tensor([[5, 6]]), VOCAB_SIZE).float(
         (tree_of([[5, 6]], [[0, 1]], drafts=[[[2]]]), "paths from the anchor"),
         (tree_of([[5, 40]], [[0, 1]]), "got 40"),
         (
-            tree_of([[5, 6]], [[0, 0]], sampled=SampledChildren(LAW[0, :1], [{0: 0}], [{0: 6}])),
+            tree_of([[5, 6]], [[0, 0]], sampled=SampledChildren(LAW[0, :1], [{0: 0}], [{0: 2}])),
             "0 on the siblings",
         ),
         (
-            tree_of([[5, 6]], [[0, 1]], sampled=SampledChildren(LAW[0, :1], [{0: 0}], [{0: 7}])),
-            "token of a node's last child",
+            tree_of([[5, 6]], [[0, 1]], sampled=SampledChildren(LAW[0, :1], [{0: 0}], [{0: 2}])),
+            "a child of each of its nodes",
         ),
         (
-            tree_of([[5, 6]], [[0, 1]], sampled=SampledChildren(LAW[0], [{0: 0}], [{0: 5}])),
+            tree_of([[5, 6]], [[0, 1]], sampled=SampledChildren(LAW[0], [{0: 0}], [{0: 1}])),
             "each of the 2 laws once",
         ),
     ],

@@ -91,9 +91,10 @@ def test_equal_beginnings_of_drafts_are_one_path() -> None:
 def test_a_walk_follows_the_targets_own_tokens() -> None:
     tree = DraftTree.of_rows([[7, 8, 9, 4], [7, 8]], [[0, 0, 1, 3], [0, 1]], torch.device("cpu"))
     wanted = {(0, 0): 7, (0, 1): 9, (0, 3): 5, (1, 0): 8}
-    accepted = accept_by_walk(tree, lambda row, path: wanted[row, path[-1]])
-    assert accepted.num_accepted.tolist() == [2, 0]
-    assert accepted.new_tokens(tree.tokens) == ([[7, 9, 5], [8]], [[0, 1, 3], [0]])
+    accepted = accept_by_walk(tree.children(), lambda row, path: wanted[row, path[-1]])
+    assert accepted.num_accepted == [2, 0]
+    assert accepted.tokens == [[7, 9, 5], [8]]
+    assert accepted.nodes == [[0, 1, 3], [0]]
 
 
 def random_law(generator: torch.Generator, size: int) -> torch.Tensor:
@@ -111,7 +112,7 @@ def test_a_drawn_child_leaves_the_targets_law_as_it_is(seed: int, num_siblings: 
     children = set(range(num_siblings))
     law, accepted = torch.zeros(4, dtype=torch.float64), 0.0
     for token in range(num_siblings, 4):
-        given = sampled_child_law(p, q, token)
+        given = sampled_child_law(p, q, torch.tensor(token))
         law += q[token] * given
         accepted += float(q[token] * sum(given[child] for child in children | {token}))
     assert float((law - p).abs().sum()) / 2 < 1e-12
@@ -121,7 +122,7 @@ def test_a_drawn_child_leaves_the_targets_law_as_it_is(seed: int, num_siblings: 
 def test_control_a_child_drawn_from_another_law_changes_the_targets() -> None:
     generator = torch.Generator().manual_seed(0)
     p, q, other = random_law(generator, 4), random_law(generator, 4), random_law(generator, 4)
-    law = sum(other[token] * sampled_child_law(p, q, token) for token in range(4))
+    law = sum(other[token] * sampled_child_law(p, q, torch.tensor(token)) for token in range(4))
     assert float((law - p).abs().sum()) / 2 > 1e-3
 
 
@@ -132,7 +133,7 @@ def test_control_the_ratio_test_on_the_best_of_several_drafts_changes_the_law() 
     law = torch.zeros(3, dtype=torch.float64)
     for first, second in itertools.product(range(3), repeat=2):
         best = max(first, second, key=lambda token: float(p[token]))
-        law += q[first] * q[second] * sampled_child_law(p, q, best)
+        law += q[first] * q[second] * sampled_child_law(p, q, torch.tensor(best))
     assert float((law - p).abs().sum()) / 2 > 1e-3
 
 
