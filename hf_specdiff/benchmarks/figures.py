@@ -98,7 +98,7 @@ def rows_of(block: Block, models: Models, journal: Journal) -> list[dict[str, An
         row: dict[str, Any] = {
             "task": block.task,
             "method": method.name,
-            "loop": "hf_specdiff" if method.is_ours else "transformers",
+            "loop": method.loop,
             "temperature": block.temperature,
             "batch_size": block.batch_size,
             "arguments": method.arguments,

@@ -70,6 +70,15 @@ class Method:
     is_ours: bool = False
     is_contender: bool = True
 
+    @property
+    def loop(self) -> str:
+        """Whose loop runs."""
+        return "hf_specdiff" if self.is_ours else "transformers"
+
+    def network(self, models: Models) -> Any | None:
+        """Return the model that drafts, if there is one."""
+        return None if self.assistant is None else (models.drafters | models.assistants)[self.assistant]
+
     def decode(self, models: Models, inputs: Mapping[str, Any], **settings: Any) -> Any:
         """Decode a batch.
 
@@ -83,7 +92,8 @@ class Method:
         """
         arguments = {**inputs, **settings, **self.arguments}
         if self.assistant is not None:
-            arguments["assistant_model"] = assistant = (models.drafters | models.assistants)[self.assistant]
+            assistant: Any = self.network(models)
+            arguments["assistant_model"] = assistant
             if self.arguments.get("draft_shape") == "chain" and getattr(assistant.generation_config, "gamma", None) is None:
                 # A chain that is compared is a whole window, also of a drafter that would follow the machine.
                 arguments.setdefault("gamma", assistant.config.max_gamma)

@@ -254,7 +254,7 @@ def _calls(models: Models, block: Block, journal: Journal, number: int, inputs: 
     is_single = len(inputs["input_ids"]) == 1
 
     def observe(method: Method) -> _Run:
-        # The host's loops tell only a streamer how many tokens came at a time.
+        # Others' loops tell only a streamer how many tokens came at a time.
         is_silent = method.is_ours or method.name == PLAIN or not is_single
         return _run(models, block, method, number, inputs, None if is_silent else Recording())
 
@@ -304,8 +304,8 @@ def _details(models: Models, block: Block, journal: Journal, number: int, inputs
 def _detail(models: Models, block: Block, method: Method, number: int, inputs: Mapping[str, Any]) -> Detail:
     """Decode a batch with clocks in the models."""
     lent = [models.target.get_input_embeddings(), models.target.get_output_embeddings()]
-    assistant = None if method.assistant is None else (models.drafters | models.assistants)[method.assistant]
-    drafting = [] if assistant is None else [assistant, *lent]
+    network = method.network(models)
+    drafting = [] if network is None else [network, *lent]
     clock = PassClock([models.target, *drafting], models.device)
     recording = Recording() if len(inputs["input_ids"]) == 1 else None
     with PeakMemory(models.device) as memory, clock:

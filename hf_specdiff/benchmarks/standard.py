@@ -37,6 +37,7 @@ from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.methods import host_methods
 from hf_specdiff.benchmarks.methods import our_methods
 from hf_specdiff.benchmarks.methods import ours
+from hf_specdiff.benchmarks.peers import peer_methods
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import run_block
 from hf_specdiff.benchmarks.tables import speed_table
@@ -122,7 +123,7 @@ def bundled_methods(models: Models, temperature: float, num_drafts: tuple[int, .
     Returns:
         `list[Method]`: plain `generate` first.
     """
-    methods = host_methods(models, ("features", "tokens"))
+    methods = host_methods(models, ("features", "tokens")) + peer_methods(models, ("features",))
     methods += our_methods("features", temperature, num_drafts)
     methods += [method for method in our_methods("tokens", temperature, ()) if method.name.endswith(TOKENS)]
     if temperature:
@@ -133,7 +134,7 @@ def bundled_methods(models: Models, temperature: float, num_drafts: tuple[int, .
 
 def methods_for(models: Models, temperature: float) -> list[Method]:
     """Return what to compare of any models: the host's methods and, of each drafter, ours; plain `generate` first."""
-    methods = host_methods(models, models.drafters)
+    methods = host_methods(models, models.drafters) + peer_methods(models, models.drafters)
     return methods + [method for name in models.drafters for method in our_methods(name, temperature)]
 
 

@@ -9,9 +9,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from hf_specdiff.core.acceptance import accept_by_walk
+from hf_specdiff.core.acceptance import accept_on_tree
+from hf_specdiff.core.acceptance import coupled_laws
 from hf_specdiff.core.acceptance import sampled_child_law
 from hf_specdiff.core.acceptance import select_draft
+from hf_specdiff.core.acceptance import walk_bonus_law
+from hf_specdiff.core.acceptance import walk_end_law
 from hf_specdiff.core.draft import DraftTree
+from hf_specdiff.core.draft import SampledChildren
 from hf_specdiff.core.tree import TreeShape
 from hf_specdiff.core.tree import best_first
 from hf_specdiff.core.tree import merge_drafts
@@ -135,6 +140,87 @@ def test_control_the_ratio_test_on_the_best_of_several_drafts_changes_the_law() 
         best = max(first, second, key=lambda token: float(p[token]))
         law += q[first] * q[second] * sampled_child_law(p, q, torch.tensor(best))
     assert float((law - p).abs().sum()) / 2 > 1e-3
+
+
+def random_tree(seed: int, *, is_drawn: bool) -> tuple[DraftTree, torch.Tensor]:
+    """Return a tree of two rows, the second one with filler and a node that was taken out, and p at its nodes; V is 3."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, parents = [[0, 2, 1, 2, 0], [1, 0, 2]], [[0, 0, 1, 1, 3], [0, -1, 1]]
+    tree = DraftTree.of_rows(tokens, parents, torch.device("cpu"))
+    if is_drawn:  # the last child of nodes 0, 1 and 3, and of nodes 0 and 1
+        laws = (2 * torch.randn(5, 3, generator=generator, dtype=torch.float64)).softmax(-1)
+        row_of, child_of = [{0: 0, 1: 1, 3: 2}, {0: 3, 1: 4}], [{0: 2, 1: 4, 3: 5}, {0: 1, 1: 3}]
+        laws[0, 0] = laws[1, 1] = 0.0  # siblings: token 0 under the anchor, token 1 under node 1
+        tree = DraftTree(tree.tokens, parents, sampled=SampledChildren(laws, row_of, child_of))
+    return tree, (2 * torch.randn(2, 6, 3, generator=generator, dtype=torch.float64)).softmax(-1)
+
+
+def walks(tree: DraftTree, laws: torch.Tensor, row: int) -> dict[tuple[int, int], float]:
+    """Return P(last node, token behind it) by the definition of a walk, token by token."""
+    children, found = tree.children()[row], {}
+
+    def go(node: int, weight: float) -> None:
+        for token in range(laws.shape[-1]):
+            mass = weight * float(laws[row, node, token])
+            if (node, token) in children:
+                go(children[node, token], mass)
+            else:
+                found[node, token] = mass
+
+    go(0, 1.0)
+    return found
+
+
+@pytest.mark.parametrize("is_drawn", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_two_draws_have_the_law_of_a_walk(seed: int, is_drawn: bool) -> None:
+    tree, target_probs = random_tree(seed, is_drawn=is_drawn)
+    laws = coupled_laws(tree, target_probs)
+    for row, places in enumerate(tree.sampled.row_of if tree.sampled else []):
+        for node, place in places.items():
+            token = tree.tokens[row, tree.sampled.child_of[row][node] - 1]
+            expected = sampled_child_law(target_probs[row, node], tree.sampled.laws[place], token)
+            torch.testing.assert_close(laws[row, node], expected)
+    ends = walk_end_law(tree, laws)
+    for row in range(2):
+        exact = walks(tree, laws, row)
+        distance = 0.0
+        for node in range(6):
+            bonus = walk_bonus_law(tree, laws, torch.tensor([node, node]))[row]
+            distance += sum(abs(float(ends[row, node] * bonus[token]) - exact.get((node, token), 0.0)) for token in range(3))
+        assert distance / 2 < 1e-12
+
+
+def test_control_a_bonus_token_of_the_whole_law_is_seen() -> None:
+    tree, laws = random_tree(0, is_drawn=False)
+    ends, exact = walk_end_law(tree, laws)[0], walks(tree, laws, 0)
+    found = {(node, token): float(ends[node] * laws[0, node, token]) for node in range(6) for token in range(3)}
+    assert sum(abs(mass - exact.get(key, 0.0)) for key, mass in found.items()) / 2 > 1e-2
+
+
+def test_the_two_draws_are_all_that_accepting_on_a_tree_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, target_probs = random_tree(3, is_drawn=True)
+    laws, seen = coupled_laws(tree, target_probs), []
+
+    def record(probs: torch.Tensor) -> torch.Tensor:
+        seen.append(probs)
+        return torch.tensor([[5, 3], [0, 1]][len(seen) - 1])
+
+    monkeypatch.setattr("hf_specdiff.core.acceptance.draw", record)
+    accepted = accept_on_tree(tree, target_probs)
+    torch.testing.assert_close(seen[0], walk_end_law(tree, laws))
+    torch.testing.assert_close(seen[1], walk_bonus_law(tree, laws, torch.tensor([5, 3])))
+    assert accepted.nodes == [[0, 1, 3, 5], [0, 1, 3]]
+    assert accepted.tokens == [[0, 1, 0, 0], [1, 2, 1]]
+    assert accepted.target_laws.keys() == {(0, 0), (0, 1), (0, 3), (1, 0), (1, 1)}
+    assert all(torch.equal(law, target_probs[place]) for place, law in accepted.target_laws.items())
+
+
+def test_where_children_have_all_the_mass_a_walk_goes_on() -> None:
+    tree = DraftTree.of_rows([[0, 1, 2]], [[0, 0, 1]], torch.device("cpu"))
+    laws = torch.tensor([[[0.3, 0.7, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]])
+    torch.testing.assert_close(walk_end_law(tree, laws), torch.tensor([[0.0, 0.0, 0.7, 0.3]]))
+    assert torch.equal(walk_bonus_law(tree, laws, torch.tensor([0])), laws[:, 0])  # never drawn, but by rounding
 
 
 @pytest.mark.parametrize("num_drafts", [1, 2, 4])
