@@ -72,6 +72,13 @@ def train_command(
         bool,
         typer.Option("--from-target", help="for features: begin with the target's last layers; saves steps"),
     ] = False,
+    predicts_from_anchor: Annotated[
+        bool | None,
+        typer.Option(
+            "--predicts-from-anchor/--predicts-from-masks",
+            help="for features: the last token's slot predicts too: a block drafts one more; DeepSpec's layout asks for it",
+        ),
+    ] = None,
     num_layers: Annotated[int | None, typer.Option(min=1, help="by default 3")] = None,
     block_size: Annotated[int | None, typer.Option(min=2, help="by default 16")] = None,
     max_length: Annotated[int, typer.Option(min=4, help="tokens of a training sequence")] = 512,
@@ -123,6 +130,8 @@ def train_command(
     device_map = "auto" if state.num_processes == 1 else {"": state.device}
     model = load_model("target", target, dtype=dtype, device_map=device_map).eval()
     tokenizer = load_tokenizer("target", target)
+    if predicts_from_anchor is None:
+        predicts_from_anchor = own is not None and own.predicts_from_anchor
     shape = drafter_shape(model, own, conditioning, num_target_layers, mask_embedding)
     plan = TrainingPlan(
         **shape,
@@ -143,6 +152,7 @@ def train_command(
         eval_tokens=eval_tokens,
         warmup=warmup,
         draft_vocab_size=draft_vocab,
+        predicts_from_anchor=predicts_from_anchor,
         head=head,
         head_rank=head_rank or 64,
         trained=train,

@@ -1,6 +1,7 @@
 """Training sequences: token ids, which of them the target wrote, and the windows cut from them.
 
-Letters: B batch, S sequence length, A windows per sequence, W block size. Knows tokens and files; knows no drafter.
+Letters: B batch, S sequence length, A windows per sequence, W block size, G drafted tokens. Knows tokens and files; knows no
+drafter.
 """
 
 import hashlib
@@ -217,8 +218,7 @@ class Windows:
     Attributes:
         input_ids (`torch.Tensor` of shape `(B, A * W)`, int64): for each window its anchor, then masks.
         position_ids (`torch.Tensor` of shape `(B, A * W)`, int64): 0-based, as in the sequence.
-        labels (`torch.Tensor` of shape `(B * A, W - 1)`, int64): the tokens behind the masks; -100 from the end of the
-            anchor's answer on.
+        labels (`torch.Tensor` of shape `(B * A, G)`, int64): the tokens behind the anchor; -100 from the end of its answer on.
         anchors (`torch.Tensor` of shape `(B, A)`, int64): index of each anchor in its sequence.
     """
 
@@ -229,13 +229,18 @@ class Windows:
 
     @property
     def previous(self) -> torch.Tensor:
-        """The text's token before each label, `(B * A, W - 1)` int64: the anchor, then labels; any id where there is none."""
+        """The text's token before each label, `(B * A, G)` int64: the anchor, then labels; any id where there is none."""
         anchors = self.input_ids.view(len(self.labels), -1)[:, :1]
         return torch.cat([anchors, self.labels[:, :-1].clamp(min=0)], dim=1)
 
 
 def sample_windows(
-    batch: dict[str, torch.Tensor], num_anchors: int, block_size: int, mask_token_id: int, generator: torch.Generator
+    batch: dict[str, torch.Tensor],
+    num_anchors: int,
+    block_size: int,
+    mask_token_id: int,
+    generator: torch.Generator,
+    gamma: int | None = None,
 ) -> Windows:
     """Cut windows at random anchors among the tokens of the answers.
 
@@ -245,6 +250,7 @@ def sample_windows(
         block_size (`int`): W.
         mask_token_id (`int`): what stands behind the anchor.
         generator (`torch.Generator`): a CPU generator; the only source of randomness.
+        gamma (`int`, *optional*): G; by default W - 1, and W where the anchor's slot predicts too.
 
     Returns:
         `Windows`: on the batch's device.
@@ -256,15 +262,15 @@ def sample_windows(
     draws = torch.rand(len(ids), num_anchors, generator=generator).to(ids.device)
     wanted = (draws * rank[:, -1:].clamp(min=1)).long() + 1
     anchors = torch.searchsorted(rank, wanted).clamp(max=ids.shape[1] - 1)  # (B, A)
-    positions = anchors[:, :, None] + torch.arange(block_size, device=ids.device)  # (B, A, W)
+    positions = anchors[:, :, None] + torch.arange((gamma or block_size - 1) + 1, device=ids.device)  # (B, A, G + 1)
     places = positions.clamp(max=ids.shape[1] - 1).flatten(1)
     tokens = ids.gather(1, places).view_as(positions)
     inside = is_answer.gather(1, places).view_as(positions) & (positions < ids.shape[1])
     # The target stops where its answer ends; what comes behind, another answer too, is not of its round.
     labels = tokens.masked_fill(~inside.cumprod(2).bool(), IGNORED)[:, :, 1:]
-    window_ids = torch.full_like(tokens, mask_token_id)
+    window_ids = torch.full_like(tokens[:, :, :block_size], mask_token_id)
     window_ids[:, :, 0] = tokens[:, :, 0]
-    return Windows(window_ids.flatten(1), positions.flatten(1), labels.flatten(0, 1), anchors)
+    return Windows(window_ids.flatten(1), positions[:, :, :block_size].flatten(1), labels.flatten(0, 1), anchors)
 
 
 def window_attention_mask(

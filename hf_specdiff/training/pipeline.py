@@ -68,7 +68,7 @@ class TrainingPlan:
     Attributes:
         target_layer_ids (`list[int]`, *optional*): layers to read; `None` for a token-conditioned drafter.
         num_layers (`int`): layers of the drafter.
-        block_size (`int`): anchor and drafted tokens.
+        block_size (`int`): slots of a window: the anchor and masks.
         max_length (`int`): tokens of a training sequence.
         num_epochs (`float`): passes over the sequences.
         batch_size (`int`): sequences of a step.
@@ -95,6 +95,7 @@ class TrainingPlan:
             before it, see `SpecDiffConfig.markov_head_type`; feature-conditioned drafters only. `None`: none, or that of the
             drafter that the run goes on from.
         head_rank (`int`): its rank.
+        predicts_from_anchor (`bool`): see `SpecDiffConfig`; DeepSpec's layout has no other drafters.
         trained (`str`): `"all"`, or `"head"`: the weights of the drafter that the run goes on from stay, but for its head's.
         from_target (`bool`): whether the layers begin as the target's last ones, see `first_weights.borrow_layers`.
     """
@@ -123,6 +124,7 @@ class TrainingPlan:
     draft_vocab_size: int | None = None
     head: str | None = None
     head_rank: int = 64
+    predicts_from_anchor: bool = False
     trained: str = "all"
     from_target: bool = False
 
@@ -360,7 +362,7 @@ def drafter_to_go_on_from(folder: Path, config: SpecDiffConfig, token_ids: torch
     """
     drafter = SpecDiffDrafter.from_pretrained(folder)
     names = ["target_layer_ids", "num_hidden_layers", "hidden_size", "block_size", "mask_token_id", "vocab_size"]
-    names.append("has_mask_embedding")
+    names += ["has_mask_embedding", "predicts_from_anchor"]
     differing = {
         name: (getattr(drafter.config, name), getattr(config, name))
         for name in names
@@ -432,6 +434,7 @@ def _training_setup(
         target_layer_ids=plan.target_layer_ids,
         has_mask_embedding=plan.has_mask_embedding,
         draft_vocab_size=plan.draft_vocab_size,
+        predicts_from_anchor=plan.predicts_from_anchor,
     )
     check_objectives(config, plan.loss_weights)
     evaluation: dict[str, Any] = {}

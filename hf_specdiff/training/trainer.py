@@ -212,7 +212,8 @@ class SpecDiffTrainer(Trainer):
         config: SpecDiffConfig = self.accelerator.unwrap_model(model).config
         generator = torch.Generator().manual_seed(self._window_seed(inputs["indices"]))
         assert config.mask_token_id is not None  # a drafter without one cannot be trained
-        windows = sample_windows(inputs, self.args.num_anchors, config.block_size, config.mask_token_id, generator)
+        shape = (self.args.num_anchors, config.block_size, config.mask_token_id)
+        windows = sample_windows(inputs, *shape, generator, config.max_gamma)
         # The host puts autocast around the model that it trains only; the target's pass is the larger part of a step.
         with self.accelerator.autocast():
             features, target_log_probs = self._run_target(config, inputs, windows)
@@ -263,7 +264,7 @@ class SpecDiffTrainer(Trainer):
             if layer_ids is not None:
                 features = target_features(outputs.hidden_states, layer_ids, input_ids.shape[1])
             # The state at the anchor tells the first drafted token's law, and so on.
-            gamma = config.block_size - 1
+            gamma = config.max_gamma
             places = windows.anchors[:, :, None] + torch.arange(gamma, device=input_ids.device)
             places = places.clamp(max=input_ids.shape[1] - 1).flatten(1)  # (B, A * G)
             rows = torch.arange(len(input_ids), device=input_ids.device)[:, None]
@@ -311,7 +312,7 @@ class SpecDiffTrainer(Trainer):
             position_ids=torch.cat([positions, windows.position_ids], dim=1),
             attention_mask=window_attention_mask(windows.anchors, length, config.block_size, context_queries=False),
         ).last_hidden_state
-        states = states.unflatten(1, (-1, config.block_size)).flatten(0, 1)[:, 1:]
+        states = states.unflatten(1, (-1, config.block_size)).flatten(0, 1)[:, not config.predicts_from_anchor :]
         if self._head is None:
             self._head = lent_head(self.target, network.drafted_ids)
         logits = network.drafted_logits(states, self._head)
@@ -377,6 +378,7 @@ def make_drafter_config(
     target_layer_ids: list[int] | None = None,
     has_mask_embedding: bool = False,
     draft_vocab_size: int | None = None,
+    predicts_from_anchor: bool = False,
 ) -> SpecDiffConfig:
     """Return the configuration of a drafter that fits a target: its widths, its vocabulary, its special ids.
 
@@ -388,6 +390,7 @@ def make_drafter_config(
         target_layer_ids (`list[int]`, *optional*): layers to read; `None` for a token-conditioned drafter.
         has_mask_embedding (`bool`): see `SpecDiffConfig`.
         draft_vocab_size (`int`, *optional*): see `SpecDiffConfig`.
+        predicts_from_anchor (`bool`): see `SpecDiffConfig`.
 
     Returns:
         `SpecDiffConfig`: of a fresh drafter.
@@ -412,6 +415,7 @@ def make_drafter_config(
         target_layer_ids=target_layer_ids,
         has_mask_embedding=has_mask_embedding,
         draft_vocab_size=draft_vocab_size,
+        predicts_from_anchor=predicts_from_anchor,
         num_target_layers=config.num_hidden_layers if target_layer_ids is not None else None,
         target_model=target.name_or_path or None,
         target_revision=cached_revision(target.name_or_path),

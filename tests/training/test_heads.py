@@ -43,9 +43,9 @@ PLAN = TrainingPlan([0, 2], num_layers=1, block_size=4, max_length=24, num_epoch
 KINDS = ["markov", "gated"]
 
 
-def with_head(kind: str, *, is_reduced: bool) -> SpecDiffDrafter:
+def with_head(kind: str, *, is_reduced: bool, **switches: Any) -> SpecDiffDrafter:
     """Return a drafter with a head whose weights are random."""
-    fields: dict[str, Any] = {"markov_rank": 4, "markov_head_type": kind}
+    fields: dict[str, Any] = {"markov_rank": 4, "markov_head_type": kind, **switches}
     drafter = reduced(KEPT, **fields) if is_reduced else make_drafter([0, 2], **fields)
     torch.nn.init.normal_(drafter.markov_head.markov_w1.weight)
     torch.nn.init.normal_(drafter.markov_head.markov_w2.weight)
@@ -53,16 +53,20 @@ def with_head(kind: str, *, is_reduced: bool) -> SpecDiffDrafter:
 
 
 @pytest.mark.parametrize("is_reduced", [False, True], ids=["all tokens", "some tokens"])
-@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
-def test_training_reads_the_laws_that_decoding_draws_from(kind: str, is_reduced: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "from_anchor"), [("vanilla", False), ("gated", False), ("rnn", False), ("gated", True)])
+def test_training_reads_the_laws_that_decoding_draws_from(
+    kind: str, from_anchor: bool, is_reduced: bool, tmp_path: Path
+) -> None:
     """Each slot's law given the text's token before it: the conditional law of a decoding round that drafted these tokens."""
-    target, drafter = make_target(), with_head(kind, is_reduced=is_reduced)
+    target, drafter = make_target(), with_head(kind, is_reduced=is_reduced, predicts_from_anchor=from_anchor)
+    gamma = 6 if from_anchor else 5
+    assert drafter.config.max_gamma == gamma
     trainer = make_trainer(tmp_path, drafter, num_anchors=3)
     batch = collate([trainer.train_dataset[i] for i in range(3)])
     with torch.no_grad():
         _, outputs = trainer.compute_loss(drafter, batch, return_outputs=True)
     seed = trainer._window_seed(batch["indices"])
-    windows = sample_windows(batch, 3, 6, MASK_TOKEN_ID, torch.Generator().manual_seed(seed))
+    windows = sample_windows(batch, 3, 6, MASK_TOKEN_ID, torch.Generator().manual_seed(seed), gamma)
     num_compared = 0
     for row in range(3):
         for column in range(3):
@@ -71,9 +75,9 @@ def test_training_reads_the_laws_that_decoding_draws_from(kind: str, is_reduced:
             with torch.no_grad():
                 states = target(text[:, :-1], output_hidden_states=True).hidden_states
             given = Features(torch.cat([states[i + 1] for i in (0, 2)], dim=-1), [anchor])
-            decoding = put_around(drafter, target, SpeculationConfig(5, draft_temperature=1.0), LogitsProcessorList())
+            decoding = put_around(drafter, target, SpeculationConfig(gamma, draft_temperature=1.0), LogitsProcessorList())
             decoding.rows = RaggedCache(decoding.cache, 1)
-            window = torch.tensor([[int(text[0, -1])] + [MASK_TOKEN_ID] * 5])
+            window = torch.tensor([[int(text[0, -1])] + [MASK_TOKEN_ID] * gamma])
             with torch.no_grad():
                 logits = decoding.window_logits(window, Text.of_prompt(text), given)
                 laws = decoding._conditionals(Text.of_prompt(text), logits.clone())
@@ -138,6 +142,30 @@ def test_a_head_is_trained_alone_and_the_drafter_is_like_any(
     assert len(drafter.markov_head.markov_w2.weight) == (count or 31)
     assert "for the head alone" in drafter.config.training["objective"]
     check_greedy_and_drawn(target, drafter)
+
+
+def test_a_head_that_was_trained_comes_back_from_deepspecs_layout(tmp_path: Path) -> None:
+    """Every slot predicts there; so they do in training."""
+    target, losses = make_target(), {"dpace": 1.0, "tv": 0.5}
+    plan = replace(PLAN, head="gated", head_rank=4, predicts_from_anchor=True, loss_weights=losses)
+    assert fit_drafter(target, make_sequences(), tmp_path / "ours", plan, mask_token_id=MASK_TOKEN_ID)
+    drafter = SpecDiffDrafter.from_pretrained(tmp_path / "ours")
+    assert drafter.config.max_gamma == 4
+    assert bool(drafter.markov_head.markov_w2.weight.any())
+    hf_specdiff.export_drafter(drafter, tmp_path / "theirs", "deepspec", target)
+    back = hf_specdiff.load_drafter(tmp_path / "theirs", target=target)
+    assert (back.config.markov_head_type, back.config.markov_rank) == ("gated", 4)
+    settings = {"max_new_tokens": 16, "do_sample": False, "draft_shape": "chain", "gamma": 4, "return_dict_in_generate": True}
+    ids = torch.tensor([[1, 5, 9]])
+    ours, theirs = (hf_specdiff.generate(target, ids, assistant_model=each, **settings) for each in (drafter, back))
+    assert ours.speculation.num_accepted == theirs.speculation.num_accepted
+    assert torch.equal(ours.sequences, theirs.sequences)
+    later, arguments = (
+        replace(plan, predicts_from_anchor=False),
+        {"mask_token_id": MASK_TOKEN_ID, "start_from": tmp_path / "ours"},
+    )
+    with pytest.raises(ValueError, match="`start_from` must be a drafter of the shape"):
+        fit_drafter(target, make_sequences(), tmp_path / "x", later, **arguments)
 
 
 def check_greedy_and_drawn(target: LlamaForCausalLM, drafter: SpecDiffDrafter) -> None:
