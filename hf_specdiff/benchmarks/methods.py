@@ -31,7 +31,7 @@ class Models:
     Attributes:
         target (`transformers.PreTrainedModel`): the target.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer, padding on the left.
-        drafters (`dict`): `SpecDiffDrafter`s by name.
+        drafters (`dict`): `SpecDiffDrafter`s and `DiffusionDrafter`s by name.
         assistants (`dict`): autoregressive assistants by name.
     """
 

@@ -39,6 +39,7 @@ from hf_specdiff.benchmarks.time_budget import benchmark_time_budget
 from hf_specdiff.benchmarks.time_budget import gains
 from hf_specdiff.benchmarks.time_budget import problems_of
 from hf_specdiff.benchmarks.time_budget import scaling_methods
+from hf_specdiff.commands.loading import load_drafter
 from hf_specdiff.commands.loading import load_model
 from hf_specdiff.commands.loading import load_tokenizer
 from hf_specdiff.demo.bundle import MAX_NEW_TOKENS
@@ -183,13 +184,7 @@ def _models_of(target: str, drafters: list[str], assistant: str | None, dtype: s
         raise ValueError(f"`drafters` must have different last parts of their names, got {', '.join(drafters)}.")
     settings = {"dtype": dtype, "device_map": device_map}
     model = load_model("target", target, **settings)
-    loaded = {name: load_model("drafters", path, **settings) for name, path in zip(names, drafters, strict=True)}
-    for name, drafter in loaded.items():
-        if drafter.config.model_type != "specdiff":
-            raise ValueError(
-                f"`drafters` must be SpecDiffDrafters, got {type(drafter).__name__} in {name!r}. Pass other assistants as "
-                "--assistant."
-            )
+    loaded = {name: load_drafter(path, model, **settings) for name, path in zip(names, drafters, strict=True)}
     assistants = {}
     if assistant is not None:
         assistants["AR assistant"] = load_model("assistant", assistant, **settings)

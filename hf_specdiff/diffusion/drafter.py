@@ -112,6 +112,10 @@ class DiffusionDrafter(nn.Module):
         """Of the weights."""
         return self.body.dtype
 
+    def num_parameters(self) -> int:
+        """Return how many weights it has."""
+        return sum(weight.numel() for weight in self.body.parameters())
+
     @property
     def hf_device_map(self) -> Any:
         """Where accelerate has put the parts of the body, if it has."""

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import Qwen2Config
+from transformers import Qwen2ForCausalLM
 from typer.testing import CliRunner
 
 import hf_specdiff
@@ -14,6 +16,7 @@ from hf_specdiff.benchmarks.journal import Journal
 from hf_specdiff.benchmarks.methods import PLAIN
 from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
+from hf_specdiff.commands.bench import _models_of
 from hf_specdiff.commands.main import app
 from hf_specdiff.commands.main import main
 from hf_specdiff.demo.bundle import PAIR
@@ -128,7 +131,7 @@ def test_time_budgets_run_on_published_problems(chat_target: Path, tmp_path: Pat
         (["--time-budget", "--method", "auto"], "must stand without"),
         (["--assistant", "x"], "`--assistant` must come with a target"),
         (["--method", "chain", "--method", "eagle"], "got 'eagle'"),
-        ([str(PAIR / "target"), str(PAIR / "autoregressive")], "must be SpecDiffDrafters"),
+        ([str(PAIR / "target"), str(PAIR / "autoregressive")], "must hold a drafter of a known format"),
         ([str(PAIR / "target")], "`drafters` must be given"),
         ([str(PAIR / "target"), str(PAIR / "tokens"), str(PAIR / "tokens")], "different last parts"),
     ],
@@ -142,3 +145,21 @@ def test_what_cannot_be_measured_is_refused_before_any_work(
     assert error.value.code == 2
     assert words in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_diffusion_language_model_is_loaded_like_any_drafter(tmp_path: Path) -> None:
+    vocab_size = json.loads((PAIR / "target" / "config.json").read_text())["vocab_size"]
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=vocab_size, initializer_range=0.5, **sizes)).save_pretrained(tmp_path / "dream")
+    config = json.loads((tmp_path / "dream" / "config.json").read_text())
+    config |= {"model_type": "Dream", "architectures": ["DreamModel"], "mask_token_id": vocab_size - 1}
+    (tmp_path / "dream" / "config.json").write_text(json.dumps(config))
+    models = _models_of(str(PAIR / "target"), [str(PAIR / "tokens"), str(tmp_path / "dream")], None, "float32", "cpu")
+    assert models.drafters["dream"].logit_offset == -1
+    assert models.drafters["dream"].num_parameters() < models.drafters["tokens"].num_parameters()
