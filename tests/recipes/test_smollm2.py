@@ -38,6 +38,24 @@ def test_the_recipe_runs_to_its_end_and_does_nothing_twice(tmp_path: Path, monke
     assert list(evaluation) == ["held"]
     assert evaluation["held"]["tokens_per_round"] >= 1
     assert len(list((tmp_path / "out" / "work" / "features").glob("*.safetensors"))) == 1
+    row = {
+        "task": "GSM8K",
+        "method": "chain",
+        "temperature": 0.0,
+        "batch_size": 1,
+        "tokens_per_second": 9.0,
+        "ratio_to_plain": 2.0,
+    }
+    row |= {"tokens_per_round": 3.0, "num_identical": 1, "num_prompts": 1, "arguments": {"draft_shape": "chain", "gamma": 3}}
+    (tmp_path / "results.json").write_text(json.dumps({"conditions": {"command": "a"}, "rows": [row]}))
+    for _ in range(2):  # anew over what is there
+        smollm2.write_repository(tmp_path / "out", tmp_path / "results.json", tmp_path / "repository")
+    assert {"README.md", "config.json", "tokenizer.json", "custom_generate"} <= {
+        path.name for path in (tmp_path / "repository").iterdir()
+    }
+    card = (tmp_path / "repository" / "README.md").read_text()
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "repository").glob("*.json"))
     for name in ("answers", "evaluate", "train_drafter"):
         monkeypatch.setattr(smollm2, name, None)
     assert make_drafter(*arguments)
