@@ -92,7 +92,7 @@ def test_commands_and_options_exist_and_every_command_is_named() -> None:
 def test_options_named_by_themselves_exist() -> None:
     command = typer.main.get_command(app)
     known = {option for part in command.commands.values() for parameter in part.params for option in parameter.opts}
-    extra = {"--help", "--work", "--steps", "--num-seeds", "--drafter"}  # of every command; of `benchmarks`
+    extra = {"--help", "--work", "--steps", "--num-seeds", "--drafter", "--no-deps"}  # of all; of `benchmarks`; of pip
     extra |= {"--num-category-prompts", "--num-sampled", "--num-untrained", "--minutes"}  # of benchmarks.smollm2
     extra |= {"--speculative-config", "--speculative-algorithm"}  # of vLLM; of SGLang, as the next two
     extra |= {"--speculative-draft-model-path", "--speculative-num-draft-tokens"}

@@ -140,6 +140,9 @@ def resolve_speculation(
         budget = _integer("tree_budget", budget, 1, MAX_TREE_BUDGET, " or 'auto'")
     is_tempered = values["draft_temperature"] in (None, "auto")
     temperature = 1.0 if is_tempered else _temperature(values["draft_temperature"])
+    num_copied = _num_copied(arguments, values["prompt_lookup_num_tokens"], steps)
+    size = 2 if values["max_matching_ngram_size"] is None else values["max_matching_ngram_size"]
+    size = _integer("max_matching_ngram_size", size, 1, MAX_NGRAM_SIZE)
     if is_preferred and not _fits(shape, acceptance, steps, temperature, why_no_tree):
         shape = "auto"  # the drafter's own default yields to what this call and this target ask for
     shape = _shape(shape, acceptance, steps, temperature, why_no_tree)
@@ -151,9 +154,6 @@ def resolve_speculation(
     is_adaptive = why_not_adaptive is None and _is_adaptive(shape, values, network)
     if budget is None:
         budget = AUTO_TREE_BUDGET if is_adaptive else DEFAULT_TREE_BUDGET
-    num_copied = _num_copied(arguments, values["prompt_lookup_num_tokens"], steps)
-    size = 2 if values["max_matching_ngram_size"] is None else values["max_matching_ngram_size"]
-    size = _integer("max_matching_ngram_size", size, 1, MAX_NGRAM_SIZE)
     speculation = SpeculationConfig(
         gamma, steps, order, shape, num_drafts, budget, is_adaptive, temperature, is_tempered, acceptance, num_copied, size
     )

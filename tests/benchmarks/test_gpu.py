@@ -57,7 +57,7 @@ def test_the_target_has_at_least_100_million_parameters() -> None:
 def test_figures_of_both_loops_come_of_a_dry_run(output: Path) -> None:
     record = json.loads((output / "gpu.json").read_text())
     rows = record["rows"]
-    assert {row["loop"] for row in rows if "refusal" not in row} == {"transformers", "hf_specdiff"}
+    assert {row["loop"] for row in rows if "refusal" not in row} - {"dflash"} == {"transformers", "hf_specdiff"}
     assert {(row["task"], row["temperature"], row["batch_size"]) for row in rows} == {
         (task, temperature, size) for task in ("math", "code") for temperature in (0.0, 1.0) for size in (1, 8)
     }

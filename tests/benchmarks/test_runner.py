@@ -52,7 +52,8 @@ def test_every_method_of_the_standard_set_runs_and_keeps_the_tokens(models: Mode
         assert 0 < row["share_of_limit"] < 1
         assert row["first_token_seconds"] > 0
         if row["method"] not in (PLAIN, "untrained, auto"):
-            assert row["tokens_per_round"] > 1, row["method"]
+            # Where the size follows the machine's clock, a busy one may leave drafting be.
+            assert row["tokens_per_round"] > 1 or "auto" in row["method"], row["method"]
             # The first token, or more of them, come with the pass over the prompt.
             assert 12 <= sum(size * count for size, count in enumerate(row["histogram"])) <= 23, row["method"]
         if row["loop"] == "hf_specdiff" and not row["method"].startswith("un"):

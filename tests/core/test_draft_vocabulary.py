@@ -130,7 +130,7 @@ def total_variation(acceptance: str, monkeypatch: pytest.MonkeyPatch, *, told: s
         accepted = make_rule(acceptance, do_sample=True)(
             draft, Scores(LogitsProcessorList(), Text.of_prompt(prompt), draft.tokens, scores)
         )
-        return torch.tensor(accepted.new_tokens(draft.tokens)[0])
+        return torch.tensor(accepted.tokens)
 
     found: Counter = Counter()
     for written, probability in all_runs(call, monkeypatch):
