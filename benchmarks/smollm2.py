@@ -54,6 +54,7 @@ GREEDY_METHODS = [
     ours(DRAFTER, "default"),
     ours(DRAFTER, "chain", draft_shape="chain"),
     ours(DRAFTER, "tree of 15", draft_shape="tree", tree_budget=15),
+    ours(DRAFTER, "default with copies", prompt_lookup_num_tokens=LOOKUP_TOKENS),
     Method("transformers, prompt lookup", {"prompt_lookup_num_tokens": LOOKUP_TOKENS}),
 ]
 SAMPLED_METHODS = GREEDY_METHODS[:2]
