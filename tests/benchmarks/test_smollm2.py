@@ -102,7 +102,7 @@ def test_the_command_measures_everything_and_the_pages_show_it(tmp_path: Path, m
     }  # fmt: skip
     assert {row["method"] for row in greedy} == {
         "plain generate", "drafter, default", "drafter, chain", "drafter, tree of 15", "untrained, default",
-        "transformers, prompt lookup",
+        "drafter, default with copies", "transformers, prompt lookup",
     }  # fmt: skip
     assert {row["task"] for row in rows if row["temperature"] == 0.7} == {"gsm8k", "spec-bench: multi-turn", "spec-bench: qa"}
     right = {row["num_right"] for row in greedy if row["task"] == "gsm8k"}

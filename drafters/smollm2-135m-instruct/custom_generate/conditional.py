@@ -1,0 +1,288 @@
+"""Many drafts from a drafter whose heads know the token before: each node's law is given the tokens that lead to it.
+
+Letters: B batch, G drafted positions, n nodes, V vocabulary, K drafts. The counterpart of `shapes.py`, where one pass's
+marginals serve all nodes of a depth. Draws through `sampling` only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import field
+
+import torch
+
+from .copies import Copies
+from .copies import Copy
+from .draft import Conditionals
+from .draft import Draft
+from .draft import DraftTree
+from .draft import SampledChildren
+from .sampling import draw
+from .sampling import to_probs
+from .speculation import SpeculationConfig
+from .text import to_device
+from .tree import COPIED
+from .tree import Copied
+from .tree import TreeShape
+from .tree import merge_drafts
+
+
+@dataclass
+class _Found:
+    """A row's nodes in the order in which they were found; the root, number 0, is the anchor."""
+
+    parents: list[int] = field(default_factory=lambda: [0])
+    depths: list[int] = field(default_factory=lambda: [0])
+    ranks: list[int] = field(default_factory=lambda: [0])
+    values: list[float] = field(default_factory=lambda: [1.0])
+    tokens: list[int] = field(default_factory=lambda: [0])
+    end: int = 0  # of the copied branch, as far as it has come
+
+    def add(self, parent: int, rank: int, value: float, token: int) -> None:
+        """Add a node."""
+        self.parents.append(parent)
+        self.depths.append(self.depths[parent] + 1)
+        self.ranks.append(rank)
+        self.values.append(value)
+        self.tokens.append(token)
+
+    def copy_on(self, copy: Copy, smallest: float) -> None:
+        """Let the copied branch go on behind the window, by the text alone."""
+        for depth in range(self.depths[self.end], len(copy.tokens)):
+            value = self.values[self.end] * copy.alone[depth]
+            if value <= smallest:
+                break
+            self.add(self.end, COPIED, value, copy.tokens[depth])
+            self.end = len(self.values) - 1
+
+    def best(self, budget: int) -> list[int]:
+        """Return the most probable nodes, the root not counted; sorting keeps the order, so parents precede children."""
+        return sorted(range(1, len(self.values)), key=lambda node: -self.values[node])[:budget]
+
+    def shape(self, budget: int) -> tuple[TreeShape, list[int]]:
+        """Return the most probable nodes as a shape, and their tokens."""
+        nodes = self.best(budget)
+        number = {0: 0} | {node: place for place, node in enumerate(nodes, 1)}
+        columns = [[getattr(self, name)[node] for node in nodes] for name in ("depths", "ranks", "values", "tokens")]
+        return TreeShape([number[self.parents[node]] for node in nodes], *columns[:3]), columns[3]
+
+
+def sample_drafts(laws: Conditionals, speculation: SpeculationConfig, copies: Copies | None = None) -> DraftTree:
+    """Draw K joint drafts from left to right and merge them into a trie; see `shapes.draft_samples`."""
+    count = speculation.num_drafts
+    rows = [row for row in range(laws.num_rows) for _ in range(count)]
+    previous, memory, drawn = laws.anchors.repeat_interleave(count), None, []
+    for index in range(laws.gamma):
+        scores, memory = laws.step(index, rows, previous, memory)
+        previous = draw(to_probs(scores / speculation.draft_temperature))
+        drawn.append(previous)
+    return merged_drafts(torch.stack(drawn, dim=1).unflatten(0, (-1, count)).tolist(), laws.anchors.device, copies)
+
+
+def merged_drafts(drawn: list[list[list[int]]], device: torch.device, copies: Copies | None) -> DraftTree:
+    """Merge each row's joint drafts `(B, K, G)` into a trie; what the row copies is one more, no longer than the others."""
+    found = [[]] * len(drawn) if copies is None else [copy.tokens[: len(drawn[0][0])] for copy in copies.found]
+    merged = [merge_drafts([*drafts, copy] if copy else drafts) for drafts, copy in zip(drawn, found, strict=True)]
+    tokens, parents, paths = (list(column) for column in zip(*merged, strict=True))
+    copied = [row[-1] if copy else [] for row, copy in zip(paths, found, strict=True)]
+    return DraftTree.of_rows(tokens, parents, device, paths, copied=None if copies is None else copied)
+
+
+def conditional_tree(
+    laws: Conditionals,
+    speculation: SpeculationConfig,
+    choose: Callable[[list[TreeShape]], int] | None = None,
+    smallest: float = 0.0,
+    temper: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    copies: Copies | None = None,
+) -> Draft | DraftTree:
+    """Take the most probable prefixes as a tree; for the ratio rule, draw the last child of each inner node.
+
+    Which nodes there are is settled before anything is drawn. Behind a drawn child the laws are others than those that settled
+    it: there the nodes keep their places and ranks, and get the tokens of these ranks.
+
+    Args:
+        laws (`Conditionals`): of one pass.
+        speculation (`SpeculationConfig`): the budget, the temperature of the laws, and the rule.
+        choose (`Callable`, *optional*): as `shapes.draft_tree`.
+        smallest (`float`): paths of at most this probability are left out.
+        temper (`Callable`, *optional*): from the laws of drawn children `(n, V)` to those that they are drawn from.
+        copies (`Copies`, *optional*): as `shapes.draft_tree`.
+
+    Returns:
+        `DraftTree`: with `sampled` for the ratio rule; or a `Draft` of nothing, where no node is worth it.
+
+    Lossless when: as the trees of `shapes.draft_tree`; a child's law hangs on the path to it and on nothing else.
+    """
+    found = _most_probable(laws, speculation, smallest, copies)
+    shapes, tokens = (list(column) for column in zip(*(row.shape(speculation.tree_budget) for row in found), strict=True))
+    if choose is not None:
+        count = choose(shapes)
+        shapes, tokens = [shape.first(count) for shape in shapes], [row[:count] for row in tokens]
+    if not any(tokens):
+        return Draft.nothing(laws.anchors[:, None])
+    sampled = _filled(shapes, tokens, laws, speculation, temper) if speculation.acceptance == "ratio" else None
+    parents, values = [shape.parents for shape in shapes], [shape.values for shape in shapes]
+    copied = None if copies is None else [shape.copied() for shape in shapes]
+    return DraftTree.of_rows(tokens, parents, laws.anchors.device, sampled=sampled, values=values, copied=copied)
+
+
+def _most_probable(laws: Conditionals, speculation: SpeculationConfig, smallest: float, copies: Copies | None) -> list[_Found]:
+    """Return for each row nodes among which its most probable prefixes are, found depth by depth."""
+    budget = speculation.tree_budget
+    found = [_Found() for _ in range(laws.num_rows)]
+    frontier = [(row, 0) for row in range(laws.num_rows)]
+    previous, memory = laws.anchors, None
+    for depth in range(1, laws.gamma + 1):
+        rows = [row for row, _ in frontier]
+        scores, memory = laws.step(depth - 1, rows, previous, memory)
+        law = to_probs(scores / speculation.draft_temperature)
+        probs, tokens = law.topk(min(budget, scores.shape[-1]), dim=-1)
+        copied = {} if copies is None else _copied_children(copies, found, frontier, law, probs, tokens)
+        places: dict[tuple[int, int], int] = {}  # from a new node to its parent's place in the frontier
+        for row, nodes in enumerate(found):
+            own = [place for place, other in enumerate(rows) if other == row]
+            _grow(nodes, own, [frontier[place][1] for place in own], probs, tokens, (budget, smallest), places, row, copied)
+        kept = {(row, node) for row, nodes in enumerate(found) for node in nodes.best(budget) if nodes.depths[node] == depth}
+        frontier = [node for node in places if node in kept]
+        for row, node in frontier:
+            if found[row].ranks[node] == COPIED:
+                found[row].end = node
+        if not frontier:
+            break
+        previous = to_device([found[row].tokens[node] for row, node in frontier], laws.anchors.device)
+        memory = None if memory is None else memory[[places[node] for node in frontier]]
+    for nodes, copy in zip(found, [] if copies is None else copies.found, strict=False):
+        if nodes.depths[nodes.end] == laws.gamma:
+            nodes.copy_on(copy, smallest)
+    return found
+
+
+def _copied_children(
+    copies: Copies,
+    found: list[_Found],
+    frontier: list[tuple[int, int]],
+    law: torch.Tensor,
+    probs: torch.Tensor,
+    tokens: torch.Tensor,
+) -> dict[int, tuple[Copied, int]]:
+    """Return the next copied tokens and what they are worth, by their parents' places in the frontier."""
+    children = {}
+    for place, (row, node) in enumerate(frontier):
+        depth, copy = found[row].depths[node], copies.found[row]
+        if node == found[row].end and depth < len(copy.tokens):
+            token = copy.tokens[depth]
+            copied = copies.weigh(row, depth, float(law[place, token]), probs[place].tolist(), tokens[place].tolist())
+            children[place] = (copied, token)
+    return children
+
+
+def _grow(
+    nodes: _Found,
+    own: list[int],
+    parents: list[int],
+    probs: torch.Tensor,
+    tokens: torch.Tensor,
+    limits: tuple[int, float],
+    places: dict[tuple[int, int], int],
+    row: int,
+    copied: dict[int, tuple[Copied, int]],
+) -> None:
+    """Add to a row the likeliest children of its frontier, no more of them than the tree may have nodes, and the copied one."""
+    if not own:
+        return
+    budget, smallest = limits
+    values = torch.tensor([nodes.values[node] for node in parents], dtype=torch.float64)[:, None] * probs[own].double().cpu()
+    for number, place in enumerate(own):
+        if place in copied:
+            beside, token = copied[place]
+            values[number] *= beside.scale
+            if beside.rank is not None:
+                values[number, beside.rank] = 0.0
+            value = nodes.values[parents[number]] * beside.rate
+            if value > smallest:
+                places[row, len(nodes.values)] = place
+                nodes.add(parents[number], COPIED, value, token)
+    best, flat = values.flatten().topk(min(budget, values.numel()))
+    # Ties in the order of ranks: a child stands behind its likelier siblings.
+    order = sorted(zip((-best).tolist(), flat.tolist(), strict=True))
+    ids = tokens[own].tolist()
+    for value, at in order:
+        place, rank = divmod(at, probs.shape[1])
+        if -value <= smallest:
+            continue
+        places[row, len(nodes.values)] = own[place]
+        nodes.add(parents[place], rank, -value, ids[place][rank])
+
+
+def _filled(
+    shapes: list[TreeShape],
+    tokens: list[list[int]],
+    laws: Conditionals,
+    speculation: SpeculationConfig,
+    temper: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> SampledChildren:
+    """Draw each inner node's last child, depth by depth, and fill the nodes behind it; `tokens` is changed in place."""
+    children: list[dict[int, list[int]]] = [{} for _ in shapes]
+    for row, shape in enumerate(shapes):
+        for node, parent in enumerate(shape.parents, 1):
+            children[row].setdefault(parent, []).append(node)
+    row_of: list[dict[int, int]] = [{} for _ in shapes]
+    child_of: list[dict[int, int]] = [{} for _ in shapes]
+    all_laws: list[torch.Tensor] = []
+    all_natural: list[torch.Tensor] = []
+    inner = [(row, 0) for row, found in enumerate(children) if found]
+    previous, memory, index, num_laws = laws.anchors[[row for row, _ in inner]], None, 0, 0
+    while inner and index < laws.gamma:
+        scores, memory = laws.step(index, [row for row, _ in inner], previous, memory)
+        law = to_probs(scores / speculation.draft_temperature)
+        most = max(len(children[row][node]) for row, node in inner)
+        ranked = law.topk(most, dim=-1).indices.tolist()
+        families = [_by_rank(shapes[row], children[row][node]) for row, node in inner]
+        siblings = []
+        for place, ((row, _), family) in enumerate(zip(inner, families, strict=True)):
+            settled = [tokens[row][child - 1] for child in family if shapes[row].ranks[child - 1] == COPIED]
+            # The copied child comes first; the others get the likeliest tokens but its own, the last one is drawn.
+            likeliest = (token for token in ranked[place] if token not in settled)
+            for child in family[len(settled) : -1]:
+                tokens[row][child - 1] = next(likeliest)
+            kept = family if len(settled) == len(family) else family[:-1]
+            siblings += [(place, tokens[row][child - 1]) for child in kept]
+        natural = _without(law, siblings)
+        drawn_from = natural if temper is None else temper(natural)
+        for place, (((row, node), family), token) in enumerate(
+            zip(zip(inner, families, strict=True), draw(drawn_from).tolist(), strict=True)
+        ):
+            if shapes[row].ranks[family[-1] - 1] == COPIED:
+                continue  # alone, and not drawn
+            tokens[row][family[-1] - 1] = token
+            row_of[row][node], child_of[row][node] = num_laws + place, family[-1]
+        num_laws += len(inner)
+        all_laws.append(drawn_from)
+        all_natural.append(natural)
+        behind = [
+            (place, row, child)
+            for place, ((row, _), family) in enumerate(zip(inner, families, strict=True))
+            for child in family
+            if child in children[row]
+        ]
+        inner = [(row, child) for _, row, child in behind]
+        previous = to_device([tokens[row][child - 1] for row, child in inner], law.device)
+        memory = None if memory is None else memory[[place for place, _, _ in behind]]
+        index += 1
+    return SampledChildren(torch.cat(all_laws), row_of, child_of, None if temper is None else torch.cat(all_natural))
+
+
+def _without(law: torch.Tensor, siblings: list[tuple[int, int]]) -> torch.Tensor:
+    """Return laws `(n, V)` without some tokens, normalised; where nothing is left, all others alike."""
+    allowed = torch.ones_like(law, dtype=torch.bool)
+    if siblings:
+        index = to_device(siblings, law.device)
+        allowed[index[:, 0], index[:, 1]] = False
+    left = law * allowed
+    mass = left.sum(dim=-1, keepdim=True)
+    return torch.where(mass > 0, left / mass.clamp(min=torch.finfo(law.dtype).tiny), allowed / allowed.sum(-1, keepdim=True))
+
+
+def _by_rank(shape: TreeShape, nodes: list[int]) -> list[int]:
+    """Return siblings, the likelier before the others."""
+    return sorted(nodes, key=lambda node: shape.ranks[node - 1])

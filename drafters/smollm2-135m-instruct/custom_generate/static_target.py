@@ -1,0 +1,227 @@
+"""A target on a static cache: every pass has one of a few widths, so that it can be compiled and is compiled once.
+
+Letters: B batch, N drafted nodes, W slots of a pass, S slots of the cache, V vocabulary. Knows the host's static caches and
+when it compiles; knows no drafter and no rule.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+from transformers import Cache
+from transformers import GenerationConfig
+from transformers import StaticCache
+
+from .cache import RaggedCache
+from .draft import Draft
+from .draft import DraftTree
+from .masked_target import MaskedTarget
+from .masked_target import additive
+from .text import Text
+from .text import to_device
+
+# A cache's slots are a multiple of it, so that texts of nearly the same length share what was compiled.
+SLOTS = 256
+# Caches that no call is using, by model: their tensors keep their places, which compiled passes and CUDA graphs count on.
+_FREE: WeakKeyDictionary[Any, list[Cache]] = WeakKeyDictionary()
+_LOCK = Lock()
+
+
+class StaticRows(RaggedCache):
+    """Rows in a static cache: nothing grows or shrinks; what is not owned is overwritten by the next pass.
+
+    Args:
+        cache (`transformers.StaticCache`): the cache, all rows of the same length.
+        num_rows (`int`): B.
+        length (`int`): slots that are filled.
+    """
+
+    def __init__(self, cache: Cache, num_rows: int, length: int) -> None:
+        super().__init__(cache, num_rows)
+        self.ends = [length] * num_rows  # numbers of ours: the cache's own length is a tensor
+
+    def keep(self, kept: list[list[int]]) -> None:
+        """Keep some slots of the last pass, in the given order; see `RaggedCache.keep`."""
+        self._move(kept)
+        self._set_length()
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with some rows; the others keep their places in the cache, where nobody looks any more."""
+        self.places = [self.places[row] for row in rows]
+        self.ends = [self.ends[row] for row in rows]
+        self._set_length()
+
+    def _set_length(self) -> None:
+        """Let the next pass write behind the longest row. Its place is a tensor of the device, so nothing waits."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.length)
+
+
+class StaticTarget(MaskedTarget):
+    """A causal language model in the middle of a generation, in passes of a few widths over a static cache.
+
+    A pass over fewer nodes than its width ends in filler, which no node sees and nobody reads. Where plain `generate` would
+    compile its step (`compile_config`, `disable_compile`, the device and the model decide, as there), the passes are compiled;
+    the prefill is not.
+
+    Args:
+        model (`transformers.PreTrainedModel`): a target without windows or running states, whose inputs the host only slices.
+        generation_config (`GenerationConfig`): the call's.
+        model_kwargs (`dict[str, Any]`): what `generate` prepared; its static cache has no tensors yet and is replaced.
+        layer_ids (`list[int]`, *optional*): layers whose outputs the drafter reads.
+        widths (`list[int]`): of a pass, rising, the anchor counted.
+        num_rows (`int`): B.
+
+    Source: compiled steps over static caches as in transformers' own `_sample`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        layer_ids: list[int] | None,
+        widths: list[int],
+        num_rows: int,
+    ) -> None:
+        model_kwargs["past_key_values"] = _take_cache(model, num_rows, generation_config.max_length + widths[-1])
+        super().__init__(model, generation_config, model_kwargs, layer_ids)
+        self.widths = widths
+        self.num_rows = num_rows
+        self.num_slots = self.cache.layers[0].max_cache_len
+        self.is_compiled = model._valid_auto_compile_criteria(model_kwargs, generation_config)
+        self._buffers: dict[int, dict[str, torch.Tensor]] = {}
+        self._width = 0  # of the last pass
+
+    def _start_keeping(self) -> None:
+        """Need nothing: a static layer of the whole text goes back by its length alone; see `Target.prefill`."""
+
+    def make_rows(self, text: Text) -> StaticRows:
+        """Return the cache as rows of the batch; see `MaskedTarget.make_rows`."""
+        return StaticRows(self.cache, text.num_rows, text.prompt_length)
+
+    def verify(self, text: Text, draft: Draft | DraftTree) -> torch.Tensor:
+        """Run the anchors and all nodes in one pass of the narrowest width that holds them; see `MaskedTarget.verify`."""
+        assert isinstance(self.rows, StaticRows)
+        size, places = draft.num_tokens + 1, self.rows.places
+        width = next(width for width in self.widths if width >= size)
+        inputs = self._filled(text, draft, width)
+        self._width = width
+        with compilation_explained():
+            self._outputs = self._forward()(**inputs, return_dict=True)
+        self._is_prompt = False
+        logits = self._outputs.logits[places, :size] if len(places) < self.num_rows else self._outputs.logits[:, :size]
+        # The next pass of a captured graph writes its outputs to the same place.
+        return (logits.clone() if self.is_compiled else logits).to(text.tokens.device)
+
+    @property
+    def hidden_states(self) -> tuple[torch.Tensor, ...] | None:
+        """All hidden states of the last pass, if the call wants them."""
+        return self._own_rows(super().hidden_states) if self.keeps_states else None
+
+    def _layer_states(self) -> tuple[torch.Tensor, ...]:
+        """Return the last pass's hidden states of the rows that have not ended; see `Target._layer_states`."""
+        states = self._own_rows(super()._layer_states())
+        if not self.is_compiled or self._is_prompt:
+            return states
+        return tuple(state if state is None else state.clone() for state in states)
+
+    def _own_rows(self, states: Any) -> Any:
+        """Take the rows of the text out of states of all rows of the cache."""
+        if self._is_prompt or self.rows is None or len(self.rows.places) == self.num_rows:
+            return states
+        return tuple(state if state is None else state[self.rows.places] for state in states)
+
+    def _forward(self) -> Callable[..., Any]:
+        """Return the model's pass, compiled where plain `generate` would compile its own."""
+        return self.model.get_compiled_call(self.generation_config.compile_config) if self.is_compiled else self.model
+
+    def _filled(self, text: Text, draft: Draft | DraftTree, width: int) -> dict[str, Any]:
+        """Write the pass into the buffers of its width and return the model's inputs: the same tensors every round."""
+        assert self.rows is not None
+        device, places = text.tokens.device, self._places(draft, text.tokens.device)
+        positions = places - self.lag  # (B, N + 1) or (planes, B, N + 1)
+        if width not in self._buffers:
+            self._buffers[width] = self._make_buffers(width, positions.shape[:-2], device)
+        buffers, rows, start = self._buffers[width], self._own_places(device), self.rows.length
+        size, end = draft.num_tokens + 1, start + draft.num_tokens + 1
+        buffers["input_ids"][rows, :size] = torch.cat([text.anchors(), draft.tokens], dim=1)
+        buffers["position_ids"].fill_(start)
+        buffers["position_ids"][..., rows, :size] = positions
+        mask = buffers["attention_mask"]
+        mask.fill_(torch.finfo(self.dtype).min)
+        # Everybody sees itself, filler too: nothing at all to look at would be a softmax over nothing.
+        mask[:, 0].diagonal(offset=start, dim1=1, dim2=2).fill_(0.0)
+        mask[rows, 0, :size, :end] = additive(self._visible(draft, device), self.dtype)[:, 0]
+        kept = {name: value for name, value in self.model_kwargs.items() if name not in (*buffers, "logits_to_keep")}
+        return kept | buffers | {"past_key_values": self.cache}
+
+    def _own_places(self, device: torch.device) -> slice | torch.Tensor:
+        """Return the places of the text's rows in the buffers, as an index."""
+        assert self.rows is not None
+        places = self.rows.places
+        return slice(None) if len(places) == self.num_rows else to_device(places, device)
+
+    def _make_buffers(self, width: int, planes: torch.Size, device: torch.device) -> dict[str, torch.Tensor]:
+        shape = (self.num_rows, width)
+        return {
+            "input_ids": torch.zeros(shape, dtype=torch.long, device=device),
+            "position_ids": torch.zeros(*planes, *shape, dtype=torch.long, device=device),
+            "attention_mask": torch.zeros(self.num_rows, 1, width, self.num_slots, dtype=self.dtype, device=device),
+        }
+
+    def forget(self, num_tokens: int) -> None:
+        """Take back the whole last pass; see `Target.forget`."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.sub_(self._width)
+
+    def release(self) -> None:
+        """Give the cache to the next call with this model."""
+        with _LOCK:
+            _FREE.setdefault(self.model, []).append(self.cache)
+
+
+def _take_cache(model: Any, num_rows: int, num_slots: int) -> Cache:
+    """Return an empty static cache of at least so many slots, a used one where it fits."""
+    num_slots = -(-num_slots // SLOTS) * SLOTS
+    with _LOCK:
+        free = _FREE.setdefault(model, [])
+        for cache in free:
+            first = cache.layers[0]
+            if first.max_cache_len >= num_slots and first.batch_size == num_rows and first.keys.device == model.device:
+                free.remove(cache)
+                cache.reset()
+                return cache
+    return StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=num_slots)
+
+
+@contextmanager
+def compilation_explained() -> Iterator[None]:
+    """Say in one line what the compiler could not do: a missing compiler, or a model that breaks the graph."""
+    try:
+        yield
+    except TorchDynamoException as error:
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"`compile_config` must name a compiler that works here, got an error of it: {said} Install what it asks for, or "
+            "pass disable_compile=True to go on without it."
+        ) from error
+
+
+def widths_of(num_nodes: int, *, is_adaptive: bool) -> list[int]:
+    """Return the widths of a call's passes, the anchor counted: the anchor alone, and the whole draft.
+
+    Args:
+        num_nodes (`int`): most drafted nodes of a round.
+        is_adaptive (`bool`): whether rounds take as many nodes as pay: then there are widths between.
+
+    Returns:
+        `list[int]`: rising.
+    """
+    between = [width for width in (8, 16, 32, 64) if width <= num_nodes] if is_adaptive else []
+    return [1, *between, num_nodes + 1]
