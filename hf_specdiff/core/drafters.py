@@ -418,9 +418,7 @@ def _with_copied(
 
 
 def _alive(scores: torch.Tensor) -> torch.Tensor:
-    """Return scores `(..., V)` that leave something to draw: where processors forbid all that a drafter knows, any law will "
-    "do.
-    """
+    """Return scores `(..., V)` that leave something to draw: any law will do where processors forbid all that is drafted."""
     is_dead = (scores == -torch.inf).all(dim=-1, keepdim=True)
     return scores.masked_fill(is_dead, 0.0)
 

@@ -57,7 +57,7 @@ def borrow_layers(drafter: SpecDiffDrafter, target: Any) -> None:
     """Let a feature-conditioned drafter begin as the target's last layers, under its last norm, above the last layer it reads.
 
     They know how to read the target's states and to write for its head, which fresh layers learn in some thousand steps. On
-    SmolLM2-135M-Instruct, with 28,000 tokens of answers, the loss on held-out windows after 80 steps was 4.36 instead of 5.09
+    SmolLM2-135M-Instruct, with 86 answers to learn from, the loss on held-out windows after 80 steps was 4.36 instead of 5.09
     nats.
 
     Args:
