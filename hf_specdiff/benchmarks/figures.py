@@ -20,6 +20,7 @@ from hf_specdiff.benchmarks.runner import REFUSAL
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import Call
 from hf_specdiff.benchmarks.runner import Detail
+from hf_specdiff.core.own_drafter import is_own_drafter
 from hf_specdiff.core.stats import acceptance_shares
 
 NUM_RESAMPLES = 2000
@@ -121,6 +122,8 @@ def window_of(method: Method, models: Models) -> int | None:
     if not method.is_ours or "auto" in method.arguments.values():
         return None
     drafter, arguments = models.drafters[str(method.assistant)], method.arguments
+    if is_own_drafter(drafter):
+        return None  # it drafts as much as it likes
     published = [getattr(drafter.generation_config, name, None) for name in ("gamma", "tree_budget")]
     if arguments.keys().isdisjoint(("draft_shape", "gamma", "tree_budget")) and published == [None, None]:
         return None  # the default follows the machine

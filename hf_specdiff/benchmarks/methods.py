@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from hf_specdiff.core.generate import generate
+from hf_specdiff.core.own_drafter import is_own_drafter
+from hf_specdiff.core.speculation import ACCEPTANCES
 
 PLAIN = "plain generate"
 NUM_DRAFTS = (1, 2, 4, 8, 16)
@@ -31,7 +33,8 @@ class Models:
     Attributes:
         target (`transformers.PreTrainedModel`): the target.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer, padding on the left.
-        drafters (`dict`): `SpecDiffDrafter`s and `DiffusionDrafter`s by name.
+        drafters (`dict`): by name, whatever `hf_specdiff.generate` takes: `SpecDiffDrafter`s, `DiffusionDrafter`s, and drafters
+            of the user's own.
         assistants (`dict`): autoregressive assistants by name.
     """
 
@@ -75,8 +78,8 @@ class Method:
         """Whose loop runs."""
         return "hf_specdiff" if self.is_ours else "transformers"
 
-    def network(self, models: Models) -> Any | None:
-        """Return the model that drafts, if there is one."""
+    def assistant_of(self, models: Models) -> Any | None:
+        """Return who drafts, if anybody does: a model, or a drafter of the user's own."""
         return None if self.assistant is None else (models.drafters | models.assistants)[self.assistant]
 
     def decode(self, models: Models, inputs: Mapping[str, Any], **settings: Any) -> Any:
@@ -92,9 +95,9 @@ class Method:
         """
         arguments = {**inputs, **settings, **self.arguments}
         if self.assistant is not None:
-            assistant: Any = self.network(models)
-            arguments["assistant_model"] = assistant
-            if self.arguments.get("draft_shape") == "chain" and getattr(assistant.generation_config, "gamma", None) is None:
+            arguments["assistant_model"] = assistant = self.assistant_of(models)
+            is_chain = self.arguments.get("draft_shape") == "chain" and not is_own_drafter(assistant)
+            if is_chain and getattr(assistant.generation_config, "gamma", None) is None:
                 # A chain that is compared is a whole window, also of a drafter that would follow the machine.
                 arguments.setdefault("gamma", assistant.config.max_gamma)
         return generate(models.target, **arguments) if self.is_ours else models.target.generate(**arguments)
@@ -106,14 +109,20 @@ def ours(drafter: str, name: str, **arguments: Any) -> Method:
 
 
 def host_methods(models: Models, drafters: Iterable[str]) -> list[Method]:
-    """Return what transformers can do with the same target and some of the drafters, plain `generate` first."""
+    """Return what transformers can do with the same target and some of the drafters, plain `generate` first.
+
+    Its loops call an assistant's `generate`. A `DiffusionDrafter` has none, nor has a drafter of the user's own.
+    """
     methods = [
         Method(PLAIN, {}),
         Method("transformers, prompt lookup", {"prompt_lookup_num_tokens": LOOKUP_TOKENS}),
     ]
     methods += [Method(f"transformers, {name}", {}, name) for name in models.assistants]
     for name in drafters:
-        if models.drafters[name].config.target_layer_ids is None:
+        drafter = models.drafters[name]
+        if is_own_drafter(drafter) or not hasattr(drafter, "generate"):
+            continue
+        if drafter.config.target_layer_ids is None:
             methods.append(Method(f"transformers, {name}", {}, name))
         else:
             methods.append(Method(f"transformers' dflash loop, {name}", {"speculation_type": "dflash"}, name))
@@ -149,6 +158,22 @@ def our_methods(drafter: str, temperature: float, num_drafts: tuple[int, ...] = 
     methods.append(ours(drafter, "auto", tree_budget="auto"))
     methods.append(ours(drafter, "auto with copies", tree_budget="auto", prompt_lookup_num_tokens=COPIED_TOKENS))
     return methods + [samples(drafter, count, rule) for count in num_drafts for rule in ("match", "self_selection")]
+
+
+def own_methods(drafter: str, temperature: float) -> list[Method]:
+    """Return what can be compared of a drafter of the user's own, which alone knows how it drafts: the rules.
+
+    A rule that its drafts are not made for is refused when it runs, with the reason.
+
+    Args:
+        drafter (`str`): its name.
+        temperature (`float`): 0 for greedy, where all rules are the same.
+
+    Returns:
+        `list[Method]`: the rule that accepts most, then each.
+    """
+    rules = [rule for rule in ACCEPTANCES if rule != "auto"] if temperature else []
+    return [ours(drafter, "auto"), *(ours(drafter, f"by {rule.replace('_', '-')}", acceptance=rule) for rule in rules)]
 
 
 def samples(drafter: str, count: int, rule: str) -> Method:

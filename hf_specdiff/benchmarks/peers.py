@@ -17,6 +17,7 @@ import torch
 
 from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
+from hf_specdiff.core.own_drafter import is_own_drafter
 from hf_specdiff.formats.exporting import export_drafter
 
 PACKAGE = "dflash"
@@ -33,7 +34,7 @@ class DFlashMethod(Method):
         """Whose loop runs."""
         return PACKAGE
 
-    def network(self, models: Models) -> Any:
+    def assistant_of(self, models: Models) -> Any:
         """Return the drafter as z-lab's class, its weights written in z-lab's layout and read back.
 
         Args:
@@ -66,7 +67,7 @@ class DFlashMethod(Method):
         run = import_module(f"{PACKAGE}.model").dflash_generate
         with _Told(models.target, prompt, settings.get("streamer")) as told:
             sequences = run(
-                self.network(models),
+                self.assistant_of(models),
                 models.target,
                 prompt,
                 settings["max_new_tokens"],
@@ -122,7 +123,8 @@ def peer_methods(models: Models, drafters: Iterable[str]) -> list[Method]:
 
     Args:
         models (`Models`): who decodes.
-        drafters (`Iterable[str]`): names of drafters; those that read tokens alone are nothing for these loops.
+        drafters (`Iterable[str]`): names of drafters; those that read tokens alone, and those of the user's own, are nothing
+            for these loops.
 
     Returns:
         `list[Method]`: none where `dflash` is not installed. A drafter that its layout cannot hold, or a batch, is for whoever
@@ -130,5 +132,10 @@ def peer_methods(models: Models, drafters: Iterable[str]) -> list[Method]:
     """
     if find_spec(PACKAGE) is None:
         return []
-    names = [name for name in drafters if models.drafters[name].config.target_layer_ids is not None]
+    names = [name for name in drafters if _reads_features(models.drafters[name])]
     return [DFlashMethod(f"z-lab's loop, {name}", {}, name) for name in names]
+
+
+def _reads_features(drafter: Any) -> bool:
+    """Return whether a drafter is a network of ours that reads hidden states of the target."""
+    return not is_own_drafter(drafter) and drafter.config.target_layer_ids is not None

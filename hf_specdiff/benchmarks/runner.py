@@ -22,6 +22,7 @@ from hf_specdiff.benchmarks.journal import Journal
 from hf_specdiff.benchmarks.methods import PLAIN
 from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
+from hf_specdiff.core.own_drafter import is_own_drafter
 from hf_specdiff.core.stats import SpeculationStats
 from hf_specdiff.training.prompts import Prompt
 from hf_specdiff.training.prompts import encode
@@ -137,7 +138,8 @@ class Detail:
         seconds (`float`): the whole call.
         prefill_seconds (`float`): the target's first pass.
         target_seconds (`float`): its other passes.
-        drafter_seconds (`float`): the drafter's passes, with the embedding and the head that it borrows.
+        drafter_seconds (`float`): the drafter's passes, with the embedding and the head that it borrows; of a drafter of the
+            user's own, its calls of `draft`.
         rest_seconds (`float`): everything else, from the call to its return.
         loop_seconds (`float`, *optional*): of our loop, without what prepares the call and its output.
         num_rounds (`int`): target passes after the first.
@@ -304,14 +306,15 @@ def _details(models: Models, block: Block, journal: Journal, number: int, inputs
 def _detail(models: Models, block: Block, method: Method, number: int, inputs: Mapping[str, Any]) -> Detail:
     """Decode a batch with clocks in the models."""
     lent = [models.target.get_input_embeddings(), models.target.get_output_embeddings()]
-    network = method.network(models)
-    drafting = [] if network is None else [network, *lent]
+    assistant = method.assistant_of(models)
+    is_own = is_own_drafter(assistant)  # no pass of a module but a call of `draft`, which the loop itself times
+    drafting = [] if assistant is None or is_own else [assistant, *lent]
     clock = PassClock([models.target, *drafting], models.device)
     recording = Recording() if len(inputs["input_ids"]) == 1 else None
     with PeakMemory(models.device) as memory, clock:
         run = _run(models, block, method, number, inputs, recording)
     prefill, *target_passes = clock.passes_of(models.target)
-    in_drafter = sum(clock.passes_of(*drafting))
+    in_drafter = run.stats.drafter_seconds if is_own and run.stats is not None else sum(clock.passes_of(*drafting))
     return Detail(
         block=block.name,
         method=method.name,

@@ -37,6 +37,7 @@ from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.methods import host_methods
 from hf_specdiff.benchmarks.methods import our_methods
 from hf_specdiff.benchmarks.methods import ours
+from hf_specdiff.benchmarks.methods import own_methods
 from hf_specdiff.benchmarks.peers import peer_methods
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import run_block
@@ -44,6 +45,7 @@ from hf_specdiff.benchmarks.tables import speed_table
 from hf_specdiff.benchmarks.tables import time_tables
 from hf_specdiff.core.checks import check_pair
 from hf_specdiff.core.measuring import measure_profile
+from hf_specdiff.core.own_drafter import is_own_drafter
 from hf_specdiff.core.profiling import isolated_profiles
 from hf_specdiff.core.profiling import machine_of
 from hf_specdiff.core.speculation import resolve_speculation
@@ -135,7 +137,9 @@ def bundled_methods(models: Models, temperature: float, num_drafts: tuple[int, .
 def methods_for(models: Models, temperature: float) -> list[Method]:
     """Return what to compare of any models: the host's methods and, of each drafter, ours; plain `generate` first."""
     methods = host_methods(models, models.drafters) + peer_methods(models, models.drafters)
-    return methods + [method for name in models.drafters for method in our_methods(name, temperature)]
+    for name, drafter in models.drafters.items():
+        methods += (own_methods if is_own_drafter(drafter) else our_methods)(name, temperature)
+    return methods
 
 
 def blocks_of(models: Models, extent: Extent, *, is_standard: bool = False) -> list[Block]:

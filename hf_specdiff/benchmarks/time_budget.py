@@ -40,6 +40,7 @@ from hf_specdiff.benchmarks.standard import claim_of
 from hf_specdiff.benchmarks.standard import conditions_of
 from hf_specdiff.benchmarks.standard import progress_bar
 from hf_specdiff.benchmarks.standard import write_record
+from hf_specdiff.core.own_drafter import is_own_drafter
 from hf_specdiff.core.profiling import isolated_profiles
 from hf_specdiff.demo.word_problems import iter_problems
 from hf_specdiff.training.prompts import Prompt
@@ -191,10 +192,22 @@ def problems_of(name: str, questions: Questions) -> tuple[Problem, ...]:
     return tuple(Problem(prompt, str(final_number(answer)), name) for prompt, answer in pairs)
 
 
-def scaling_methods(drafters: Sequence[str]) -> list[Method]:
-    """Return who solves problems: plain `generate`, the chain of each drafter, and the full loop with the last one."""
-    chains = [ours(name, "chain", draft_shape="chain") for name in drafters]
-    return [Method(PLAIN, {}), *chains, ours(drafters[-1], "auto", tree_budget="auto")]
+def scaling_methods(models: Models, drafters: Sequence[str]) -> list[Method]:
+    """Return who solves problems: plain `generate`, the chain of each drafter, and the full loop with the last one.
+
+    A drafter of the user's own drafts in one way only.
+
+    Args:
+        models (`Models`): who decodes.
+        drafters (`Sequence[str]`): names of drafters.
+
+    Returns:
+        `list[Method]`: plain `generate` first.
+    """
+    own = {name for name in drafters if is_own_drafter(models.drafters[name])}
+    first = [ours(name, "auto") if name in own else ours(name, "chain", draft_shape="chain") for name in drafters]
+    last = [] if drafters[-1] in own else [ours(drafters[-1], "auto", tree_budget="auto")]
+    return [Method(PLAIN, {}), *first, *last]
 
 
 def benchmark_time_budget(

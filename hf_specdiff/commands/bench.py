@@ -39,8 +39,10 @@ from hf_specdiff.benchmarks.time_budget import benchmark_time_budget
 from hf_specdiff.benchmarks.time_budget import gains
 from hf_specdiff.benchmarks.time_budget import problems_of
 from hf_specdiff.benchmarks.time_budget import scaling_methods
+from hf_specdiff.commands.loading import is_python_name
 from hf_specdiff.commands.loading import load_drafter
 from hf_specdiff.commands.loading import load_model
+from hf_specdiff.commands.loading import load_own_drafter
 from hf_specdiff.commands.loading import load_tokenizer
 from hf_specdiff.demo.bundle import MAX_NEW_TOKENS
 from hf_specdiff.training.prompts import as_turns
@@ -52,7 +54,7 @@ T = TypeVar("T")
 def bench_command(
     output: Annotated[Path, typer.Option(help="folder of figures and pictures; the same command resumes an interrupted run")],
     target: Annotated[str | None, typer.Argument(help="a folder or a Hub repository; by default the bundled pair")] = None,
-    drafters: Annotated[list[str] | None, typer.Argument(help="its drafters: folders or Hub repositories")] = None,
+    drafters: Annotated[list[str] | None, typer.Argument(help="its drafters: folders, Hub repositories, FILE.py:NAME")] = None,
     assistant: Annotated[str | None, typer.Option(help="an autoregressive assistant to compare with")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="a text file or JSON lines; by default the bundled prompts")] = None,
     prompts: Annotated[
@@ -103,7 +105,7 @@ def bench_command(
     names = {"target": target, "drafters": drafters, "assistant": assistant}
     command, console = shlex.join(["hf-specdiff", *sys.argv[1:]]), Console()
     if time_budget:
-        methods = scaling_methods(("unaligned", "features") if is_bundled else list(models.drafters))
+        methods = scaling_methods(models, ("unaligned", "features") if is_bundled else list(models.drafters))
         plan = Plan(
             methods,
             HEADLINE if budget is None else budget,
@@ -179,12 +181,15 @@ def _models_of(target: str, drafters: list[str], assistant: str | None, dtype: s
     """Load a target and what drafts for it; drafters are called by the last part of their names."""
     if not drafters:
         raise ValueError("`drafters` must be given with a target, got none.")
-    names = [Path(name).name for name in drafters]
+    names = [name.rpartition(":")[2] if is_python_name(name) else Path(name).name for name in drafters]
     if len(set(names)) < len(names):
         raise ValueError(f"`drafters` must have different last parts of their names, got {', '.join(drafters)}.")
     settings = {"dtype": dtype, "device_map": device_map}
     model = load_model("target", target, **settings)
-    loaded = {name: load_drafter(path, model, **settings) for name, path in zip(names, drafters, strict=True)}
+    loaded = {
+        name: load_own_drafter(path, model) if is_python_name(path) else load_drafter(path, model, **settings)
+        for name, path in zip(names, drafters, strict=True)
+    }
     assistants = {}
     if assistant is not None:
         assistants["AR assistant"] = load_model("assistant", assistant, **settings)

@@ -14,13 +14,19 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from transformers.dynamic_module_utils import get_relative_imports
 
 from hf_specdiff.core.files import write_text_whole
 from hf_specdiff.core.repository import CARD
+from hf_specdiff.core.repository import PLACE
+from hf_specdiff.core.repository import ROLES
 from hf_specdiff.core.repository import is_on_hub
 from hf_specdiff.core.speculation import SPECULATION_ARGUMENTS
 from hf_specdiff.hub.card import MARK
 from hf_specdiff.hub.card import drafter_card
+
+# Of a repository that is written over: weights in another number of files, modules that have another name by now.
+STALE = (f"{PLACE}/*.py", "model.safetensors*", "model-*.safetensors")
 
 
 def is_own_card(text: str) -> bool:
@@ -89,7 +95,8 @@ def upload_repository(
 ) -> CommitInfo:
     """Make a repository on the Hub what a folder is, in one commit or none; what is there already is not sent again.
 
-    A card with its owner's own words stays, and so does every file that is neither weights nor code of ours.
+    A card with its owner's own words stays, and so does every file that is neither weights nor code of ours. What code earlier
+    versions put into the root goes in the same commit.
 
     Args:
         folder (`pathlib.Path`): all files of the repository.
@@ -129,7 +136,7 @@ def upload_repository(
             revision=revision,
             create_pr=create_pr,
             ignore_patterns=[CARD] if CARD in files and not is_own_card(_read(api, repo_id, CARD, revision)) else None,
-            delete_patterns=["custom_generate/*.py", "model.safetensors*", "model-*.safetensors"],
+            delete_patterns=[*STALE, *code_in_root(api, repo_id, files, revision)],
         )
     except HTTPError as error:
         raise explain_hub_error(error, repo_id) from error
@@ -163,6 +170,30 @@ def check_is_drafters(api: HfApi, repo_id: str, files: list[str], revision: str 
             f"`repo_id` must be a new name or a drafter's repository, got {repo_id!r}, which holds something else "
             f"({', '.join(files[:3])}, ...). Choose another name."
         )
+
+
+def code_in_root(api: HfApi, repo_id: str, files: list[str], revision: str | None = None) -> list[str]:
+    """Return the code of ours in a repository's root, where the host puts the files of a registered class and what they import.
+
+    Versions before `auto_map` named the files in `custom_generate/` left it there. Nothing reads it any more.
+
+    Args:
+        api (`huggingface_hub.HfApi`): the client.
+        repo_id (`str`): an existing repository.
+        files (`list[str]`): what is in it.
+        revision (`str`, *optional*): of them.
+
+    Returns:
+        `list[str]`: names of files. Others in the root are their owner's.
+    """
+    found: list[str] = []
+    queue = [role for role in ROLES if role != "generate"]
+    while queue:
+        name = f"{queue.pop()}.py"
+        if name in files and name not in found:
+            found.append(name)
+            queue += get_relative_imports(api.hf_hub_download(repo_id, name, revision=revision))
+    return found
 
 
 def _read(api: HfApi, repo_id: str, path: str, revision: str | None) -> str:

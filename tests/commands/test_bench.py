@@ -17,6 +17,7 @@ from hf_specdiff.benchmarks.methods import PLAIN
 from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.commands.bench import _models_of
+from hf_specdiff.commands.loading import load_own_drafter
 from hf_specdiff.commands.main import app
 from hf_specdiff.commands.main import main
 from hf_specdiff.demo.bundle import PAIR
@@ -145,6 +146,33 @@ def test_what_cannot_be_measured_is_refused_before_any_work(
     assert error.value.code == 2
     assert words in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+OWN_FILE = """
+import hf_specdiff
+
+class Copying:
+    target_layer_ids = None
+    def __init__(self, target): self.target = target
+    def draft(self, text, features): return hf_specdiff.Draft.nothing(text.tokens)
+
+made, number = Copying(None), 5
+"""
+
+
+def test_a_drafter_of_ones_own_is_named_by_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(OWN_FILE)
+    target = object()
+    assert load_own_drafter(f"{file}:Copying", target).target is target
+    assert load_own_drafter(f"{file}:made", target).target is None
+    for name, kind, words in (("number", TypeError, "got int"), ("other", ValueError, "that .*mine.py defines, got 'other'")):
+        with pytest.raises(kind, match=words):
+            load_own_drafter(f"{file}:{name}", target)
+    with pytest.raises(ValueError, match="a file that exists"):
+        load_own_drafter(f"{tmp_path}/none.py:made", target)
+    models = _models_of(str(PAIR / "target"), [str(PAIR / "tokens"), f"{file}:made"], None, "float32", "cpu")
+    assert list(models.drafters) == ["tokens", "made"]
 
 
 def test_a_diffusion_language_model_is_loaded_like_any_drafter(tmp_path: Path) -> None:

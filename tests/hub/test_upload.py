@@ -41,6 +41,26 @@ def test_plain_push_to_hub_is_one_commit_and_keeps_a_card_that_is_there(hub_here
     assert hub_here.commits("org/plain")[-1]["title"] == "Upload drafter"
 
 
+def test_code_of_the_old_layout_goes_in_the_same_commit(hub_here: Hub) -> None:
+    """It lay in the root: the network's file and what that imports. Other files there are their owner's."""
+    drafter = make_drafter()
+    drafter.push_to_hub("org/old", token="hf_writer")
+    api = HfApi(token="hf_writer")
+    old = {
+        "modeling_specdiff.py": b"from .configuration_specdiff import C\nfrom .window import W\n",
+        "configuration_specdiff.py": b"class C: ...\n",
+        "window.py": b"class W: ...\n",
+    }
+    for path, content in {**old, "evaluate.py": b"print(1)\n"}.items():
+        api.upload_file(path_or_fileobj=content, path_in_repo=path, repo_id="org/old")
+    before = len(hub_here.commits("org/old"))
+    drafter.push_to_hub("org/old", token="hf_writer")
+    assert len(hub_here.commits("org/old")) == before + 1
+    files = hub_here.files("org/old")
+    assert [name for name in files if name.endswith(".py") and "/" not in name] == ["evaluate.py"]
+    assert "custom_generate/modeling_specdiff.py" in files
+
+
 def test_branches_and_pull_requests_leave_main_alone(hub_here: Hub) -> None:
     drafter = make_drafter()
     drafter.push_to_hub("org/branched", token="hf_writer")
