@@ -44,6 +44,10 @@ NUM_TRAINING_PROMPTS = 5_120
 NUM_MORE_CODE = 10_240
 NUM_YET_MORE_CODE = 15_360
 NUM_MORE_PROBLEMS = 5_120
+NUM_HEAD_CODE = 2_048
+NUM_HEAD_PROBLEMS = 768
+HEAD_RANK = 64
+HEAD_EPOCHS = 3.5
 NUM_HELD_OUT = 96
 TARGET_LAYERS = 16
 MAX_LENGTH = 256
@@ -152,17 +156,32 @@ def more_math_prompts() -> list[str]:
     return [problem.prompt for problem in itertools.islice(iter_problems(5, held_out=False), NUM_MORE_PROBLEMS)]
 
 
+def head_prompts(first: bool) -> list[str]:
+    """Return prompts for the head, code and word problems, that no earlier stage has seen; a first half and a second one.
+
+    On text that the trunk was trained on it is surer than it will be, and leaves a head less to learn.
+    """
+    known = {*training_prompts(), *more_code_prompts(), *yet_more_code_prompts()}
+    beginnings = _code_beginnings((100, 200, 330), (90, 130, 190), characters_per_piece=400, max_pieces=20, seed=8)
+    code = [head for head in beginnings if head not in known][: 2 * NUM_HEAD_CODE]
+    math = [problem.prompt for problem in itertools.islice(iter_problems(8, held_out=False), 2 * NUM_HEAD_PROBLEMS)]
+    half = slice(0, None, 2) if first else slice(1, None, 2)
+    return code[half] + math[half]
+
+
 def drafter_stages() -> dict[str, list[tuple[str, TrainingPlan]]]:
     """Return the stages of each bundled drafter: what it learns from (see `training_data`), and how.
 
     First continuations and code as it stands, then continuations alone, then many more of them with D-PACE weights. The
     token-conditioned drafter then also learns to continue the context: that is how it learns to calculate (3.5 tokens per round
-    of math before, above 9 after). The feature-conditioned one gets two more rounds of mostly code.
+    of math before, above 9 after). The feature-conditioned one gets two more rounds of mostly code, and then, the trunk held
+    fixed, a head that knows the token before.
     """
     features = TrainingPlan(spread_layers(TARGET_LAYERS, 4), num_layers=3, num_epochs=0.9, num_anchors=16, learning_rate=2e-3)
     tokens = TrainingPlan(None, num_layers=4, num_epochs=1.1, num_anchors=10, learning_rate=2e-3)
     aligned: dict[str, Any] = {"learning_rate": 1.2e-3, "loss_weights": {"dpace": 1.0}}
     third = replace(features, num_epochs=2.5, num_anchors=24, **aligned)
+    head: dict[str, Any] = {"head": "gated", "head_rank": HEAD_RANK, "trained": "head"}
     return {
         "features": [
             ("mixed", features),
@@ -170,6 +189,7 @@ def drafter_stages() -> dict[str, list[tuple[str, TrainingPlan]]]:
             ("everything", third),
             ("code", replace(third, num_epochs=1.5, learning_rate=7e-4, seed=1)),
             ("more code", replace(third, num_epochs=1.9, learning_rate=9e-4, seed=2)),
+            ("head", replace(third, num_epochs=HEAD_EPOCHS, learning_rate=3e-3, num_anchors=16, seed=3, **head)),
         ],
         "tokens": [
             ("mixed", tokens),
@@ -192,6 +212,11 @@ def training_data(pair: Path, work: Path, tokenizer: Any) -> dict[str, Sequences
     code = regenerate(quick, tokenizer, more_code_prompts(), work / "code", **settings)
     math = regenerate(quick, tokenizer, more_math_prompts(), work / "math", **settings)
     more_code = regenerate(quick, tokenizer, yet_more_code_prompts(), work / "more-code", **settings)
+    head = [
+        regenerate(quick, tokenizer, head_prompts(first=True), work / "head", **settings),
+        # What is sampled leaves the beaten track, as a text does that is written by sampling.
+        regenerate(quick, tokenizer, head_prompts(first=False), work / "head-sampled", **settings, temperature=1.0),
+    ]
     raw = sequences_of_texts(tokenizer, list(training_definitions()), MAX_LENGTH)
     return {
         "mixed": Sequences.concatenate([continued, raw]),
@@ -199,6 +224,7 @@ def training_data(pair: Path, work: Path, tokenizer: Any) -> dict[str, Sequences
         "everything": Sequences.concatenate([continued, code, math]),
         "code": Sequences.concatenate([continued, code]),
         "more code": Sequences.concatenate([continued, code, more_code]),
+        "head": Sequences.concatenate(head),
     }
 
 
@@ -224,7 +250,10 @@ def make_drafters(pair: Path, work: Path) -> None:
         start_from = None
         for number, (kind, plan) in enumerate(stages, 1):
             output = work / f"{name}-{number}"
-            if not fit_drafter(target, data[kind], output, plan, mask_token_id=tokenizer.mask_token_id, start_from=start_from):
+            # A head learns so fast that the target's passes would be most of the work.
+            states = work / "states" if plan.trained == "head" else None
+            settings: dict[str, Any] = {"start_from": start_from, "cache_features": states}
+            if not fit_drafter(target, data[kind], output, plan, mask_token_id=tokenizer.mask_token_id, **settings):
                 raise typer.Exit(130)
             start_from = output
             if name == "features" and number == UNALIGNED_STAGE:

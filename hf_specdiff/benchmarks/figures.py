@@ -5,6 +5,7 @@ bootstrap): what differs between prompts but hits both methods alike does not wi
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,11 @@ from hf_specdiff.benchmarks.journal import Journal
 from hf_specdiff.benchmarks.methods import PLAIN
 from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
+from hf_specdiff.benchmarks.runner import ALONG
 from hf_specdiff.benchmarks.runner import CALL
 from hf_specdiff.benchmarks.runner import DETAIL
 from hf_specdiff.benchmarks.runner import REFUSAL
+from hf_specdiff.benchmarks.runner import Along
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import Call
 from hf_specdiff.benchmarks.runner import Detail
@@ -59,13 +62,40 @@ def speed_ratio(calls: list[Call], others: list[Call]) -> Interval:
         tokens, seconds, other_tokens, other_seconds = sums.unbind(-1)
         return (tokens / seconds) / (other_tokens / other_seconds)
 
-    value = float(ratio(table.sum(dim=0)))
+    return _bootstrap(table, ratio)
+
+
+def _bootstrap(table: torch.Tensor, figure: Callable[[torch.Tensor], torch.Tensor]) -> Interval:
+    """Return a figure of the sums of a table's columns, with its interval over rows that are drawn anew."""
+    value = float(figure(table.sum(dim=0)))
     if len(table) < FEWEST_BATCHES:
         return Interval(value, None, None)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(table), (NUM_RESAMPLES, len(table)), generator=generator)
-    low, high = torch.quantile(ratio(table[drawn].sum(dim=1)), torch.tensor(TAILS, dtype=torch.float64)).tolist()
+    low, high = torch.quantile(figure(table[drawn].sum(dim=1)), torch.tensor(TAILS, dtype=torch.float64)).tolist()
     return Interval(value, low, high)
+
+
+def expected_of(notes: list[Along]) -> dict[str, Any]:
+    """Return what drafts are expected to bring along common texts, `{}` where that was not computed.
+
+    Args:
+        notes (`list[Along]`): of one method, a text each.
+
+    Returns:
+        `dict`: tokens per round, the target's own included, with an interval over texts; drafted tokens per round.
+    """
+    table = torch.tensor([[len(n.expected), sum(n.expected), sum(n.drafted)] for n in notes], dtype=torch.float64)
+    if not len(table) or not table[:, 0].sum():
+        return {}
+    found = _bootstrap(table[table[:, 0] > 0], lambda sums: 1 + sums[..., 1] / sums[..., 0])
+    return {
+        "expected_tokens_per_round": found.value,
+        "expected_low": found.low,
+        "expected_high": found.high,
+        "expected_drafted": float(table[:, 2].sum() / table[:, 0].sum()),
+        "num_places": int(table[:, 0].sum()),
+    }
 
 
 def share_interval(share: float, count: int) -> tuple[float, float]:
@@ -110,6 +140,7 @@ def rows_of(block: Block, models: Models, journal: Journal) -> list[dict[str, An
             row |= _speeds(own, calls[PLAIN], None if fastest is None else calls[fastest])
             row |= _rounds(own, is_plain=method.name == PLAIN)
             row["identical"] = None if block.temperature else row["num_identical"] == row["num_prompts"]
+            row |= expected_of(_notes(journal, ALONG, Along, block, method))
             row |= times_of(details, _notes(journal, DETAIL, Detail, block, block.methods[0]), window_of(method, models))
         else:
             row["refusal"] = refusals[method.name]

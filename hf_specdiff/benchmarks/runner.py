@@ -22,13 +22,14 @@ from hf_specdiff.benchmarks.journal import Journal
 from hf_specdiff.benchmarks.methods import PLAIN
 from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
+from hf_specdiff.benchmarks.prefixes import accepted_along
 from hf_specdiff.core.own_drafter import is_own_drafter
 from hf_specdiff.core.stats import SpeculationStats
 from hf_specdiff.training.prompts import Prompt
 from hf_specdiff.training.prompts import encode
 
 # Kinds of a journal's records.
-CALL, DETAIL, REFUSAL = "call", "detail", "refusal"
+CALL, DETAIL, ALONG, REFUSAL = "call", "detail", "along", "refusal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +69,13 @@ class Block:
         return -(-len(self.texts) // self.batch_size)
 
     @property
-    def num_steps(self) -> int:
-        """Batches to decode in all, detailed ones included."""
-        return self.num_batches + min(self.num_detailed, self.num_batches)
+    def steps(self) -> list[tuple[str, int]]:
+        """What is done in turn: kinds of records, and numbers of batches."""
+        detailed = min(self.num_detailed, self.num_batches)
+        # Of sampled texts one by one, what is expected is computed too.
+        along = self.num_batches if self.temperature and self.batch_size == 1 else 0
+        counts = ((CALL, self.num_batches), (DETAIL, detailed), (ALONG, along))
+        return [(kind, number) for kind, count in counts for number in range(count)]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -163,6 +168,25 @@ class Detail:
     peak_bytes: int | None
 
 
+@dataclass(slots=True)
+class Along:
+    """What one method's drafts are expected to bring along one text; see `prefixes`.
+
+    Attributes:
+        block (`str`): the block's name.
+        method (`str`): the method's.
+        batch (`int`): the batch's number.
+        expected (`list[float]`): for each place of the text, the tokens of the draft that the target is expected to accept.
+        drafted (`list[int]`): for each place, drafted tokens.
+    """
+
+    block: str
+    method: str
+    batch: int
+    expected: list[float]
+    drafted: list[int]
+
+
 def run_block(models: Models, block: Block, journal: Journal, on_batch: Callable[[], None] = lambda: None) -> None:
     """Run a block's prompts through its methods, in turn; what the journal holds already is not run again.
 
@@ -176,11 +200,9 @@ def run_block(models: Models, block: Block, journal: Journal, on_batch: Callable
     """
     batches = block.batches(models)
     is_warm = False
-    steps = [(CALL, number) for number in range(len(batches))]
-    steps += [(DETAIL, number) for number in range(block.num_steps - len(batches))]
-    if models.is_spread:
-        steps = steps[: len(batches)]
-    for kind, number in steps:
+    for kind, number in block.steps:
+        if kind == DETAIL and models.is_spread:
+            continue
         if not journal.select(kind=kind, block=block.name, batch=number):
             if not is_warm:
                 warm_up(models, block, journal, batches[-1])
@@ -201,11 +223,11 @@ def run_step(models: Models, block: Block, journal: Journal, kind: str, number: 
         models (`Models`): who decodes.
         block (`Block`): what is compared.
         journal (`Journal`): gets a record for each method.
-        kind (`str`): `CALL` or `DETAIL`.
+        kind (`str`): `CALL`, `DETAIL` or `ALONG`.
         number (`int`): the batch's.
         inputs (`Mapping`): the batch, of `Block.batches`.
     """
-    observe = _calls if kind == CALL else _details
+    observe = {CALL: _calls, DETAIL: _details, ALONG: _along}[kind]
     journal.append({"kind": kind, **asdict(seen)} for seen in observe(models, block, journal, number, inputs))
 
 
@@ -330,6 +352,25 @@ def _detail(models: Models, block: Block, method: Method, number: int, inputs: M
         first_token_seconds=None if recording is None else recording.pieces[1][0],
         peak_bytes=memory.num_bytes,
     )
+
+
+def _along(models: Models, block: Block, journal: Journal, number: int, inputs: Mapping[str, Any]) -> list[Along]:
+    """Let plain decoding write a text, and every method of ours draft along it."""
+    prompt = inputs["input_ids"]
+    output = _run(models, block, block.methods[0], number, inputs).sequences
+    num_new = _num_new_tokens(output, inputs, models)
+    written = output[0, prompt.shape[1] :][:num_new].tolist()
+    # Behind the end of a text nothing is drafted.
+    is_ended = num_new < block.max_new_tokens
+
+    def observe(method: Method) -> Along | None:
+        if not method.is_ours:
+            return None
+        torch.manual_seed(block.seed + number)
+        found = accepted_along(method, models, prompt, written[: num_new - is_ended], **block.settings)
+        return Along(block.name, method.name, number, found.expected, found.drafted)
+
+    return [found for found in _each(models, block, journal, observe).values() if found is not None]
 
 
 def _num_new_tokens(sequences: torch.Tensor, inputs: Mapping[str, Any], models: Models) -> int:

@@ -41,6 +41,7 @@ from hf_specdiff.benchmarks.methods import own_methods
 from hf_specdiff.benchmarks.peers import peer_methods
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import run_block
+from hf_specdiff.benchmarks.tables import prefix_tables
 from hf_specdiff.benchmarks.tables import speed_table
 from hf_specdiff.benchmarks.tables import time_tables
 from hf_specdiff.core.checks import check_pair
@@ -236,14 +237,14 @@ def benchmark(
     journal = Journal(output, {**claim_of(models, names), **asdict(extent), "methods": methods})
     transformers.logging.disable_progress_bar()
     with isolated_profiles(output / PROFILES), progress_bar() as progress:
-        bar = progress.add_task("", total=sum(block.num_steps for block in blocks))
+        bar = progress.add_task("", total=sum(len(block.steps) for block in blocks))
         for block in blocks:
             progress.update(bar, description=block.name)
             run_block(models, block, journal, partial(progress.advance, bar))
     rows = [row for block in blocks for row in rows_of(block, models, journal)]
     record = {"conditions": conditions_of(models, command), "profile": _profile(models), "rows": rows}
     write_record(output / RESULTS, record)
-    write_text(output / TABLE, f"{speed_table(rows)}\n\n{time_tables(rows)}\n")
+    write_text(output / TABLE, f"{speed_table(rows)}\n\n{time_tables(rows)}\n\n{prefix_tables(rows)}\n")
     return record
 
 

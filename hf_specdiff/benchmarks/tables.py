@@ -1,5 +1,6 @@
 """A benchmark's figures as tables: cells for the terminal, and Markdown. Measures nothing."""
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.markup import escape
@@ -31,6 +32,7 @@ TIME_TITLES = [
     "the limit",
     "perfect drafts",
 ]
+PREFIX_TITLES = ["method", "expected tokens per round (95 %)", "drafted", "places"]
 
 RIGHT_TITLE = "right answers"
 RIGHT_NOTE = (
@@ -118,12 +120,30 @@ def terminal_table(titles: list[str], rows: list[list[str]], title: str | None =
     return table
 
 
+def prefix_cells(row: dict[str, Any]) -> list[str]:
+    """Return what a method's drafts are expected to bring at common places of common texts, under `PREFIX_TITLES`."""
+    low, high = row["expected_low"], row["expected_high"]
+    interval = "" if low is None else f" ({low:.2f} to {high:.2f})"
+    expected = f"{row['expected_tokens_per_round']:.2f}{interval}"
+    return [row["method"], expected, f"{row['expected_drafted']:.1f}", str(row["num_places"])]
+
+
 def time_tables(rows: list[dict[str, Any]]) -> str:
     """Return `time_table` of each group of methods that were compared, under a heading."""
+    return _by_group(rows, time_table, "")
+
+
+def prefix_tables(rows: list[dict[str, Any]]) -> str:
+    """Return for each group that was sampled what was expected along common texts, under a heading."""
+    sampled = [row for row in rows if "expected_tokens_per_round" in row]
+    return _by_group(sampled, lambda group: markdown(PREFIX_TITLES, list(map(prefix_cells, group))), ": common texts")
+
+
+def _by_group(rows: list[dict[str, Any]], table: Callable[[list[dict[str, Any]]], str], heading: str) -> str:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in SPEED_TITLES[:3]), []).append(row)
     return "\n\n".join(
-        f"### {task}, temperature {temperature:g}, batch {batch_size}\n\n{time_table(group)}"
+        f"### {task}, temperature {temperature:g}, batch {batch_size}{heading}\n\n{table(group)}"
         for (task, temperature, batch_size), group in groups.items()
     )

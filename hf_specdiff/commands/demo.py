@@ -149,7 +149,7 @@ def run_demo(num_prompts: int) -> bool:
     with Progress(*columns, console=console, transient=True) as progress:
         for task, texts in sets.items():
             block = Block(task, texts[:num_prompts], METHODS, MAX_NEW_TOKENS[task], num_detailed=0)
-            bar = progress.add_task(f"{task} prompts", total=block.num_steps)
+            bar = progress.add_task(f"{task} prompts", total=len(block.steps))
             journal = Journal()
             run_block(models, block, journal, partial(progress.advance, bar))
             compared = [row for row in rows_of(block, models, journal) if "refusal" not in row]

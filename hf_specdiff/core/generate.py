@@ -141,6 +141,9 @@ class SpeculativeLoop:
         streamer (`BaseStreamer`, *optional*): the caller's.
     """
 
+    # What runs when everything is put together; a benchmark replaces it by one that only looks.
+    run = staticmethod(run)
+
     def __init__(
         self, assistant_model: Any, arguments: dict[str, Any], profile: Any | None, own_cache: Any | None, streamer: Any | None
     ) -> None:
@@ -191,7 +194,7 @@ class SpeculativeLoop:
             is_kept = self.own_cache is not None or bool(generation_config.return_dict_in_generate)
             if self.own_cache is not None or wants_passes(generation_config):
                 target.keep_rows()
-            output = run(target, drafter, speculation, stop, logits_processor, text, self.streamer, is_kept=is_kept)
+            output = self.run(target, drafter, speculation, stop, logits_processor, text, self.streamer, is_kept=is_kept)
             if not generation_config.return_dict_in_generate:
                 target.release()
         if budget is not None and self.profile is None:

@@ -43,7 +43,7 @@ def make_rule(acceptance: str, *, do_sample: bool, end_token_ids: Set[int] = fro
     def accept(draft: Draft | DraftTree, scores: Scores) -> Acceptance:
         if isinstance(draft, DraftTree):
             is_selected = acceptance == "self_selection"
-            tree = _selected(draft, scores, end_token_ids, do_sample=do_sample) if is_selected else draft
+            tree = selected_draft(draft, scores, end_token_ids, do_sample=do_sample) if is_selected else draft
             # The match asks nobody what a token was drawn from.
             return on_tree(replace(tree, sampled=None) if acceptance == "match" and tree.sampled is not None else tree, scores)
         name = ("block" if draft.has_prefix_law else "match") if acceptance == "auto" else acceptance
@@ -160,8 +160,18 @@ def next_token_at(
     return next_token
 
 
-def _selected(tree: DraftTree, scores: Scores, end_token_ids: Set[int], *, do_sample: bool) -> DraftTree:
-    """Return the tree with each row's best draft only, by `select_draft`; the other nodes have no parent any more."""
+def selected_draft(tree: DraftTree, scores: Scores, end_token_ids: Set[int], *, do_sample: bool) -> DraftTree:
+    """Return the tree with each row's best draft only; the other nodes have no parent any more.
+
+    Args:
+        tree (`DraftTree`): with `drafts`.
+        scores (`Scores`): of the target's pass over it.
+        end_token_ids (`set[int]`): with one of them the text ends.
+        do_sample (`bool`): false: the target's law is a point mass.
+
+    Returns:
+        `DraftTree`: for `select_draft`'s choice.
+    """
     parents = []
     for row, drafts in enumerate(tree.drafts or []):
         path_probs: dict[int, float] = {0: 1.0}
