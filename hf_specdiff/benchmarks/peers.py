@@ -35,7 +35,7 @@ class DFlashMethod(Method):
         return PACKAGE
 
     def assistant_of(self, models: Models) -> Any:
-        """Return the drafter as z-lab's class, its weights written in z-lab's layout and read back.
+        """Return the drafter as z-lab's class, its weights written in z-lab's layout and read back, without a Markov head.
 
         Args:
             models (`Models`): who decodes.
@@ -49,7 +49,8 @@ class DFlashMethod(Method):
         drafter = models.drafters[str(self.assistant)]
         if drafter not in _NETWORKS:
             with tempfile.TemporaryDirectory() as folder:
-                export_drafter(drafter, folder, to=PACKAGE, target=models.target)
+                has_head = bool(drafter.config.markov_rank or drafter.config.enable_confidence_head)
+                export_drafter(drafter, folder, to=PACKAGE, target=models.target, without_head=has_head)
                 network = import_module(f"{PACKAGE}.model").DFlashDraftModel.from_pretrained(folder, dtype=drafter.dtype)
             _NETWORKS[drafter] = network.to(drafter.device).eval()
         return _NETWORKS[drafter]

@@ -55,42 +55,46 @@ _PROFILES: WeakKeyDictionary[Any, Profile] = WeakKeyDictionary()
 
 
 def expected_accepted(
-    draft: Draft | DraftTree, scores: Scores, acceptance: str, end_token_ids: Set[int] = frozenset()
+    draft: Draft | DraftTree, target_probs: torch.Tensor, acceptance: str, end_token_ids: Set[int] = frozenset()
 ) -> float:
     """Return how many tokens of a draft the target is expected to accept, over all that acceptance draws.
 
     Args:
         draft (`Draft` or `DraftTree`): of one row.
-        scores (`Scores`): of the target's pass over it.
-        acceptance (`str`): `"match"`, `"ratio"`, `"block"` or `"self_selection"`.
+        target_probs (`torch.Tensor` of shape `(1, N + 1, V)`): p after the anchor and after each drafted token.
+        acceptance (`str`): `"match"`, `"ratio"`, `"block"`, or `"self_selection"` for the draft that it has selected.
         end_token_ids (`set[int]`): with one of them a text ends: what is drafted behind does not count.
 
     Returns:
         `float`: tokens, the one that the target adds not counted.
     """
+    if draft.num_tokens == 0:
+        return 0.0
     if isinstance(draft, Draft) and acceptance in CHAIN_LAWS:
-        probs = _target_probs(draft, scores)
-        law = CHAIN_LAWS[acceptance](draft.tokens, draft.dense_probs(probs.shape[-1]).to(probs.dtype), probs)[0]
+        q = draft.dense_probs(target_probs.shape[-1]).to(target_probs.dtype)
+        law = CHAIN_LAWS[acceptance](draft.tokens, q, target_probs)[0]
         reached = law.flip(0).cumsum(0).flip(0)[1:]  # (G,): P(num_accepted >= m)
         return float((reached * _counts(DraftTree.of_chain(draft.tokens), end_token_ids)).sum())
     tree = DraftTree.of_chain(draft.tokens) if isinstance(draft, Draft) else draft
-    if acceptance == "self_selection":
-        tree = selected_draft(tree, scores, end_token_ids, do_sample=True)
     if acceptance != "ratio":
         tree = replace(tree, sampled=None)
-    if tree.num_tokens == 0:
-        return 0.0
-    ends = walk_end_law(tree, coupled_laws(tree, _target_probs(tree, scores)))[0]
+    ends = walk_end_law(tree, coupled_laws(tree, target_probs))[0]
     reached = (tree.ancestor_mask()[0] * ends[:, None]).sum(0)[1:]  # (N,): the walk ends there or below
     return float((reached * _counts(tree, end_token_ids)).sum())
 
 
-def _target_probs(draft: Draft | DraftTree, scores: Scores) -> torch.Tensor:
-    """Return p after the anchor and after each drafted token, `(1, N + 1, V)`."""
+def _verified(draft: Draft | DraftTree, scores: Scores, acceptance: str, end_token_ids: Set[int]) -> float:
+    """Return `expected_accepted` from the target's scores."""
+    if acceptance == "self_selection" and isinstance(draft, DraftTree):
+        draft = selected_draft(draft, scores, end_token_ids, do_sample=True)
+    if acceptance == "auto":  # what accepts most of each draft, as `make_rule` says
+        is_tested = isinstance(draft, DraftTree) or draft.has_prefix_law
+        acceptance = ("ratio" if isinstance(draft, DraftTree) else "block") if is_tested else "match"
     if isinstance(draft, Draft) or scores.is_prefix_free:
-        return to_probs(scores.window())
+        return expected_accepted(draft, to_probs(scores.window()), acceptance, end_token_ids)
     paths = [draft.path(0, node) for node in range(draft.num_tokens + 1)]
-    return to_probs(torch.stack([scores.last(0, path) for path in paths])[None])
+    rows = [scores.last(0, path if path[0] == 0 else [0]) for path in paths]
+    return expected_accepted(draft, to_probs(torch.stack(rows)[None]), acceptance, end_token_ids)
 
 
 def _counts(tree: DraftTree, end_token_ids: Set[int]) -> torch.Tensor:
@@ -148,7 +152,7 @@ class AlongText(SpeculativeLoop):
             features = None if features is None else Features.join([features, *seen])
             draft = drafter.draft(text, features).to(text.tokens.device)
             scores = Scores(processors, text, draft.tokens, target.verify(text, draft))
-            self.expected.append(expected_accepted(draft, scores, speculation.acceptance, stop.eos_token_ids))
+            self.expected.append(_verified(draft, scores, speculation.acceptance, stop.eos_token_ids))
             self.drafted.append(draft.num_drafted()[0])
             acceptance = accept(draft, scores)
             observe(Outcome(draft, acceptance.tokens, acceptance.nodes, [False], acceptance.target_laws))

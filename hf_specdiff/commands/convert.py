@@ -41,6 +41,9 @@ def export_command(
     output: Annotated[Path, typer.Argument(help="folder for it in the other layout")],
     to: Annotated[str, typer.Option(help="dflash (vLLM, SGLang, z-lab's loop), speculators (vLLM) or deepspec")],
     target: Annotated[str | None, typer.Option(help="the target; by default the one that the drafter's config names")] = None,
+    without_head: Annotated[
+        bool, typer.Option("--without-head", help="leave out Markov and confidence head, which only deepspec can say")
+    ] = False,
     prompt: Annotated[str | None, typer.Option(help="of the self-check; by default a bundled one")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")] = "float32",
     device_map: Annotated[str, typer.Option(help="as for from_pretrained")] = "auto",
@@ -52,7 +55,7 @@ def export_command(
     if name is None:
         raise ValueError("`--target` must be given for a drafter whose config names none, got none.")
     model = load_model("target", name, dtype=dtype, device_map=device_map)
-    lines = export_drafter(loaded, output, to, target=model)
+    lines = export_drafter(loaded, output, to, target=model, without_head=without_head)
     _report(model, str(output), load_tokenizer("target", name), prompt, dtype, device_map)
     typer.echo("\n".join(lines))
 

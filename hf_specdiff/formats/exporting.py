@@ -6,6 +6,7 @@ Knows which of our switches each layout can say; what it cannot say is refused, 
 import json
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ BODY = (
     "layer_types",
     "initializer_range",
 )
+HEAD_WEIGHTS = ("markov_head.", "confidence_head.")
 HEADS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
 # Our switches and the values that change nothing.
 NEUTRAL = {
@@ -74,7 +76,9 @@ CAUSALITY = {"dflash": "all, none, or those that slide", "speculators": "none, o
 NUM_ANCHORS = 512
 
 
-def export_drafter(drafter: Any, folder: str | os.PathLike, to: str = "dflash", target: Any = None) -> list[str]:
+def export_drafter(
+    drafter: Any, folder: str | os.PathLike, to: str = "dflash", target: Any = None, *, without_head: bool = False
+) -> list[str]:
     """Write a drafter in another layout.
 
     Args:
@@ -85,13 +89,15 @@ def export_drafter(drafter: Any, folder: str | os.PathLike, to: str = "dflash", 
         target (`transformers.PreTrainedModel`, *optional*): the model it drafts for; its name and size are written down.
             DeepSpec's layout holds embedding and head, and speculators' the head of a reduced vocabulary, so it is needed
             where the drafter borrows them.
+        without_head (`bool`): whether to leave out the Markov and the confidence head, which only DeepSpec's layout can say:
+            the rest drafts as it does alone, less than with them.
 
     Returns:
         `list[str]`: what to tell the engines, a line each.
 
     Raises:
         ValueError: if the layout is not known, cannot say what the drafter is, the target that lends to it is missing or
-            does not fit, or the folder holds other weights.
+            does not fit, the folder holds other weights, or a head is to be left out that is not there.
     """
     writers: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
         "dflash": _dflash,
@@ -106,10 +112,15 @@ def export_drafter(drafter: Any, folder: str | os.PathLike, to: str = "dflash", 
             f"`drafter` must be a feature-conditioned SpecDiffDrafter, got {type(drafter).__name__}. No layout of others knows "
             "drafters that read tokens alone: publish it with hf-specdiff publish."
         )
+    config = _without_head(config) if without_head else config
     _check_sayable(config, to)
     place = Path(folder)
     _check_folder(place)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in drafter.state_dict().items()
+        if not (without_head and name.startswith(HEAD_WEIGHTS))
+    }
     if to == "deepspec":
         tensors = _borrowed(drafter, target) | tensors
     if to == "speculators" and config.draft_vocab_size is not None:
@@ -145,6 +156,16 @@ def engine_lines(config: SpecDiffConfig, to: str, folder: str) -> list[str]:
     return lines
 
 
+def _without_head(config: SpecDiffConfig) -> SpecDiffConfig:
+    """Return the configuration of the same drafter without its heads."""
+    if not config.markov_rank and not config.enable_confidence_head:
+        raise ValueError("`without_head` must be False for a drafter that has no head, got True. Leave it out.")
+    config = deepcopy(config)
+    for name in HEADS:
+        setattr(config, name, NEUTRAL[name])
+    return config
+
+
 def _check_sayable(config: SpecDiffConfig, to: str) -> None:
     """Refuse switches that the layout has no word for."""
     for name, neutral in NEUTRAL.items():
@@ -155,6 +176,8 @@ def _check_sayable(config: SpecDiffConfig, to: str) -> None:
         if value != neutral and name not in SAYS[to]:
             others = " or ".join(repr(layout) for layout, names in SAYS.items() if name in names)
             remedy = f"Choose the layout {others}." if others else "No layout has one: publish it with hf-specdiff publish."
+            if name in HEADS:
+                remedy += " Or leave the heads out: without_head=True, --without-head."
             raise ValueError(
                 f"`{name}` must be {neutral} to be written in the layout {to!r}, got {value}: it has no word for it, and the "
                 f"drafter would be read as another one. {remedy}"

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_specdiff import SpecDiffDrafter
 from hf_specdiff.benchmarks import standard
 from hf_specdiff.benchmarks.clocks import Recording
 from hf_specdiff.benchmarks.figures import rows_of
@@ -18,6 +19,7 @@ from hf_specdiff.benchmarks.peers import peer_methods
 from hf_specdiff.benchmarks.runner import CALL
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import run_block
+from hf_specdiff.demo.bundle import PAIR
 from tests.conftest import make_drafter
 from tests.conftest import make_target
 
@@ -97,7 +99,9 @@ def whole_rounds(rounds: list[int]) -> list[int]:
 
 
 def test_tokens_per_round_are_ours(models: Models) -> None:
-    """The bundled drafter: our chain of a whole window against their loop, with clocks in their network."""
+    """The bundled drafter without its head: our chain of a whole window against their loop, with clocks in their network."""
+    trunk = SpecDiffDrafter.from_pretrained(PAIR / "features", markov_rank=0).float().eval()
+    models = Models(models.target, models.tokenizer, {"features": trunk})
     chain = ours("features", "chain", draft_shape="chain")
     peers = peer_methods(models, ("features",))
     block = Block("math", prompts(2), [Method(PLAIN, {}), *peers, chain], max_new_tokens=LIMIT, num_detailed=1)

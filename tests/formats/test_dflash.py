@@ -107,7 +107,7 @@ def test_accepted_lengths_are_those_of_their_loop(name: str, tmp_path: Path, mon
     section = {name: getattr(own, name) for name in ("mask_token_id", "target_layer_ids", "block_size")}
     config = Qwen3Config(**{name: getattr(own, name) for name in fields}, dflash_config=section, **top)
     theirs = zlab.DFlashDraftModel(config).eval()
-    theirs.load_state_dict(bundled.state_dict())
+    theirs.load_state_dict({key: tensor for key, tensor in bundled.state_dict().items() if not key.startswith("markov_head.")})
     theirs.save_pretrained(tmp_path)
     ours = hf_specdiff.load_drafter(tmp_path, target=target)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # their clock waits for a GPU

@@ -22,10 +22,16 @@ from tests.formats.rounds import random_rounds
 from tests.formats.test_speculators import their_rounds
 
 
+def bundled_trunk() -> hf_specdiff.SpecDiffDrafter:
+    """Return the bundled drafter as it is without its head."""
+    return hf_specdiff.SpecDiffDrafter.from_pretrained(PAIR / "features", markov_rank=0).float().eval()
+
+
 @pytest.mark.parametrize("to", ["dflash", "speculators"])
 def test_the_bundled_drafter_comes_back_as_it_went(to: str, tmp_path: Path) -> None:
-    target, drafter, tokenizer = hf_specdiff.load_demo()
-    lines = hf_specdiff.export_drafter(drafter, tmp_path, to, target=target)
+    target, whole, tokenizer = hf_specdiff.load_demo()
+    lines = hf_specdiff.export_drafter(whole, tmp_path, to, target=target, without_head=True)
+    drafter = bundled_trunk()
     assert f'"num_speculative_tokens": {drafter.config.block_size - 1}' in lines[0]
     back = hf_specdiff.load_drafter(tmp_path, target=target)
     inputs = tokenizer(hf_specdiff.load_prompts("math")[0]["prompt"], return_tensors="pt", return_token_type_ids=False)
@@ -40,7 +46,7 @@ def test_the_bundled_drafter_comes_back_as_it_went(to: str, tmp_path: Path) -> N
 
 def test_their_loop_runs_what_we_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, drafter, tokenizer = hf_specdiff.load_demo()
-    hf_specdiff.export_drafter(drafter, tmp_path, "dflash", target=target)
+    hf_specdiff.export_drafter(drafter, tmp_path, "dflash", target=target, without_head=True)
     theirs = zlab.DFlashDraftModel.from_pretrained(tmp_path).float().eval()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # their clock waits for a GPU
     ids = torch.tensor([tokenizer(hf_specdiff.load_prompts("math")[0]["prompt"])["input_ids"]])
@@ -109,7 +115,7 @@ def test_switches_come_back(to: str, fields: dict[str, Any], tmp_path: Path) -> 
             (to, fields, f"`{name}` must be {neutral} .* {remedy}")
             for to in ("dflash", "speculators")
             for name, neutral, fields, remedy in (
-                ("markov_rank", 0, {"markov_rank": 4, "markov_head_type": "rnn"}, "layout 'deepspec'"),
+                ("markov_rank", 0, {"markov_rank": 4, "markov_head_type": "rnn"}, "layout 'deepspec'.*--without-head"),
                 ("selector_rank", 0, {"selector_rank": 4}, "hf-specdiff publish"),
                 ("conv_kernel_size", 0, {"conv_kernel_size": 2}, "hf-specdiff publish"),
                 ("enable_confidence_head", False, {"enable_confidence_head": True}, "layout 'deepspec'"),
@@ -163,6 +169,21 @@ def test_the_kind_of_a_head_that_is_not_there_is_no_obstacle(tmp_path: Path) -> 
     assert "markov_head_type" not in json.loads((tmp_path / "config.json").read_text())
 
 
+@pytest.mark.parametrize("fields", DEEPSPEC[2:])
+def test_without_its_heads_a_drafter_goes_where_there_are_none(fields: dict[str, Any], tmp_path: Path) -> None:
+    target, drafter = make_target(), make_drafter([0, 2], **fields)
+    with pytest.raises(ValueError, match="without_head=True"):
+        hf_specdiff.export_drafter(drafter, tmp_path, "dflash")
+    hf_specdiff.export_drafter(drafter, tmp_path, "dflash", without_head=True)
+    back = hf_specdiff.load_drafter(tmp_path, target=target)
+    assert not back.config.markov_rank
+    trunk = back.state_dict()
+    assert trunk.keys() < drafter.state_dict().keys()
+    assert all(torch.equal(drafter.state_dict()[name], tensor) for name, tensor in trunk.items())
+    with pytest.raises(ValueError, match="`without_head` must be False for a drafter that has no head"):
+        hf_specdiff.export_drafter(back, tmp_path / "again", "dflash", without_head=True)
+
+
 @pytest.mark.parametrize("fields", DEEPSPEC)
 def test_deepspec_comes_back_with_embedding_and_heads(fields: dict[str, Any], tmp_path: Path) -> None:
     target, drafter = make_target(), make_drafter([-1, 2], predicts_from_anchor=True, **fields)
@@ -198,7 +219,9 @@ def test_token_conditioned_drafters_and_full_folders_are_refused(tmp_path: Path)
 def test_the_commands_convert_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair = {name: str(PAIR / name) for name in ("features", "target")}
     out, back = str(tmp_path / "out"), str(tmp_path / "back")
-    main.app(["export", pair["features"], out, "--to", "dflash", "--target", pair["target"]], standalone_mode=False)
+    main.app(
+        ["export", pair["features"], out, "--to", "dflash", "--target", pair["target"], "--without-head"], standalone_mode=False
+    )
     main.app(["import", out, back, "--target", pair["target"]], standalone_mode=False)
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("Self-check passed") == 2
