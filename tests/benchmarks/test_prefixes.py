@@ -1,4 +1,4 @@
-"""Expected accepted tokens are those of all runs of the rules, by enumeration; and a walk along a text sees what decoding sees."""
+"""What is expected is the mean over all runs of the rules, by enumeration; and a walk along a text sees what decoding sees."""
 
 from collections.abc import Callable
 
