@@ -4,9 +4,12 @@ Letters: B batch, G drafted positions, n nodes, V vocabulary, K drafts. The coun
 marginals serve all nodes of a depth. Draws through `sampling` only.
 """
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
+from itertools import count
+from typing import Any
 
 import torch
 
@@ -24,6 +27,9 @@ from .tree import COPIED
 from .tree import Copied
 from .tree import TreeShape
 from .tree import merge_drafts
+
+# Ranks of a law that are read back first: a tree seldom has so many siblings.
+FEW_RANKS = 16
 
 
 @dataclass
@@ -113,8 +119,11 @@ def conditional_tree(
 
     Lossless when: as the trees of `shapes.draft_tree`; a child's law hangs on the path to it and on nothing else.
     """
-    found = _most_probable(laws, speculation, smallest, copies)
-    shapes, tokens = (list(column) for column in zip(*(row.shape(speculation.tree_budget) for row in found), strict=True))
+    if laws.marginals is None:
+        found = [row.shape(speculation.tree_budget) for row in _most_probable(laws, speculation, smallest, copies)]
+    else:
+        found = _best_first(laws, speculation, smallest, copies)
+    shapes, tokens = (list(column) for column in zip(*found, strict=True))
     if choose is not None:
         count = choose(shapes)
         shapes, tokens = [shape.first(count) for shape in shapes], [row[:count] for row in tokens]
@@ -124,6 +133,146 @@ def conditional_tree(
     parents, values = [shape.parents for shape in shapes], [shape.values for shape in shapes]
     copied = None if copies is None else [shape.copied() for shape in shapes]
     return DraftTree.of_rows(tokens, parents, laws.anchors.device, sampled=sampled, values=values, copied=copied)
+
+
+@dataclass(frozen=True, slots=True)
+class _Law:
+    """What is read back of the law of a position given the token before it.
+
+    Attributes:
+        probs (`list[float]`): its largest probabilities, falling.
+        tokens (`list[float]`): whose they are.
+        copied (`float`): the probability of the token that the row's copy has at this position.
+    """
+
+    probs: list[float]
+    tokens: list[float]
+    copied: float
+
+
+class _Tables:
+    """Laws given each likely token before, of all positions in one go; others as they are asked for.
+
+    Args:
+        laws (`Conditionals`): with `marginals`.
+        temperature (`float`): of the laws.
+        num_ranks (`int`): probabilities to read back of each.
+        copies (`list[Copy]`): of each row, or none.
+    """
+
+    def __init__(self, laws: Conditionals, temperature: float, num_ranks: int, copies: list[Copy]) -> None:
+        self.laws, self.temperature, self.num_ranks = laws, temperature, num_ranks
+        self.copied = [copy.tokens[: laws.gamma] for copy in copies]
+        self._laws: dict[tuple[int, int, int], _Law] = {}
+        self._ask(*laws.likely(self.copied))
+
+    def law(self, row: int, position: int, token: int) -> _Law:
+        """Return the law of one position of a row, given the token before it."""
+        key = (row, position, token)
+        if key not in self._laws:
+            self._ask(*to_device([[position], [row], [token]], self.laws.anchors.device))
+        return self._laws[key]
+
+    def _ask(self, positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+        scores, _ = self.laws.step(positions, rows, tokens, None)
+        law = to_probs(scores / self.temperature)
+        probs, ranked = law.topk(self.num_ranks, dim=-1)
+        parts = [positions, rows, tokens, probs.flatten(), ranked.flatten()]
+        if self.copied:
+            table = [own + [0] * (self.laws.gamma - len(own)) for own in self.copied]
+            following = to_device(table, law.device)[rows, positions]
+            parts.append(law.gather(-1, following[:, None])[:, 0])
+        # One device sync. Ids are exact in float32, as far as vocabularies go (2 ** 24).
+        numbers = torch.cat([part.to(law.dtype) for part in parts]).tolist()
+        size, width = len(tokens), self.num_ranks
+        for place in range(size):
+            position, row, token = (int(numbers[column * size + place]) for column in range(3))
+            start, other = 3 * size + place * width, (3 + width) * size + place * width
+            copied = numbers[(3 + 2 * width) * size + place] if self.copied else 0.0
+            own = _Law(numbers[start : start + width], numbers[other : other + width], copied)
+            self._laws[row, position, token] = own
+
+
+def _best_first(
+    laws: Conditionals, speculation: SpeculationConfig, smallest: float, copies: Copies | None
+) -> list[tuple[TreeShape, list[int]]]:
+    """Return each row's most probable prefixes and their tokens, from tables of the likely laws."""
+    anchors, most = laws.anchors.tolist(), min(speculation.tree_budget, laws.marginals.shape[-1])  # type: ignore[union-attr]
+    found = []
+    for num_ranks in sorted({min(FEW_RANKS, most), most}):
+        tables = _Tables(laws, speculation.draft_temperature, num_ranks, [] if copies is None else copies.found)
+        found = [
+            _Search(tables, row, copies).run(anchor, speculation.tree_budget, smallest) for row, anchor in enumerate(anchors)
+        ]
+        # Where the last rank was not taken, the one after it could not have been.
+        if all(max(shape.ranks, default=0) < num_ranks - 1 for shape, _ in found):
+            break
+    return found
+
+
+class _Search:
+    """A row's best-first tree: `tree.best_first`, each node's law being given its token.
+
+    Args:
+        tables (`_Tables`): the laws.
+        row (`int`): of the batch.
+        copies (`Copies`, *optional*): with the row's copy.
+    """
+
+    def __init__(self, tables: _Tables, row: int, copies: Copies | None) -> None:
+        self.tables, self.row, self.copies = tables, row, copies
+        self.copy = None if copies is None else copies.found[row]
+        # Minus value, tie-break, parent, depth, rank, what siblings are multiplied with, their law, the copied one's rank.
+        self._heap: list[tuple[float, int, int, int, int, float, _Law | None, int | None]] = []
+        self._order = count()
+
+    def run(self, anchor: int, budget: int, smallest: float) -> tuple[TreeShape, list[int]]:
+        """Return at most `budget` nodes, most probable first, all of more than `smallest` probability; and their tokens."""
+        shape, tokens = TreeShape([], [], [], []), []
+        self._offer_children(0, 1, anchor, 1.0, is_copied=True)
+        while self._heap and len(tokens) < budget:
+            negative, _, parent, depth, rank, above, law, beside = heapq.heappop(self._heap)
+            if -negative <= smallest:
+                break
+            if rank == COPIED:
+                assert self.copy is not None
+                token = self.copy.tokens[depth - 1]
+            else:
+                assert law is not None
+                token = int(law.tokens[rank])
+                self._offer(parent, depth, rank + 1, above, law, beside)
+            shape.parents.append(parent)
+            shape.depths.append(depth)
+            shape.ranks.append(rank)
+            shape.values.append(-negative)
+            tokens.append(token)
+            self._offer_children(len(tokens), depth + 1, token, -negative, is_copied=rank == COPIED)
+        return shape, tokens
+
+    def _offer(self, parent: int, depth: int, rank: int, above: float, law: _Law, beside: int | None) -> None:
+        """Offer a child by its rank; the copied one has its own place."""
+        rank += rank == beside
+        if rank < len(law.probs):
+            self._push(-above * law.probs[rank], parent, depth, rank, above, law, beside)
+
+    def _offer_children(self, parent: int, depth: int, token: int, value: float, *, is_copied: bool) -> None:
+        """Offer a node's likeliest child, and the copied one where the copy leads through the node."""
+        is_copied = is_copied and self.copy is not None and depth <= len(self.copy.tokens)
+        if depth > self.tables.laws.gamma:
+            if is_copied:  # behind the window, by the text alone
+                assert self.copy is not None
+                self._push(-value * self.copy.alone[depth - 1], parent, depth, COPIED, value, None, None)
+            return
+        law, beside = self.tables.law(self.row, depth - 1, token), None
+        if is_copied:
+            assert self.copies is not None
+            copied = self.copies.weigh(self.row, depth - 1, law.copied, law.probs, [int(token) for token in law.tokens])
+            self._push(-value * copied.rate, parent, depth, COPIED, value, law, copied.rank)
+            value, beside = value * copied.scale, copied.rank
+        self._offer(parent, depth, 0, value, law, beside)
+
+    def _push(self, negative: float, *others: Any) -> None:
+        heapq.heappush(self._heap, (negative, next(self._order), *others))
 
 
 def _most_probable(laws: Conditionals, speculation: SpeculationConfig, smallest: float, copies: Copies | None) -> list[_Found]:

@@ -106,6 +106,7 @@ class FeatureDrafter(DenoisingDrafter):
         self.head = head
         self.dtype = network.dtype
         self.knows_token_before = network.config.knows_token_before
+        self.has_memory = network.config.markov_head_type == "rnn" and network.config.markov_rank > 0
         self.states: torch.Tensor | None = None  # of the last pass, which heads read again
 
     def window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
@@ -129,9 +130,9 @@ class FeatureDrafter(DenoisingDrafter):
         return self.network.window_logits(self.states, self.head).to(device)
 
     def step(
-        self, logits: torch.Tensor, index: int, rows: list[int], previous: torch.Tensor, memory: torch.Tensor | None
+        self, logits: torch.Tensor, index: Any, rows: Any, previous: torch.Tensor, memory: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the law of one position given the token before it; see `DenoisingDrafter.step`."""
+        """Return the laws of positions given the token before each; see `DenoisingDrafter.step`."""
         assert self.states is not None
         return self.network.step_logits(logits, self.states[rows, index], previous, memory)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
+from typing import Any
 from typing import TypeAlias
 
 import torch
@@ -103,6 +104,8 @@ class Draft:
         return self.dense_probs(vocab_size).log()
 
 
+# Tokens of each position that laws of the next one are asked for at once; behind others they are asked for one by one.
+NUM_CANDIDATES = 8
 # What a head keeps of the tokens before, `(n, R)`, if it keeps something.
 Memory: TypeAlias = torch.Tensor | None
 
@@ -116,16 +119,51 @@ class Conditionals:
             the nodes before `(n, R)` to processed logits `(n, V)` float32 and the memory for the nodes behind.
         anchors (`torch.Tensor` of shape `(B,)`, int64): the tokens before position 0.
         gamma (`int`): G.
+        marginals (`torch.Tensor` of shape `(B, G, V)`, *optional*): logits of the positions by themselves, where a law hangs on
+            its position and the token before and on nothing else: then `step` may be asked in any order, and for a position
+            of each node, `(n,)` int64, in place of one for all. `None`: a law may hang on all tokens before.
     """
 
-    step: Callable[[int, list[int], torch.Tensor, Memory], tuple[torch.Tensor, Memory]]
+    step: Callable[[Any, Any, torch.Tensor, Memory], tuple[torch.Tensor, Memory]]
     anchors: torch.Tensor
     gamma: int
+    marginals: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
         """B."""
         return len(self.anchors)
+
+    def likely(self, copied: list[list[int]] | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what laws are worth asking for at once: given the anchors, and each token that may well stand before.
+
+        Args:
+            copied (`list[list[int]]`, *optional*): for each row, tokens that may stand at its first positions too.
+
+        Returns:
+            `tuple`: positions, rows of the batch and tokens before, each `(n,)` int64.
+        """
+        assert self.marginals is not None
+        device, num_rows = self.anchors.device, self.num_rows
+        before = self.marginals[:, : self.gamma - 1]
+        tokens = before.topk(min(NUM_CANDIDATES, before.shape[-1]), dim=-1).indices
+        rows = torch.arange(num_rows, device=device)
+        positions = torch.arange(1, self.gamma, device=device)
+        parts = [
+            (torch.zeros_like(rows), rows, self.anchors),
+            (
+                positions[None, :, None].expand_as(tokens).flatten(),
+                rows[:, None, None].expand_as(tokens).flatten(),
+                tokens.flatten(),
+            ),
+        ]
+        more = [
+            (place, row, token) for row, own in enumerate(copied or []) for place, token in enumerate(own[: self.gamma - 1], 1)
+        ]
+        if more:
+            parts.append(tuple(to_device(list(zip(*more, strict=True)), device)))  # type: ignore[arg-type]
+        positions, rows, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
+        return positions, rows, tokens
 
 
 @dataclass(frozen=True, slots=True)

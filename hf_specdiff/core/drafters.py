@@ -123,6 +123,7 @@ class DenoisingDrafter:
         self.cache = context_cache(network.config)
         self.rows: RaggedCache | None = None  # from the first draft on, which tells how many rows there are
         self.knows_token_before = False
+        self.has_memory = False  # whether a law hangs on more tokens than the one before
         self._unseen: list[Features] = []
         self.device = network.device  # read once: the host goes through the weights for it
         self._home = network.device  # where the target's processors hold their tensors
@@ -256,6 +257,8 @@ class DenoisingDrafter:
         temperature = self.speculation.draft_temperature
         if not self.knows_token_before and is_prefix_free(self.processors):
             return _with_copied(*draw_from_scores(self._free_scores(logits), temperature), copied)
+        if temperature == 0 and not self.has_memory and is_prefix_free(self.processors):
+            return self._likeliest(text, logits, copied), None
         tokens, probs, memory = prefix, [], None
         is_open = [not self.end_token_ids & set(row) for row in prefix.tolist()]
         for i in range(logits.shape[1]):
@@ -276,6 +279,36 @@ class DenoisingDrafter:
             if may_stop and not any(is_open):
                 break
         return tokens[:, prefix.shape[1] :], None if probs[0] is None else torch.cat(probs, dim=1)
+
+    def _likeliest(self, text: Text, logits: torch.Tensor, copied: list[list[int]] | None) -> torch.Tensor:
+        """Return the likeliest tokens `(B, n)` of a drafter that knows the token before, from left to right.
+
+        What follows each likely token is found at once, and one by one only what follows others.
+
+        Args:
+            text (`Text`): committed.
+            logits (`torch.Tensor` of shape `(B, n, V)`): raw logits of the positions.
+            copied (`list[list[int]]`, *optional*): as `_draw_in_order`.
+        """
+        laws, following = self._conditionals(text, logits), {}
+
+        def ask(positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+            best = laws.step(positions, rows, tokens, None)[0].argmax(dim=-1)
+            *keys, values = torch.stack([rows, positions, tokens, best]).tolist()  # one device sync
+            following.update(zip(zip(*keys, strict=True), values, strict=True))
+
+        ask(*laws.likely(copied))
+        written = []
+        for row, token in enumerate(laws.anchors.tolist()):
+            own = [] if copied is None else copied[row][: laws.gamma]
+            chain = [token, *own]
+            for position in range(len(own), laws.gamma):
+                key = (row, position, chain[-1])
+                if key not in following:
+                    ask(*to_device([[position], [row], [chain[-1]]], logits.device))
+                chain.append(following[key])
+            written.append(chain[1:])
+        return to_device(written, logits.device)
 
     def _scores_after(
         self, text: Text, drafted: torch.Tensor, logits: torch.Tensor, is_open: list[bool]
@@ -302,22 +335,22 @@ class DenoisingDrafter:
         """Return the laws of a pass with the raw logits `(B, G, V)`, given the token before each."""
 
         def step(
-            index: int, rows: list[int], previous: torch.Tensor, memory: torch.Tensor | None
+            index: Any, rows: Any, previous: torch.Tensor, memory: torch.Tensor | None
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
             raw, memory = self.step(logits[rows, index], index, rows, previous, memory)
             return self._free_scores(raw[:, None])[:, 0], memory
 
-        return Conditionals(step, text.anchors()[:, 0], logits.shape[1])
+        return Conditionals(step, text.anchors()[:, 0], logits.shape[1], None if self.has_memory else logits)
 
     def step(
-        self, logits: torch.Tensor, index: int, rows: list[int], previous: torch.Tensor, memory: torch.Tensor | None
+        self, logits: torch.Tensor, index: Any, rows: Any, previous: torch.Tensor, memory: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the raw logits of one position given the token before it.
+        """Return the raw logits of positions given the token before each.
 
         Args:
-            logits (`torch.Tensor` of shape `(n, V)`): of the position by itself.
-            index (`int`): the position, 0 to G - 1.
-            rows (`list[int]`): which rows of the batch these are; several of them may be the same.
+            logits (`torch.Tensor` of shape `(n, V)`): of the positions by themselves.
+            index (`int` or `torch.Tensor` of shape `(n,)`): the position, 0 to G - 1; one of each, unless `has_memory`.
+            rows (`list[int]` or `torch.Tensor` of shape `(n,)`): which rows of the batch these are; several may be the same.
             previous (`torch.Tensor` of shape `(n,)`, int64): the token before it; at position 0 the anchor.
             memory (`torch.Tensor`, *optional*): what this returned for the position before.
 

@@ -16,6 +16,7 @@ from transformers import LogitsProcessorList
 import hf_specdiff
 from hf_specdiff.core.conditional import conditional_tree
 from hf_specdiff.core.conditional import sample_drafts
+from hf_specdiff.core.copies import Copies
 from hf_specdiff.core.draft import Conditionals
 from hf_specdiff.core.draft import Draft
 from hf_specdiff.core.draft import DraftTree
@@ -58,6 +59,18 @@ def conditionals() -> Conditionals:
         return torch.stack([drafter_logits(index, token) for token in previous.tolist()]), None
 
     return Conditionals(step, torch.tensor([0]), G)
+
+
+def in_any_order() -> Conditionals:
+    """Return the same laws as ones that may be asked for in any order, some of them guessed beforehand."""
+
+    def step(index: Any, rows: Any, previous: torch.Tensor, memory: Any) -> tuple[torch.Tensor, None]:
+        positions = torch.as_tensor(index).expand(len(previous)).tolist()
+        table = [drafter_logits(*asked) for asked in zip(positions, previous.tolist(), strict=True)]
+        return torch.stack(table), None
+
+    marginals = torch.stack([drafter_logits(index, 0) for index in range(G)])[None]
+    return Conditionals(step, torch.tensor([0]), G, marginals)
 
 
 def scores_of(draft: Draft | DraftTree) -> Scores:
@@ -132,14 +145,20 @@ def test_control_other_laws_handed_over_are_seen(hand_over: str, acceptance: str
 
 @pytest.mark.parametrize("budget", [1, 3, 5, 8])
 @pytest.mark.parametrize("acceptance", ["match", "ratio"])
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_trees_keep_the_law(budget: int, acceptance: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("temperature", "make_laws"), [(1.0, conditionals), (0.5, conditionals), (0.5, in_any_order)])
+def test_trees_keep_the_law(
+    budget: int,
+    acceptance: str,
+    temperature: float,
+    make_laws: Callable[[], Conditionals],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     speculation = SpeculationConfig(G, draft_shape="tree", tree_budget=budget, acceptance=acceptance)
 
     def temper(laws: torch.Tensor) -> torch.Tensor:
         return torch.softmax(laws.log() / temperature, dim=-1)
 
-    make = lambda: conditional_tree(conditionals(), speculation, temper=temper)  # noqa: E731
+    make = lambda: conditional_tree(make_laws(), speculation, temper=temper)  # noqa: E731
     assert total_variation(output_law(make, acceptance, monkeypatch)) < EXACT
 
 
@@ -182,6 +201,78 @@ def test_a_tree_holds_the_most_probable_prefixes_given_their_own_tokens() -> Non
                 value *= float(torch.softmax(drafter_logits(index, path[index - 1] if index else 0), 0)[token])
             values[path] = value
     assert set(paths[1:]) == set(sorted(values, key=lambda path: -values[path])[:6])
+
+
+def tables_of(num_rows: int, gamma: int, vocab_size: int, seed: int, *, is_free: bool) -> Conditionals:
+    """Return random laws of several rows, in order of the tokens or (`is_free`) in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    laws = 2 * torch.randn(num_rows, gamma, vocab_size, vocab_size, generator=generator, dtype=torch.float64)
+
+    def step(index: Any, rows: Any, previous: torch.Tensor, memory: Any) -> tuple[torch.Tensor, None]:
+        return laws[torch.as_tensor(rows), index, previous], None
+
+    anchors = torch.arange(num_rows) % vocab_size
+    return Conditionals(step, anchors, gamma, laws.logsumexp(dim=2) if is_free else None)
+
+
+def nodes_of(draft: Draft | DraftTree) -> list[dict[tuple[int, ...], tuple[float, bool]]]:
+    """Return for each row the path of each node with its value and whether it was copied."""
+    assert isinstance(draft, DraftTree)
+    found = []
+    for row, parents in enumerate(draft.parents):
+        paths: list[tuple[int, ...]] = [()]
+        for token, parent in zip(draft.tokens[row].tolist(), parents, strict=False):
+            paths.append((*paths[parent], token))
+        copied = set() if draft.copied is None else set(draft.copied[row])
+        assert draft.values is not None
+        found.append(
+            {
+                path: (value, node in copied)
+                for node, (path, value) in enumerate(zip(paths[1:], draft.values[row], strict=True), 1)
+            }
+        )
+    return found
+
+
+@pytest.mark.parametrize("num_candidates", [1, 3])
+@pytest.mark.parametrize(("budget", "is_copying"), [(4, False), (25, False), (25, True), (60, True)])
+def test_tables_find_the_tree_that_is_found_depth_by_depth(
+    budget: int, is_copying: bool, num_candidates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 40 tokens, three rows, also where laws were not foreseen and a node has more children than are read first."""
+    monkeypatch.setattr("hf_specdiff.core.draft.NUM_CANDIDATES", num_candidates)
+    monkeypatch.setattr("hf_specdiff.core.conditional.FEW_RANKS", 5)
+    speculation = SpeculationConfig(4, draft_shape="tree", tree_budget=budget)
+    drafts = []
+    for is_free in (False, True):
+        copies = None
+        if is_copying:
+            copies = Copies(6, 2, 40)
+            copies.look(Text.of_prompt(torch.tensor([[1, 5, 7, 9, 2, 3, 1, 5], [4] * 8, [9, 8, 7, 6, 5, 4, 3, 2]])), None)
+        drafts.append(nodes_of(conditional_tree(tables_of(3, 4, 40, budget, is_free=is_free), speculation, copies=copies)))
+    for in_order, free in zip(*drafts, strict=True):
+        assert len(in_order) == budget
+        assert free.keys() == in_order.keys()
+        assert all(free[path] == pytest.approx(in_order[path], abs=1e-9) for path in free)
+    assert any(copied for _, copied in drafts[0][0].values()) == is_copying
+
+
+@pytest.mark.parametrize("num_candidates", [1, 8])
+def test_greedy_chains_by_tables_are_those_written_one_by_one(num_candidates: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_specdiff.core.draft.NUM_CANDIDATES", num_candidates)
+    target, drafter = make_target(), make_drafter([0, 2], markov_rank=4)
+    torch.nn.init.normal_(drafter.markov_head.markov_w1.weight)
+    torch.nn.init.normal_(drafter.markov_head.markov_w2.weight)
+    settings = {"do_sample": False, "max_new_tokens": 14, "draft_shape": "chain", "gamma": 5, "return_dict_in_generate": True}
+    ids = torch.tensor([[1, 5, 9], [4, 4, 8]])
+    # A processor that reads the text and changes nothing: the tokens are then drafted one by one.
+    runs = [
+        hf_specdiff.generate(target, ids, assistant_model=drafter, **settings, **more)
+        for more in ({}, {"no_repeat_ngram_size": 14}, {"prompt_lookup_num_tokens": 3})
+    ]
+    assert torch.equal(runs[0].sequences, runs[1].sequences)
+    assert torch.equal(runs[0].sequences, runs[2].sequences)
+    assert runs[0].speculation.num_accepted == runs[1].speculation.num_accepted
 
 
 HEADS: list[dict[str, Any]] = [
