@@ -130,7 +130,7 @@ class AlongText(SpeculativeLoop):
         self.expected: list[float] = []
         self.drafted: list[int] = []
 
-    def run(  # type: ignore[override]
+    def run(
         self,
         target: Target,
         drafter: Drafter,
@@ -196,7 +196,7 @@ def accepted_along(method: Method, models: Models, prompt: torch.Tensor, written
     profile = profile_for(method, models) if "auto" in method.arguments.values() else None
     own = {name: value for name, value in method.arguments.items() if name in SPECULATION_ARGUMENTS}
     others = {name: value for name, value in method.arguments.items() if name not in own}
-    drafter = method.assistant_of(models)
+    drafter: Any = method.assistant_of(models)
     if own.get("draft_shape") == "chain" and not is_own_drafter(drafter):
         own.setdefault("gamma", drafter.config.max_gamma)
     loop = AlongText(drafter, {name: own.get(name) for name in SPECULATION_ARGUMENTS}, profile, written)

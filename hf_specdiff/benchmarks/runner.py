@@ -227,7 +227,8 @@ def run_step(models: Models, block: Block, journal: Journal, kind: str, number: 
         number (`int`): the batch's.
         inputs (`Mapping`): the batch, of `Block.batches`.
     """
-    observe = {CALL: _calls, DETAIL: _details, ALONG: _along}[kind]
+    observers: dict[str, Callable[..., list[Any]]] = {CALL: _calls, DETAIL: _details, ALONG: _along}
+    observe = observers[kind]
     journal.append({"kind": kind, **asdict(seen)} for seen in observe(models, block, journal, number, inputs))
 
 

@@ -228,7 +228,8 @@ class _Search:
 
     def run(self, anchor: int, budget: int, smallest: float) -> tuple[TreeShape, list[int]]:
         """Return at most `budget` nodes, most probable first, all of more than `smallest` probability; and their tokens."""
-        shape, tokens = TreeShape([], [], [], []), []
+        shape = TreeShape([], [], [], [])
+        tokens: list[int] = []
         self._offer_children(0, 1, anchor, 1.0, is_copied=True)
         while self._heap and len(tokens) < budget:
             negative, _, parent, depth, rank, above, law, beside = heapq.heappop(self._heap)

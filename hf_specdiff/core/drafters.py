@@ -290,12 +290,13 @@ class DenoisingDrafter:
             logits (`torch.Tensor` of shape `(B, n, V)`): raw logits of the positions.
             copied (`list[list[int]]`, *optional*): as `_draw_in_order`.
         """
-        laws, following = self._conditionals(text, logits), {}
+        laws = self._conditionals(text, logits)
+        following: dict[tuple[int, ...], int] = {}  # by row, position and token before
 
         def ask(positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> None:
             best = laws.step(positions, rows, tokens, None)[0].argmax(dim=-1)
-            *keys, values = torch.stack([rows, positions, tokens, best]).tolist()  # one device sync
-            following.update(zip(zip(*keys, strict=True), values, strict=True))
+            for *key, token in torch.stack([rows, positions, tokens, best], dim=1).tolist():  # one device sync
+                following[*key] = token
 
         ask(*laws.likely(copied))
         written = []
