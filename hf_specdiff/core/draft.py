@@ -161,7 +161,7 @@ class Conditionals:
             (place, row, token) for row, own in enumerate(copied or []) for place, token in enumerate(own[: self.gamma - 1], 1)
         ]
         if more:
-            parts.append(tuple(to_device(list(zip(*more, strict=True)), device)))  # type: ignore[arg-type]
+            parts.append(tuple(to_device(list(zip(*more, strict=True)), device)))
         positions, rows, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
         return positions, rows, tokens
 
