@@ -44,7 +44,7 @@ def test_public_names() -> None:
         (hf_specdiff.attach, ["model"]),
         (hf_specdiff.detach, ["model"]),
         (hf_specdiff.load_demo, ["drafter"]),
-        (hf_specdiff.export_drafter, ["drafter", "folder", "to", "target"]),
+        (hf_specdiff.export_drafter, ["drafter", "folder", "to", "target", "without_head"]),
         (hf_specdiff.load_drafter, ["source", "target", "ignored_fields", "arguments"]),
         (hf_specdiff.load_prompts, ["name"]),
     ],
