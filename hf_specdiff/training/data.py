@@ -177,7 +177,7 @@ class SequenceDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.sequence(index)
-        return item if self.features is None else {**item, "features": self.features[index]}
+        return item if self.features is None else {**item, **self.features[index]}
 
     def digest(self) -> str:
         """Return 16 hexadecimal digits that tell this data set from others."""
@@ -198,12 +198,13 @@ def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
     Returns:
         `dict`: `input_ids` `(B, S)` int64, `is_answer` `(B, S)` bool, false on padding, `lengths` and `indices`, each `(B,)`
-            int64; `features` `(B, S, K * D)` bfloat16 where the items hold them.
+            int64; where the items hold them `features` `(B, S, K * D)` and `states` `(B, S, D)`, bfloat16, and
+            `log_normalizers` `(B, S)` float32.
     """
     pad = torch.nn.utils.rnn.pad_sequence
-    features = {"features": pad([item["features"] for item in items], batch_first=True)} if "features" in items[0] else {}
+    kept = [name for name in ("features", "states", "log_normalizers") if name in items[0]]
     return {
-        **features,
+        **{name: pad([item[name] for item in items], batch_first=True) for name in kept},
         "input_ids": pad([item["input_ids"] for item in items], batch_first=True),
         "is_answer": pad([item["is_answer"] for item in items], batch_first=True),
         "lengths": torch.tensor([len(item["input_ids"]) for item in items]),

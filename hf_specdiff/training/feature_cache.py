@@ -1,10 +1,11 @@
 """A target's hidden states on disk: it runs once over a corpus, and every later epoch costs the drafter alone.
 
-Letters: S tokens of a sequence, K target layers, D hidden size. Knows targets and files; knows no drafter.
+Letters: S tokens of a sequence, K target layers, D hidden size, V vocabulary. Knows targets and files; knows no drafter.
 """
 
 import shutil
 import sys
+from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from hf_specdiff.core.conditioning import lent_head
 from hf_specdiff.core.features import layer_output_indices
 from hf_specdiff.core.features import target_features
 from hf_specdiff.core.files import write_whole
@@ -29,39 +31,54 @@ CLAIM = "features.json"
 BATCH_SIZE = 16
 # Tokens of a file: what an interrupt may lose, and what is read back in pieces.
 TOKENS_PER_FILE = 16_384
+# Names of what is kept of the law, and by how many nats rounding may change it.
+LAW = ("states", "log_normalizers")
+ROUNDING = 1e-2
 
 
 class FeatureCache:
-    """The features of a data set's sequences, in bfloat16, read from disk one sequence at a time.
+    """The features of a data set's sequences, in bfloat16, and the target's law if asked, read from disk sequence by sequence.
+
+    The law of a token is what the target's head makes of the last state, minus a number. Both are kept, so that the
+    probabilities of some tokens cost the head's rows of these tokens, and no pass.
 
     Args:
         folder (`pathlib.Path`): gets the files, and keeps them for any later run on the same sequences.
         dataset (`SequenceDataset`): the sequences.
         target (`transformers.PreTrainedModel`): the target.
         layer_ids (`list[int]`): K layers to keep, counted from 0.
+        keeps_law (`bool`): whether to keep the law as well. A folder that does serves runs that do not need it, too.
 
     Raises:
-        ValueError: if the folder holds the features of another target, of other layers or of other sequences.
+        ValueError: if the folder holds the features of another target, of other layers or of other sequences, or no law where
+            it is asked for; or if the target does more to its logits than its head does.
     """
 
-    def __init__(self, folder: Path, dataset: SequenceDataset, target: Any, layer_ids: list[int]) -> None:
+    def __init__(
+        self, folder: Path, dataset: SequenceDataset, target: Any, layer_ids: list[int], *, keeps_law: bool = False
+    ) -> None:
         self.folder, self.dataset, self.target, self.layer_ids = folder, dataset, target, layer_ids
+        earlier = read_claim(folder / CLAIM)
+        self.keeps_law = keeps_law or bool(earlier and earlier.get("keeps_law"))
         self.settings = {
             "target_layer_ids": list(layer_ids),
             "sequences": dataset.digest(),
             "num_sequences": len(dataset),
             "target_dtype": str(target.dtype),
+            "keeps_law": self.keeps_law,
             **identity_of(target),
         }
-        self._check()
+        self._check(earlier)
+        if keeps_law:
+            check_law(target, dataset.sequence(0)["input_ids"][None].to(target.device))
         self.files = list(_files_of(dataset.lengths.tolist()))
         self.place_of = {index: (number, start) for number, rows in enumerate(self.files) for index, start in rows}
 
     @property
     def num_bytes(self) -> int:
         """What all files take together."""
-        width = len(self.layer_ids) * self.target.config.get_text_config(decoder=True).hidden_size
-        return 2 * width * int(self.dataset.lengths.sum())
+        width = (len(self.layer_ids) + self.keeps_law) * self.target.config.get_text_config(decoder=True).hidden_size
+        return (2 * width + 4 * self.keeps_law) * int(self.dataset.lengths.sum())
 
     def fill(self) -> None:
         """Run the target over all sequences whose features no file holds yet; says size and time before and while it runs.
@@ -86,17 +103,21 @@ class FeatureCache:
                     bar.log()
         state.wait_for_everyone()
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """Return the features of one sequence, `(S, K * D)` bfloat16."""
-        number, start = self.place_of[index]
-        with safe_open(self._path(number), framework="pt") as file:
-            return file.get_slice("features")[start : start + int(self.dataset.lengths[index])]
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Return what is kept of one sequence.
 
-    def _check(self) -> None:
-        earlier = read_claim(self.folder / CLAIM)
+        `features` `(S, K * D)` bfloat16, and with the law `states` `(S, D)` bfloat16 and `log_normalizers` `(S,)` float32.
+        """
+        number, start = self.place_of[index]
+        names = ("features", *LAW) if self.keeps_law else ("features",)
+        with safe_open(self._path(number), framework="pt") as file:
+            return {name: file.get_slice(name)[start : start + int(self.dataset.lengths[index])] for name in names}
+
+    def _check(self, earlier: dict[str, Any] | None) -> None:
         if earlier is None:
             return
-        names = ("target_digest", "target_dtype", "target_layer_ids", "sequences")
+        names = ("target_digest", "target_dtype", "target_layer_ids", "sequences", "keeps_law")
+        earlier = {"keeps_law": False, **earlier}
         changed = {name: (earlier.get(name), self.settings[name]) for name in names if earlier.get(name) != self.settings[name]}
         if changed:
             raise ValueError(
@@ -120,14 +141,17 @@ class FeatureCache:
     @torch.no_grad()
     def _write(self, number: int) -> None:
         rows = [index for index, _ in self.files[number]]
-        parts = []
+        parts: dict[str, list[torch.Tensor]] = {}
         for start in range(0, len(rows), BATCH_SIZE):
             batch = collate([self.dataset.sequence(index) for index in rows[start : start + BATCH_SIZE]])
-            features = features_of(self.target, batch["input_ids"].to(self.target.device), self.layer_ids)
-            parts += [
-                row[:length].to(torch.bfloat16).cpu() for row, length in zip(features, batch["lengths"].tolist(), strict=True)
-            ]
-        content = {"features": torch.cat(parts)}
+            features, states = _features_and_states(self.target, batch["input_ids"].to(self.target.device), self.layer_ids)
+            for row, length in enumerate(batch["lengths"].tolist()):
+                parts.setdefault("features", []).append(features[row, :length].to(torch.bfloat16).cpu())
+                if self.keeps_law:
+                    logits = lent_head(self.target, None)(states[row, :length])
+                    parts.setdefault("states", []).append(states[row, :length].to(torch.bfloat16).cpu())
+                    parts.setdefault("log_normalizers", []).append(logits.float().logsumexp(-1).cpu())
+        content = {name: torch.cat(rows) for name, rows in parts.items()}
         write_whole(self._path(number), lambda path: save_file(content, path))
 
     def _path(self, number: int) -> Path:
@@ -145,8 +169,49 @@ def features_of(target: Any, input_ids: torch.Tensor, layer_ids: list[int]) -> t
     Returns:
         `torch.Tensor` of shape `(B, S, K * D)`.
     """
+    return _features_and_states(target, input_ids, layer_ids)[0]
+
+
+def _features_and_states(target: Any, input_ids: torch.Tensor, layer_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the features `(B, S, K * D)`, and what the head reads `(B, S, D)`."""
     outputs = target.get_decoder()(input_ids, use_cache=False, output_hidden_states=layer_output_indices(layer_ids))
-    return target_features(outputs.hidden_states, layer_ids, input_ids.shape[1])
+    return target_features(outputs.hidden_states, layer_ids, input_ids.shape[1]), outputs.last_hidden_state
+
+
+def law_of(head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, log_normalizers: torch.Tensor) -> torch.Tensor:
+    """Return a target's law from what a cache keeps.
+
+    Args:
+        head (`Callable`): of `lent_head`: from states to the logits of n tokens.
+        states (`torch.Tensor` of shape `(..., D)`): what the head reads.
+        log_normalizers (`torch.Tensor` of shape `(...)`, float32): of the law over all tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(..., n)`, float32: log-probabilities among all tokens.
+    """
+    return head(states).float() - log_normalizers[..., None]
+
+
+@torch.no_grad()
+def check_law(target: Any, input_ids: torch.Tensor) -> None:
+    """Refuse a target whose law is not what its head makes of the last state: some scale or cap their logits.
+
+    Args:
+        target (`transformers.PreTrainedModel`): the target.
+        input_ids (`torch.Tensor` of shape `(1, S)`, int64): some text.
+
+    Raises:
+        ValueError: if it is another one.
+    """
+    head = lent_head(target, None)
+    own = target(input_ids, use_cache=False).logits.float().log_softmax(-1)
+    logits = head(target.get_decoder()(input_ids, use_cache=False).last_hidden_state).float()
+    gap = float((law_of(lambda states: states, logits, logits.logsumexp(-1)) - own).abs().max())
+    if not gap <= ROUNDING:
+        raise ValueError(
+            "`cache_features` must be left out for objectives that read this target's law: it does more to its logits than its "
+            f"head does (log-probabilities differ by {gap:.2f}). Leave the cache out, or take other objectives."
+        )
 
 
 def _files_of(lengths: list[int]) -> Iterator[list[tuple[int, int]]]:

@@ -10,6 +10,7 @@ and, for token-conditioned drafters, of the target.
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -143,6 +144,9 @@ def total_variation(log_probs: torch.Tensor, labels: torch.Tensor, target_log_pr
 def forward_kl(log_probs: torch.Tensor, labels: torch.Tensor, target_log_probs: torch.Tensor) -> torch.Tensor:
     """Return the mean over positions with a label of sum_x p(x) (log p(x) - log q(x)).
 
+    The sum goes over the drafted tokens. Over a reduced vocabulary it lacks the others, which no drafter of these tokens can
+    bring nearer.
+
     Args:
         log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.
         labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens; tells which positions count.
@@ -153,10 +157,31 @@ def forward_kl(log_probs: torch.Tensor, labels: torch.Tensor, target_log_probs: 
 
     Source: knowledge distillation; for drafters arXiv:2310.08461.
     """
-    # A token that the drafter may never write has log q = -inf, and the target's p = 0 where it may not either.
-    gap = (target_log_probs - log_probs).nan_to_num(nan=0.0, neginf=0.0)
-    divergence = (target_log_probs.exp() * gap).sum(-1)
+    divergence = _divergence(log_probs, target_log_probs)
     return _mean(divergence, (labels != IGNORED).to(divergence.dtype))
+
+
+def dpace_kl(
+    log_probs: torch.Tensor, labels: torch.Tensor, target_log_probs: torch.Tensor, smoothing: float = 0.5
+) -> torch.Tensor:
+    """Return the divergence of `forward_kl`, each position weighted as in `dpace`.
+
+    One text shows one token at each position, the law shows what might stand there as well: with little text to learn from
+    that is what keeps a drafter from learning it by heart.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the drafter's, in nats.
+        labels (`torch.Tensor` of shape `(N, G)`, int64): the target's tokens, from which the weights come.
+        target_log_probs (`torch.Tensor` of shape `(N, G, V)`, float32): the target's, given the text before each position.
+        smoothing (`float`): see `dpace`.
+
+    Returns:
+        `torch.Tensor`: a scalar, in nats.
+
+    Source: the weights of arXiv:2605.18810 on the divergence of arXiv:2310.08461.
+    """
+    picked, has_label = _picked(log_probs, labels)
+    return _mean(_divergence(log_probs, target_log_probs), _dpace_weights(picked.detach(), has_label, smoothing))
 
 
 def log_streak(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0) -> torch.Tensor:
@@ -212,13 +237,14 @@ def dpace(log_probs: torch.Tensor, labels: torch.Tensor, decay: float = 7.0, smo
 
     Source: D-PACE, arXiv:2605.18810.
     """
+    return weighted_ce(log_probs, labels, partial(_dpace_weights, smoothing=smoothing))
 
-    def weigh(picked: torch.Tensor, has_label: torch.Tensor) -> torch.Tensor:
-        confidence = ((1 - smoothing) * picked.exp() + smoothing) * has_label
-        weights = confidence.cumprod(1).flip(1).cumsum(1).flip(1)
-        return weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
-    return weighted_ce(log_probs, labels, weigh)
+def _dpace_weights(picked: torch.Tensor, has_label: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Return w_j `(N, G)` of `dpace`, from log q_j."""
+    confidence = ((1 - smoothing) * picked.exp() + smoothing) * has_label
+    weights = confidence.cumprod(1).flip(1).cumsum(1).flip(1)
+    return weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 OBJECTIVES = {
@@ -230,7 +256,7 @@ OBJECTIVES = {
     "focal": first_error_focal,
     "dpace": dpace,
 }
-DISTILLATION = {"tv": total_variation, "kl": forward_kl}
+DISTILLATION = {"tv": total_variation, "kl": forward_kl, "dpace_kl": dpace_kl}
 LOSSES = (*OBJECTIVES, *DISTILLATION)
 
 
@@ -288,6 +314,13 @@ def _picked(log_probs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
     has_label = labels >= 0
     picked = log_probs.gather(2, labels.clamp(min=0)[:, :, None]).squeeze(2)
     return picked.masked_fill(~has_label, 0.0), has_label
+
+
+def _divergence(log_probs: torch.Tensor, target_log_probs: torch.Tensor) -> torch.Tensor:
+    """Return sum_x p(x) (log p(x) - log q(x)) at each position, `(N, G)`."""
+    # A token that the drafter may never write has log q = -inf, and the target's p = 0 where it may not either.
+    gap = (target_log_probs - log_probs).nan_to_num(nan=0.0, neginf=0.0)
+    return (target_log_probs.exp() * gap).sum(-1)
 
 
 def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

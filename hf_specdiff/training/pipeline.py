@@ -36,6 +36,7 @@ from hf_specdiff.training.disk import room_in
 from hf_specdiff.training.draft_vocabulary import drafted_tokens
 from hf_specdiff.training.draft_vocabulary import restrict
 from hf_specdiff.training.feature_cache import FeatureCache
+from hf_specdiff.training.first_weights import NUM_TOKENS
 from hf_specdiff.training.first_weights import new_drafter
 from hf_specdiff.training.heads import HEADS
 from hf_specdiff.training.heads import add_head
@@ -55,7 +56,6 @@ from hf_specdiff.training.trainer import EvaluateAtEnd
 from hf_specdiff.training.trainer import SpecDiffTrainer
 from hf_specdiff.training.trainer import SpecDiffTrainingArguments
 from hf_specdiff.training.trainer import StopOnInterrupt
-from hf_specdiff.training.trainer import check_objectives
 from hf_specdiff.training.trainer import make_drafter_config
 
 MOST_RANK = SIZES["markov_rank"][1]
@@ -274,7 +274,8 @@ def fit_drafter(
     if plan.from_target and start_from is not None:
         raise ValueError("`from_target` must be false where a run goes on from a drafter, got true. Its weights are its own.")
     if start_from is None:
-        drafter = new_drafter(config, plan.seed, target, token_ids, from_target=plan.from_target)
+        text = sequences.tokens[:NUM_TOKENS].long() if plan.from_target else None
+        drafter = new_drafter(config, plan.seed, target, token_ids, text=text)
     else:
         drafter = drafter_to_go_on_from(start_from, config, token_ids)
     if plan.head is not None:
@@ -328,19 +329,15 @@ def make_feature_cache(folder: Path, dataset: SequenceDataset, target: Any, plan
         `FeatureCache`: filled.
 
     Raises:
-        ValueError: if the plan reads no features, or an objective reads the target's law, which no cache holds.
+        ValueError: if the plan reads no features, or an objective reads the law of a target that does more to its logits than
+            its head does.
     """
     if plan.target_layer_ids is None:
         raise ValueError(
             "`cache_features` must be left out for a token-conditioned drafter, got a folder. It reads no features."
         )
-    needing = sorted(DISTILLATION.keys() & plan.loss_weights)
-    if needing:
-        raise ValueError(
-            f"`cache_features` must be left out for objectives that read the target's law, got {', '.join(needing)}: they take "
-            "the target's pass anyway."
-        )
-    cache = FeatureCache(folder, dataset, target, plan.target_layer_ids)
+    needs_law = not DISTILLATION.keys().isdisjoint(plan.loss_weights)
+    cache = FeatureCache(folder, dataset, target, plan.target_layer_ids, keeps_law=needs_law)
     cache.fill()
     return cache
 
@@ -436,7 +433,6 @@ def _training_setup(
         draft_vocab_size=plan.draft_vocab_size,
         predicts_from_anchor=plan.predicts_from_anchor,
     )
-    check_objectives(config, plan.loss_weights)
     evaluation: dict[str, Any] = {}
     if evaluates:
         evaluation = {

@@ -36,6 +36,7 @@ from hf_specdiff.training.evaluation import Streaks
 from hf_specdiff.training.evaluation import calibration_error
 from hf_specdiff.training.evaluation import decode_held_out
 from hf_specdiff.training.feature_cache import features_of
+from hf_specdiff.training.feature_cache import law_of
 from hf_specdiff.training.footprint import Footprint
 from hf_specdiff.training.heads import given_tokens_before
 from hf_specdiff.training.losses import DISTILLATION
@@ -98,7 +99,6 @@ class SpecDiffTrainer(Trainer):
 
     def __init__(self, target: PreTrainedModel, eval_prompts: list[list[int]] | None = None, **kwargs: Any) -> None:
         super().__init__(data_collator=collate, **kwargs)
-        check_objectives(self.model.config, self.args.loss_weights)
         self.target = target.eval().requires_grad_(False)
         self._head: Any = None  # the target's, as far as it is lent, from the first step on
         self.eval_prompts = eval_prompts or []
@@ -253,7 +253,14 @@ class SpecDiffTrainer(Trainer):
         input_ids, cached = inputs["input_ids"], inputs.get("features")
         if not needs_law and (layer_ids is None or cached is not None):
             return None if cached is None else cached.to(self.target.dtype), None
+        # The state at the anchor tells the first drafted token's law, and so on.
+        places = windows.anchors[:, :, None] + torch.arange(config.max_gamma, device=input_ids.device)
+        places = places.clamp(max=input_ids.shape[1] - 1).flatten(1)  # (B, A * G)
+        chosen = (torch.arange(len(input_ids), device=input_ids.device)[:, None], places)
         with torch.no_grad():
+            if cached is not None and "states" in inputs:
+                law = law_of(self._lent_head(), inputs["states"][chosen], inputs["log_normalizers"][chosen])
+                return cached.to(self.target.dtype), law.unflatten(1, (-1, config.max_gamma)).flatten(0, 1)
             if layer_ids is not None and not needs_law:
                 return features_of(self.target, input_ids, layer_ids), None
             # Padding is on the right and attention causal, so the states of real tokens need no mask.
@@ -263,15 +270,16 @@ class SpecDiffTrainer(Trainer):
             features = None
             if layer_ids is not None:
                 features = target_features(outputs.hidden_states, layer_ids, input_ids.shape[1])
-            # The state at the anchor tells the first drafted token's law, and so on.
-            gamma = config.max_gamma
-            places = windows.anchors[:, :, None] + torch.arange(gamma, device=input_ids.device)
-            places = places.clamp(max=input_ids.shape[1] - 1).flatten(1)  # (B, A * G)
-            rows = torch.arange(len(input_ids), device=input_ids.device)[:, None]
-            law = torch.log_softmax(outputs.logits[rows, places].float(), dim=-1)  # (B, A * G, V)
+            law = torch.log_softmax(outputs.logits[chosen].float(), dim=-1)  # (B, A * G, V)
             drafted = self._drafted_ids(self.model)
             law = law if drafted is None else law[..., drafted]
-            return features, law.unflatten(1, (-1, gamma)).flatten(0, 1)
+            return features, law.unflatten(1, (-1, config.max_gamma)).flatten(0, 1)
+
+    def _lent_head(self) -> Any:
+        """Return the part of the target's head that belongs to the drafted tokens."""
+        if self._head is None:
+            self._head = lent_head(self.target, self._drafted_ids(self.model))
+        return self._head
 
     def _token_logits(
         self, model: Any, config: SpecDiffConfig, inputs: dict[str, torch.Tensor], windows: Windows
@@ -313,9 +321,7 @@ class SpecDiffTrainer(Trainer):
             attention_mask=window_attention_mask(windows.anchors, length, config.block_size, context_queries=False),
         ).last_hidden_state
         states = states.unflatten(1, (-1, config.block_size)).flatten(0, 1)[:, not config.predicts_from_anchor :]
-        if self._head is None:
-            self._head = lent_head(self.target, network.drafted_ids)
-        logits = network.drafted_logits(states, self._head)
+        logits = network.drafted_logits(states, self._lent_head())
         return given_tokens_before(network, logits, states, windows.previous)
 
 
@@ -352,23 +358,6 @@ class StopOnInterrupt(TrainerCallback):
         signal.signal(signal.SIGINT, self._previous)
 
 
-def check_objectives(config: SpecDiffConfig, loss_weights: dict[str, float]) -> None:
-    """Refuse objectives that say nothing about a drafter.
-
-    Args:
-        config (`SpecDiffConfig`): the drafter's.
-        loss_weights (`dict[str, float]`): of objectives, by name.
-
-    Raises:
-        ValueError: for `kl` and a reduced vocabulary: the target writes what the drafter cannot, which is infinitely far.
-    """
-    if config.draft_vocab_size is not None and "kl" in loss_weights:
-        raise ValueError(
-            f"`loss_weights` must have no 'kl' for a drafter of {config.draft_vocab_size} of {config.vocab_size} tokens, got "
-            f"{loss_weights['kl']:g}: the divergence from a law that leaves tokens out is infinite. Take 'tv'."
-        )
-
-
 def make_drafter_config(
     target: PreTrainedModel,
     *,
@@ -397,7 +386,14 @@ def make_drafter_config(
     """
     config = target.config.get_text_config()
     num_heads = config.num_attention_heads
+    # What its layers count with, so that they can be borrowed; "default": the angles of the target's own long-text scaling,
+    # if it has one, are left out.
+    rope = getattr(config, "rope_parameters", None) or {}
+    alike = {"rope_parameters": {"rope_type": "default", "rope_theta": rope["rope_theta"]}} if "rope_theta" in rope else {}
+    if getattr(config, "rms_norm_eps", None):
+        alike["rms_norm_eps"] = config.rms_norm_eps
     return SpecDiffConfig(
+        **alike,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,

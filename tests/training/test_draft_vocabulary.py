@@ -22,6 +22,7 @@ from hf_specdiff.training.draft_vocabulary import labels_among
 from hf_specdiff.training.draft_vocabulary import restrict
 from hf_specdiff.training.losses import LOSSES
 from hf_specdiff.training.losses import combined_loss
+from hf_specdiff.training.losses import forward_kl
 from hf_specdiff.training.losses import total_variation
 from hf_specdiff.training.pipeline import HeldOut
 from hf_specdiff.training.pipeline import TrainingPlan
@@ -66,7 +67,7 @@ def test_labels_end_at_the_first_token_that_is_not_drafted() -> None:
     assert labels_among(labels, torch.tensor(KEPT), 31).tolist() == expected
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "kl"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_losses_are_those_of_the_whole_vocabulary_with_the_other_tokens_at_nothing(name: str) -> None:
     """An independent check of labels and sums: full tables in which the tokens that are not drafted have probability 0."""
     torch.manual_seed(1)
@@ -83,8 +84,11 @@ def test_losses_are_those_of_the_whole_vocabulary_with_the_other_tokens_at_nothi
     for row in cut:
         for place, token in enumerate(row.tolist()):
             if token != -100 and token not in KEPT:
-                row[place + (name == "tv") :] = -100
+                row[place + (name in ("tv", "kl")) :] = -100
                 break
+    if name in ("kl", "dpace_kl"):
+        others = [token for token in range(31) if token not in KEPT]
+        target[..., others] = -torch.inf
     expected = combined_loss(full, cut, {name: 1.0}, 7.0, target)
     torch.testing.assert_close(loss, expected)
     if name == "tv":
@@ -132,12 +136,19 @@ def test_training_lowers_the_loss_and_changes_no_token_that_is_drafted(tmp_path:
     assert drafter.drafted_ids.tolist() == KEPT
 
 
-def test_the_divergence_from_a_law_that_leaves_tokens_out_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`loss_weights` must have no 'kl' for a drafter of 8 of 31 tokens"):
-        make_trainer(tmp_path, reduced(KEPT), loss_weights={"kl": 1.0})
-    plan = replace(PLAN, loss_weights={"kl": 1.0})
-    with pytest.raises(ValueError, match="`loss_weights` must have no 'kl'"):
-        fit_drafter(make_target(), make_sequences(), tmp_path, plan, mask_token_id=MASK_TOKEN_ID)
+def test_the_divergence_lacks_only_what_no_drafter_of_these_tokens_can_lower() -> None:
+    """Its gradient is that of the divergence from the target's law among the drafted tokens, times their share."""
+    torch.manual_seed(0)
+    target = torch.randn(6, 3, 31).log_softmax(-1)[..., KEPT]
+    share = target.exp().sum(-1)
+    logits = torch.randn(6, 3, len(KEPT), requires_grad=True)
+    labels = torch.zeros(6, 3, dtype=torch.long)
+    (own,) = torch.autograd.grad(forward_kl(logits.log_softmax(-1), labels, target), logits)
+    among = torch.nn.functional.kl_div(
+        logits.log_softmax(-1), target - share.log()[..., None], reduction="none", log_target=True
+    )
+    (expected,) = torch.autograd.grad((share * among.sum(-1)).mean(), logits)
+    torch.testing.assert_close(own, expected)
 
 
 @pytest.mark.parametrize("count", [0, 1, 32])
