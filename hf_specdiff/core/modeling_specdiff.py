@@ -212,7 +212,8 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         self.rotary_emb = _rotary(config)
         size, num_tokens = config.hidden_size, config.draft_vocab_size or config.vocab_size
         if config.markov_rank:
-            self.markov_head = MarkovHead(config.vocab_size, num_tokens, config.markov_rank, size, config.markov_head_type)
+            num_before = num_tokens + 1 if config.markov_reads_drafted else config.vocab_size
+            self.markov_head = MarkovHead(num_before, num_tokens, config.markov_rank, size, config.markov_head_type)
         if config.selector_rank:
             self.candidate_selector = CandidateSelector(config.vocab_size, size, config.selector_rank, config.selector_top_k)
         if config.enable_confidence_head:
@@ -302,8 +303,24 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         """
         if self.config.selector_rank:
             return self.candidate_selector(logits, states, previous), None
-        bias, memory = self.markov_head(states, previous, memory)
+        bias, memory = self.markov_head(states, self.rows_before(previous), memory)
         return logits + self._over_the_vocabulary(bias, 0.0).to(logits.dtype), memory
+
+    def rows_before(self, previous: torch.Tensor) -> torch.Tensor:
+        """Return the rows of the Markov head's table that belong to tokens.
+
+        Args:
+            previous (`torch.Tensor`, int64): the tokens before.
+
+        Returns:
+            `torch.Tensor` of the same shape, int64: the ids themselves, or places in `drafted_ids` and, for tokens that are not
+                drafted, the last row.
+        """
+        if not self.config.markov_reads_drafted:
+            return previous
+        drafted = self.drafted_ids
+        places = torch.searchsorted(drafted, previous).clamp(max=len(drafted) - 1)
+        return torch.where(drafted[places] == previous, places, len(drafted))
 
     def _over_the_vocabulary(self, logits: torch.Tensor, other: float) -> torch.Tensor:
         """Put what a reduced vocabulary's rows say at their tokens' places, `(..., V)`; the other tokens get one value."""

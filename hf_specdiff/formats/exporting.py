@@ -59,6 +59,7 @@ NEUTRAL = {
     "rope_interleaved": False,
     "markov_rank": 0,
     "markov_head_type": "vanilla",
+    "markov_reads_drafted": False,
     "selector_rank": 0,
     "conv_kernel_size": 0,
     "enable_confidence_head": False,

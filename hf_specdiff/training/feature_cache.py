@@ -141,18 +141,24 @@ class FeatureCache:
     @torch.no_grad()
     def _write(self, number: int) -> None:
         rows = [index for index, _ in self.files[number]]
-        parts: dict[str, list[torch.Tensor]] = {}
+        kept: dict[int, dict[str, torch.Tensor]] = {}
+        # Sequences of about the same length side by side: padding costs as much as text.
+        by_length = sorted(rows, key=lambda index: int(self.dataset.lengths[index]))
         for start in range(0, len(rows), BATCH_SIZE):
-            batch = collate([self.dataset.sequence(index) for index in rows[start : start + BATCH_SIZE]])
+            batch = collate([self.dataset.sequence(index) for index in by_length[start : start + BATCH_SIZE]])
             features, states = _features_and_states(self.target, batch["input_ids"].to(self.target.device), self.layer_ids)
-            for row, length in enumerate(batch["lengths"].tolist()):
-                parts.setdefault("features", []).append(features[row, :length].to(torch.bfloat16).cpu())
-                if self.keeps_law:
-                    logits = lent_head(self.target, None)(states[row, :length])
-                    parts.setdefault("states", []).append(states[row, :length].to(torch.bfloat16).cpu())
-                    parts.setdefault("log_normalizers", []).append(logits.float().logsumexp(-1).cpu())
-        content = {name: torch.cat(rows) for name, rows in parts.items()}
+            for row, (index, length) in enumerate(zip(batch["indices"].tolist(), batch["lengths"].tolist(), strict=True)):
+                kept[index] = self._kept(features[row, :length], states[row, :length])
+        content = {name: torch.cat([kept[index][name] for index in rows]) for name in kept[rows[0]]}
         write_whole(self._path(number), lambda path: save_file(content, path))
+
+    def _kept(self, features: torch.Tensor, states: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what is kept of a sequence, see `__getitem__`."""
+        kept = {"features": features.to(torch.bfloat16).cpu()}
+        if self.keeps_law:
+            logits = lent_head(self.target, None)(states)
+            kept |= {"states": states.to(torch.bfloat16).cpu(), "log_normalizers": logits.float().logsumexp(-1).cpu()}
+        return kept
 
     def _path(self, number: int) -> Path:
         return self.folder / f"features-{number:05d}.safetensors"

@@ -38,10 +38,13 @@ def add_head(drafter: SpecDiffDrafter, kind: str, rank: int, seed: int) -> SpecD
             )
         return drafter
     size, num_tokens = config.hidden_size, config.draft_vocab_size or config.vocab_size
+    # Tokens that are not drafted are seldom written: they need no rows of their own.
+    config.markov_reads_drafted = config.draft_vocab_size is not None
+    num_before = num_tokens + 1 if config.markov_reads_drafted else config.vocab_size
     # What was drawn before, weights or windows, stays what it is without a head.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = MarkovHead(config.vocab_size, num_tokens, rank, size, HEADS[kind])
+        head = MarkovHead(num_before, num_tokens, rank, size, HEADS[kind])
         # As large as this, since a step of Adam moves a token's bias by the learning rate times a row's length: entries of
         # rank^-0.5 had brought less than half of the gain after 200 steps on the bundled pair.
         torch.nn.init.normal_(head.markov_w1.weight)
@@ -85,6 +88,7 @@ def given_tokens_before(
     """
     if not drafter.config.markov_rank:
         return logits
+    previous = drafter.rows_before(previous)
     if drafter.config.markov_head_type != "rnn":
         return logits + drafter.markov_head(states, previous, None)[0]
     biases, memory = [], None

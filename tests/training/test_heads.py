@@ -45,7 +45,7 @@ KINDS = ["markov", "gated"]
 
 def with_head(kind: str, *, is_reduced: bool, **switches: Any) -> SpecDiffDrafter:
     """Return a drafter with a head whose weights are random."""
-    fields: dict[str, Any] = {"markov_rank": 4, "markov_head_type": kind, **switches}
+    fields: dict[str, Any] = {"markov_rank": 4, "markov_head_type": kind, "markov_reads_drafted": is_reduced, **switches}
     drafter = reduced(KEPT, **fields) if is_reduced else make_drafter([0, 2], **fields)
     torch.nn.init.normal_(drafter.markov_head.markov_w1.weight)
     torch.nn.init.normal_(drafter.markov_head.markov_w2.weight)
@@ -111,6 +111,20 @@ def test_a_fresh_head_changes_nothing(kind: str) -> None:
     logits = torch.randn(9, 31)
     assert torch.equal(drafter.step_logits(logits, states, previous)[0], logits)
     assert hf_specdiff.generate(target, ids, assistant_model=drafter, **settings).speculation.num_accepted == before
+
+
+def test_a_reduced_head_tells_drafted_tokens_apart_and_no_others() -> None:
+    drafter = add_head(reduced(KEPT), "gated", 4, 0)
+    assert drafter.markov_head.markov_w1.weight.shape == (len(KEPT) + 1, 4)
+    expected = [KEPT.index(token) if token in KEPT else len(KEPT) for token in range(31)]
+    assert drafter.rows_before(torch.arange(31)).tolist() == expected
+    assert torch.equal(make_drafter([0, 2]).rows_before(torch.arange(31)), torch.arange(31))
+
+
+@pytest.mark.parametrize("fields", [{}, {"markov_rank": 4}, {"draft_vocab_size": 8}])
+def test_a_head_over_drafted_tokens_needs_both(fields: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="`markov_reads_drafted` must be False without"):
+        make_drafter([0, 2], markov_reads_drafted=True, **fields)
 
 
 @pytest.fixture(scope="module")
