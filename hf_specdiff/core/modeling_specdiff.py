@@ -319,7 +319,7 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         if not self.config.markov_reads_drafted:
             return previous
         drafted = self.drafted_ids
-        places = torch.searchsorted(drafted, previous).clamp(max=len(drafted) - 1)
+        places = torch.searchsorted(drafted, previous.contiguous()).clamp(max=len(drafted) - 1)
         return torch.where(drafted[places] == previous, places, len(drafted))
 
     def _over_the_vocabulary(self, logits: torch.Tensor, other: float) -> torch.Tensor:
