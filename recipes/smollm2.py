@@ -59,28 +59,30 @@ class Size:
 
     num_self_prompts: int = 1500
     num_prompts: dict[tuple[str, float], int] = field(
-        default_factory=lambda: {("gsm8k_train", 0.0): 495, ("mbpp_train", 0.0): 180, ("self", 0.0): 220}
+        default_factory=lambda: {("gsm8k_train", 0.0): 1567, ("mbpp_train", 0.0): 474, ("self", 0.0): 652}
     )
     max_length: int = 512
     batch_size: int = 64
     num_evaluated: int = 40
     plan: TrainingPlan = field(
         default_factory=lambda: TrainingPlan(
-            spread_layers(NUM_TARGET_LAYERS, 5),
+            spread_layers(NUM_TARGET_LAYERS, 4),
             num_layers=3,
             block_size=8,
             max_length=512,
-            num_epochs=17,
+            num_epochs=4.2,
             batch_size=8,
             num_anchors=24,
             learning_rate=1.5e-3,
-            loss_weights={"dpace": 1.0},
+            loss_weights={"dpace": 0.5, "dpace_kl": 0.5},
             save_steps=460,
-            num_eval_prompts=12,
-            eval_tokens=40,
+            num_eval_prompts=24,
+            eval_tokens=24,
             has_mask_embedding=True,
-            draft_vocab_size=8192,
+            draft_vocab_size=6144,
             from_target=True,
+            head="gated",
+            head_rank=48,
         )
     )
 
