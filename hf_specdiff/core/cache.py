@@ -77,8 +77,54 @@ def roll_back(cache: Cache, num_tokens: int) -> None:
         cache (`transformers.Cache`): changed in place.
         num_tokens (`int`): tokens to remove, not negative. With 0 a sliding layer still shrinks to its window.
     """
+    if is_quantized(cache):
+        for layer in cache.layers:
+            _take_back_quantized(layer, num_tokens)
+        return
     # `crop` takes a non-positive count of tokens to remove (transformers 5.17 and later); a positive one raises.
     cache.crop(-num_tokens)
+
+
+def is_quantized(cache: Cache) -> bool:
+    """Return whether a cache rounds keys and values to few bits, in one of the two ways from which tokens can be taken back.
+
+    Token by token (fp8); or (quanto, hqq) all of them together, whenever as many as `residual_length` stand unrounded.
+    """
+    return any(hasattr(layer, "fp8_dtype") or hasattr(layer, "residual_length") for layer in getattr(cache, "layers", []))
+
+
+def most_drafted(cache: Cache) -> int | None:
+    """Return how many tokens a pass may read behind the anchor so that none is rounded sooner than in plain decoding.
+
+    A pass that fills a quantized layer's unrounded part rounds all that the layer holds. Plain decoding does so at a certain
+    token, and the tokens before it read unrounded keys: a draft has to end in front of that token.
+
+    Args:
+        cache (`transformers.Cache`): as it stands before the pass.
+
+    Returns:
+        `int`, *optional*: `None`: as many as wanted.
+    """
+    limits = []
+    for layer in getattr(cache, "layers", []):
+        if hasattr(layer, "residual_length"):
+            num_unrounded = layer.keys.shape[-2] if layer.keys is not None and layer.keys.dim() == 4 else 0
+            # The anchor counts too.
+            limits.append(max(0, layer.residual_length - num_unrounded - 2))
+    return min(limits, default=None)
+
+
+def _take_back_quantized(layer: Any, num_tokens: int) -> None:
+    """Remove the last tokens of a quantized layer; the host's `crop` knows nothing of its length (transformers 5.23)."""
+    if num_tokens == 0:
+        return
+    if hasattr(layer, "fp8_dtype"):
+        for name in ("_quantized_keys", "_quantized_values"):
+            rounded, scale = getattr(layer, name)
+            setattr(layer, name, (rounded[..., :-num_tokens, :], scale))
+    else:
+        DynamicLayer.crop(layer, -num_tokens)
+    layer.cumulative_length -= num_tokens
 
 
 # Keys and values `(heads, slots, width)` of one row, for each layer that holds some.

@@ -54,7 +54,7 @@ def silent_target(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
         ({"draft_temperature": -1.0}, ValueError, ["`draft_temperature`", "-1.0"]),
         ({"draft_temperature": float("nan")}, ValueError, ["`draft_temperature`", "nan"]),
         ({"num_beams": 2}, ValueError, ["`num_beams`", "2", "beam search"]),
-        ({"cache_implementation": "quantized"}, ValueError, ["`cache_implementation`", "taken back"]),
+        ({"cache_implementation": "paged"}, ValueError, ["`cache_implementation`", "paged", "host"]),
         ({"assistant_ensemble_weight": 0.3}, ValueError, ["`assistant_ensemble_weight`", "law"]),
         ({"use_cache": False}, ValueError, ["`use_cache`", "False"]),
         ({"output_attentions": True, "return_dict_in_generate": True}, ValueError, ["`output_attentions`"]),
@@ -143,6 +143,14 @@ def test_offloaded_caches_are_refused_where_there_is_nothing_to_offload_from(
         call(silent_target, prompt, make_drafter(), cache_implementation=name)
     with pytest.raises(ValueError, match="`cache_implementation` must keep the cache"):
         call(silent_target, prompt, make_drafter(), generation_config=GenerationConfig(cache_implementation=name))
+
+
+def test_an_offloaded_static_cache_is_refused_on_every_machine(
+    silent_target: LlamaForCausalLM, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"must not be 'offloaded_static'.*Pass 'offloaded' or 'static'"):
+        call(silent_target, prompt, make_drafter(), cache_implementation="offloaded_static")
 
 
 def test_way_one_refuses_settings_that_would_not_be_lossless(prompt: torch.Tensor) -> None:
