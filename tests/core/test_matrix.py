@@ -31,7 +31,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 NUM_NEW = 32
 # Plain's logits of the first two tokens, where texts first differ: rounding decides below this.
 TIE = 1e-3
-SHORT_LIST = ["llama", "gemma3_text", "gpt2", "bloom", "qwen3_next", "mamba"]
+SHORT_LIST = ["llama", "gemma3_text", "gpt2", "bloom", "qwen3_next", "xlnet"]
 IDENTICAL, REFUSED, WRONG = "identical", "refused", "**differs**"
 GREEDY = {"do_sample": False, "max_new_tokens": NUM_NEW, "pad_token_id": 0, "use_cache": True}
 
@@ -237,7 +237,7 @@ def page(found: list[Row]) -> str:
         *[f"| {column} | {' | '.join(map(str, numbers))} |" for column, numbers in counts.items()],
         "",
         "What to do where something is refused: where trees are, leave `draft_shape` out, and chains are drafted; where "
-        "batches are, call `generate` once for each prompt; where chains are, use plain `model.generate`.",
+        "chains are, use plain `model.generate`. Batches of models that take no tree are verified row after row.",
         "",
         "| type | chain | tree | batch | why |",
         "|---|---|---|---|---|",
@@ -256,7 +256,7 @@ COLUMNS = ("chain", "tree", "batch")
 
 OPENINGS = (
     "`draft_shape` must be 'chain' here, got 'tree': ",
-    "`input_ids` must be one sequence and `num_return_sequences` 1 for this model, got 3 sequences: ",
+    "`input_ids` must be one sequence and `num_return_sequences` 1 for this call, got 3 sequences: ",
     "`model` must give drafted tokens in one pass the logits that it gives them one by one, but ",
 )
 

@@ -19,6 +19,7 @@ from hf_specdiff.core.draft import Draft
 from hf_specdiff.core.draft import DraftTree
 from hf_specdiff.core.stateful_target import Snapshot
 from hf_specdiff.core.stateful_target import StatefulTarget
+from hf_specdiff.core.stateful_target import one_by_one
 from hf_specdiff.core.stateful_target import unlimited_steps
 from hf_specdiff.core.target import fresh_kwargs
 from hf_specdiff.core.text import Text
@@ -31,15 +32,15 @@ CPU = torch.device("cpu")
 PROMPT = torch.randint(3, 99, (1, 22), generator=torch.Generator().manual_seed(0))
 NUM_NEW = 48
 GREEDY = {"do_sample": False, "max_new_tokens": NUM_NEW, "pad_token_id": 0}
-# Delta rule, Mamba 2 in and beside attention, all state, and a state of the model's own kind.
-SHORT_LIST = ["qwen3_5", "falcon_h1", "nemotron_h", "mamba2", "deepseek_v4"]
+# Delta rule, Mamba 2 in and beside attention, all state, a state of the model's own kind, and Mamba 1 beside attention.
+SHORT_LIST = ["qwen3_5", "falcon_h1", "nemotron_h", "mamba2", "deepseek_v4", "jamba"]
 STATEFUL = [
     *SHORT_LIST, "bailing_hybrid", "bamba", "granitemoehybrid", "kimi_linear", "olmo_hybrid", "qwen3_5_moe", "qwen3_next",
-    "qwen4_exp", "zamba2", "zaya",
+    "qwen4_exp", "zamba2", "zaya", "falcon_mamba", "mamba", "zamba",
 ]  # fmt: skip
 # Their layers hand on several streams side by side, which no drafter here reads.
 MANY_STREAMS = {"deepseek_v4", "qwen4_exp"}
-REFUSED = ["mamba", "falcon_mamba", "jamba", "zamba", "recurrent_gemma", "rwkv"]
+REFUSED = ["recurrent_gemma", "rwkv"]
 _MODELS: dict[str, Any] = {}
 
 
@@ -269,13 +270,11 @@ def test_a_padded_prompt_is_decoded_as_plain_decodes_it() -> None:
     assert output.tolist() == plain.tolist()
 
 
-def test_trees_and_batches_are_refused_with_the_reason() -> None:
+def test_trees_are_refused_with_the_reason() -> None:
     model = model_of("qwen3_5")
     with pytest.raises(ValueError, match=r"`draft_shape` must be 'chain' here, got 'tree'.*running state"):
         ours(model, draft_shape="tree")
     assert ours(model, draft_shape="auto", max_new_tokens=4).speculation.draft_shape == "chain"
-    with pytest.raises(ValueError, match=r"one sequence.*running state.*Call generate once for each prompt"):
-        hf_specdiff.generate(model, PROMPT.repeat(2, 1), assistant_model=drafter_for(model), **GREEDY)
     with pytest.raises(ValueError, match="must be a chain for a StatefulTarget"):
         StatefulTarget(model, model.generation_config, fresh_kwargs(model, PROMPT), None).verify(
             Text.of_prompt(PROMPT), DraftTree(PROMPT[:, :1], [[0]])
@@ -304,6 +303,23 @@ def test_step_sizes_are_bounded_again_after_a_pass() -> None:
     model = make_model("nemotron_h")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stateful_target, "unlimited_steps", lambda modules: nullcontext())
+        assert "other logits" in str(why_not_chained(model, CPU))
+
+
+def test_layers_of_mamba_1_step_through_a_pass_and_no_longer() -> None:
+    model = make_model("jamba")
+    (mixer, *_) = [module for module in model.modules() if hasattr(module, "A_log")]
+    states = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = mixer(states)
+        with one_by_one([mixer]):
+            alone = torch.cat([mixer(state) for state in states.split(1, dim=1)], dim=1)
+            assert torch.equal(mixer(hidden_states=states), alone)
+        assert "forward" not in vars(mixer)
+        assert torch.equal(mixer(states), whole)
+        assert not torch.allclose(whole, alone, atol=1e-3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stateful_target, "one_by_one", lambda modules: nullcontext())
         assert "other logits" in str(why_not_chained(model, CPU))
 
 
