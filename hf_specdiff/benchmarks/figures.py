@@ -199,6 +199,7 @@ def _rounds(calls: list[Call], *, is_plain: bool) -> dict[str, Any]:
         "histogram": [rounds.count(size) for size in range(max(rounds, default=0) + 1)],
         "acceptance_per_position": acceptance_shares(depths, [size - 1 for size in rounds]) if depths else [],
         "num_identical": sum(call.num_identical for call in calls),
+        "num_near_ties": sum(call.num_near_ties for call in calls),
         "num_prompts": sum(call.num_prompts for call in calls),
         "num_tokens": sum(call.num_tokens for call in calls),
         "num_right": None if calls[0].num_right is None else sum(call.num_right or 0 for call in calls),

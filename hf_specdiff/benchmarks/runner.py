@@ -22,6 +22,7 @@ from hf_specdiff.benchmarks.journal import Journal
 from hf_specdiff.benchmarks.methods import PLAIN
 from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
+from hf_specdiff.benchmarks.near_ties import count_near_ties
 from hf_specdiff.benchmarks.prefixes import accepted_along
 from hf_specdiff.core.own_drafter import is_own_drafter
 from hf_specdiff.core.stats import SpeculationStats
@@ -116,6 +117,7 @@ class Call:
         depths (`list[int]`): for our loop, how far ahead each draft reached.
         shape_and_rule (`list[str]`): for our loop, what ran.
         num_right (`int`, *optional*): answers that end in the right number, where that is known.
+        num_near_ties (`int`): greedy outputs that first differ from plain `generate`'s where rounding decides.
     """
 
     block: str
@@ -130,6 +132,7 @@ class Call:
     depths: list[int]
     shape_and_rule: list[str]
     num_right: int | None = None
+    num_near_ties: int = 0
 
 
 @dataclass(slots=True)
@@ -296,6 +299,7 @@ def _call(
     rounds = [] if run.recording is None else run.recording.sizes[1:]
     if stats is not None:
         rounds = [accepted + 1 for row in stats.num_accepted for accepted in row]
+    is_compared = not block.temperature and name != PLAIN
     return Call(
         block=block.name,
         method=name,
@@ -308,6 +312,7 @@ def _call(
         drafted=[] if stats is None else [count for row in stats.num_drafted for count in row],
         depths=[] if stats is None else [depth for row in stats.draft_depths or stats.num_drafted for depth in row],
         shape_and_rule=[] if stats is None else [stats.draft_shape, stats.acceptance],
+        num_near_ties=count_near_ties(models.target, inputs["attention_mask"], run.sequences, expected) if is_compared else 0,
         num_right=_num_right(block, number, run.sequences[:, inputs["input_ids"].shape[1] :], models),
     )
 

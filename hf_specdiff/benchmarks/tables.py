@@ -39,6 +39,10 @@ RIGHT_NOTE = (
     "Right answers: texts whose last number is the right one, texts cut off at the length limit included. Greedy in float32, "
     "ours and plain `generate`'s are the same texts and so equally often right."
 )
+TIE_NOTE = (
+    "Near ties: texts that first differ from plain `generate`'s where the two tokens are as close as rounding brings logits, "
+    "measured at that place; plain `generate` parts from itself there too when the batch changes."
+)
 GAIN_TITLES = ["strategy", "method", "right answers (95 %)", "gain over plain generate"]
 
 
@@ -47,11 +51,18 @@ def speed_cells(row: dict[str, Any]) -> list[str]:
     cells = [row["task"], f"{row['temperature']:g}", str(row["batch_size"]), row["method"]]
     if "refusal" in row:
         return [*cells, "", f"cannot run: {row['refusal']}", "", "", ""]
-    identical = "by law" if row["temperature"] else f"{row['num_identical']}/{row['num_prompts']}"
+    identical = "by law" if row["temperature"] else identical_cell(row)
     lead = times(row["best_to_this"], row["best_low"], row["best_high"]) if "best_to_this" in row else ""
     ratio = times(row["ratio_to_plain"], row["ratio_low"], row["ratio_high"])
     rounds = "" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.2f}"
     return [*cells, f"{row['tokens_per_second']:.0f}", ratio, rounds, lead, identical]
+
+
+def identical_cell(row: dict[str, Any]) -> str:
+    """Return how many greedy texts are plain `generate`'s, and how many of the others part from it at a near tie."""
+    num_ties = row.get("num_near_ties", 0)  # results of earlier versions do not tell
+    ties = f", {num_ties} near tie{'s' if num_ties > 1 else ''}" if num_ties else ""
+    return f"{row['num_identical']}/{row['num_prompts']}{ties}"
 
 
 def right_cell(row: dict[str, Any]) -> str:
@@ -98,11 +109,12 @@ def markdown(titles: list[str], rows: list[list[str]]) -> str:
 
 
 def speed_table(rows: list[dict[str, Any]]) -> str:
-    """Return a Markdown table of speeds; with right answers, and what to expect of them, where some are known."""
-    if not any(right_cell(row) for row in rows):
-        return markdown(SPEED_TITLES, [speed_cells(row) for row in rows])
-    table = markdown([*SPEED_TITLES, RIGHT_TITLE], [[*speed_cells(row), right_cell(row)] for row in rows])
-    return f"{table}\n\n{RIGHT_NOTE}"
+    """Return a Markdown table of speeds; with right answers and notes, where there is something to say."""
+    has_answers, has_ties = any(right_cell(row) for row in rows), any(row.get("num_near_ties") for row in rows)
+    titles = [*SPEED_TITLES, RIGHT_TITLE] if has_answers else SPEED_TITLES
+    table = markdown(titles, [[*speed_cells(row), right_cell(row)][: len(titles)] for row in rows])
+    notes = [RIGHT_NOTE] * has_answers + [TIE_NOTE] * has_ties
+    return "\n\n".join([table, *notes])
 
 
 def time_table(rows: list[dict[str, Any]]) -> str:

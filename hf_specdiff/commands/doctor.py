@@ -13,8 +13,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from hf_specdiff.benchmarks.figures import rows_of
 from hf_specdiff.benchmarks.journal import Journal
 from hf_specdiff.benchmarks.methods import PLAIN
@@ -117,7 +115,7 @@ def _verifies(target: Any, own: Any) -> Finding:
     if no_chain is not None:
         return Finding("verifies", "nothing", drafts, f"{no_chain}: use plain model.generate")
     no_tree = why_not_masked(target, target.device)
-    shapes = "trees and batches" if no_tree is None else f"chains, one sequence at a time: {no_tree}"
+    shapes = "trees and batches" if no_tree is None else f"chains, rows of a batch one after another: {no_tree}"
     return Finding("verifies", shapes, drafts)
 
 
@@ -210,9 +208,12 @@ def verdict(rows: list[dict[str, Any]], profile: Profile, models: Models) -> lis
     warnings = []
     drafter = models.drafters["drafter"]
     chains = [row for row in rows if row["method"] == "chain"]
-    num_different = sum(row["num_prompts"] - row["num_identical"] for row in rows)
-    if num_different and models.target.dtype == torch.float32:
-        warnings.append(f"{num_different} outputs differ from plain generate's, in float32: please report this target.")
+    num_strange = sum(row["num_prompts"] - row["num_identical"] - row["num_near_ties"] for row in rows)
+    if num_strange:
+        warnings.append(
+            f"{num_strange} outputs differ from plain generate's where rounding in {dtype_name(models.target)} does not "
+            "explain it: please report this target."
+        )
     best = max((row["tokens_per_round"] for row in chains), default=1.0)
     if best < SUSPICIOUS_TOKENS_PER_ROUND:
         config = drafter.config
@@ -230,6 +231,29 @@ def verdict(rows: list[dict[str, Any]], profile: Profile, models: Models) -> lis
             "tree_budget='auto', which drafts only as much as pays."
         )
     return warnings
+
+
+def tie_line(rows: list[dict[str, Any]], models: Models) -> str:
+    """Return in words how often a greedy text is another one than plain decoding's, and how many of those part at a near tie.
+
+    Args:
+        rows (`list[dict]`): of `try_prompts`.
+        models (`Models`): who decoded.
+
+    Returns:
+        `str`: a line of text.
+    """
+    others = [row for row in rows if row["method"] != PLAIN]
+    num_texts, num_ties = (sum(row[name] for row in others) for name in ("num_prompts", "num_near_ties"))
+    num_different = num_texts - sum(row["num_identical"] for row in others)
+    share = f"{num_different} of {num_texts} greedy texts ({100 * num_different / num_texts:.0f} %)"
+    where = f", {num_ties} of them first where two tokens are as close as rounding" if num_different else ""
+    return f"in {dtype_name(models.target)} {share} differ from plain generate's{where}"
+
+
+def dtype_name(model: Any) -> str:
+    """Return the name of a model's data type."""
+    return str(model.dtype).removeprefix("torch.")
 
 
 def auto_line(rows: list[dict[str, Any]]) -> str:

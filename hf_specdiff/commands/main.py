@@ -178,7 +178,7 @@ def doctor_command(
         for r in rows
     ]
     console.print(terminal_table(["task", "method", "tokens per round", "speed against plain", "identical"], cells))
-    console.print(doctor.auto_line(rows), highlight=False)
+    console.print(f"{doctor.auto_line(rows)}\n{doctor.tie_line(rows, models)}", highlight=False)
     if output is not None:
         command = shlex.join(["hf-specdiff", *sys.argv[1:]])
         conditions = {**conditions_of(models, command), "device": str(model.device), "max_new_tokens": max_new_tokens}

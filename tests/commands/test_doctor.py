@@ -94,6 +94,15 @@ def test_what_auto_brings_is_told_and_the_work_is_bounded(monkeypatch: pytest.Mo
     line = doctor.auto_line(rows)
     for row in rows[3::4]:
         assert f"{row['ratio_to_plain']:.2f}x plain generate's speed on {row['task']}" in line
+    assert doctor.tie_line(rows, models) == "in float32 0 of 6 greedy texts (0 %) differ from plain generate's"
+    rows[1] |= {"num_identical": 0, "num_near_ties": 1}
+    told = doctor.tie_line(rows, models)
+    assert "1 of 6 greedy texts (17 %)" in told
+    assert told.endswith("1 of them first where two tokens are as close as rounding")
+    cheap = Profile([1, 64], [0.01, 0.01], 0.0)
+    assert not any("please report" in warning for warning in doctor.verdict(rows, cheap, models))
+    rows[1] |= {"num_near_ties": 0}
+    assert any("rounding in float32 does not explain it" in warning for warning in doctor.verdict(rows, cheap, models))
 
 
 def test_an_untrained_drafter_is_called_suspicious() -> None:
