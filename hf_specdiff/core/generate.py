@@ -45,6 +45,7 @@ from .own_drafter import check_own_drafter
 from .own_drafter import is_own_drafter
 from .profiling import learn
 from .profiling import profile_of
+from .rowwise_target import why_not_divided
 from .shapes import DraftShaper
 from .speculation import SPECULATION_ARGUMENTS
 from .speculation import SpeculationConfig
@@ -93,14 +94,14 @@ def generate(
 
     Returns:
         What `model.generate` returns. With `return_dict_in_generate=True` the output also has `.speculation`, a
-        `SpeculationStats`. Batches return no `past_key_values`: rows leave the cache when they end. One that
+        `SpeculationStats`. Rows of a batch whose model takes no mask of ours, or keeps a running state, are verified one after
+        another: the log says so once. Batches return no `past_key_values`: rows leave the cache when they end. One that
         you pass in is left as `model.generate` leaves it.
 
     Raises:
         TypeError: if `assistant_model` is no drafter.
-        ValueError: if target and drafter do not fit, or an argument is out of range or would not be lossless; for beams, for
-            models that read drafted tokens otherwise than one by one, and for batches of models that take no mask of ours or
-            keep a running state.
+        ValueError: if target and drafter do not fit, or an argument is out of range or would not be lossless; for beams, and
+            for models that read drafted tokens otherwise than one by one.
 
     Lossless when: always; what is known not to be is refused, and whether a model reads masks of ours is tried. Greedy tokens
     equal `model.generate`'s in float32; in lower precision near-ties can flip, as they do between any two batch shapes.
@@ -179,6 +180,9 @@ class SpeculativeLoop:
         speculation = self._speculation(model, generation_config, text, why_no_masks)
         stop = StopCheck(stopping_criteria, text.num_rows, keep_scores=_wants(generation_config, "output_scores"))
         obstacle = why_no_masks() if text.num_rows > 1 else None
+        if obstacle is not None:  # then rows are verified one by one
+            apart = why_not_divided(model_kwargs, self.own_cache)
+            obstacle = None if apart is None else f"{obstacle}, and {apart}"
         check_batch(
             text, obstacle, logits_processor, generation_config, rows_end_apart=bool(stop.others), pads=stop.has_end_tokens
         )

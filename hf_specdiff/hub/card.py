@@ -106,7 +106,7 @@ results.json` puts the figures here.
   most.
 - In bfloat16 two logits can be so close that the shape of a pass decides which is larger. Then any speculative decoder may
   write another token than plain decoding, as any change of the batch size may.
-- Encoder-decoder models are refused, beams too. Models with a running state take chains, one sequence a call.
+- Encoder-decoder models are refused, beams too. Models with a running state take chains.
 
 ## Sources
 

@@ -85,12 +85,13 @@ DOTS3_NOTE = {
 FIXES: dict[str, Callable[[Any, Any], None]] = {}
 
 
-def make_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
+def make_model(model_type: str, seed: int = 0, mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING, **overrides: Any) -> Any:
     """Return a tiny random model in float32.
 
     Args:
         model_type (`str`): as registered.
         seed (`int`): of the weights.
+        mapping (`Mapping`): from a config's class to the model's.
         **overrides: set on the text config at the end; `window` sets all windows.
 
     Raises:
@@ -98,7 +99,7 @@ def make_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     """
     config = make_config(model_type, **overrides)
     config._attn_implementation = None
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class = mapping[type(config)]
     wanted = model_class.config_class
     if wanted is not None and not isinstance(config, wanted) and isinstance(config.get_text_config(), wanted):
         config = config.get_text_config()
@@ -224,6 +225,11 @@ def _vision(config: Any, text: Any) -> None:
     text.rope_parameters["mrope_section"] = [1, 1, 2]
     put(config.vision_config, embed_dim=32, hidden_size=32, num_heads=4, depth=2, out_hidden_size=32, intermediate_size=64)
     put(config.vision_config, mlp_ratio=2)
+
+
+@fix("gemma3")
+def _image_tokens(config: Any, text: Any) -> None:
+    put(config, mm_tokens_per_image=4)
 
 
 @fix("lfm2", "lfm2_moe", "lfm2_vl")
