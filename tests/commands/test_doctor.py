@@ -99,7 +99,7 @@ def test_what_auto_brings_is_told_and_the_work_is_bounded(monkeypatch: pytest.Mo
     told = doctor.tie_line(rows, models)
     assert "1 of 6 greedy texts (17 %)" in told
     assert told.endswith("1 of them first where two tokens are as close as rounding")
-    cheap = Profile([1, 64], [0.01, 0.01], 0.0)
+    cheap = Profile([1, 64], [0.01, 0.01], 0.001)
     assert not any("please report" in warning for warning in doctor.verdict(rows, cheap, models))
     rows[1] |= {"num_near_ties": 0}
     assert any("rounding in float32 does not explain it" in warning for warning in doctor.verdict(rows, cheap, models))
