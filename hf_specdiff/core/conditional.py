@@ -93,6 +93,42 @@ def merged_drafts(drawn: list[list[list[int]]], device: torch.device, copies: Co
     return DraftTree.of_rows(tokens, parents, device, paths, copied=None if copies is None else copied)
 
 
+def likeliest_chains(laws: Conditionals) -> list[TreeShape]:
+    """Return each row's likeliest chain as a tree, with the probability that it is right so far, position by position.
+
+    The chain that is drawn may be another one: this one hangs on the committed text alone, as what a chain's length is settled
+    by must.
+
+    Args:
+        laws (`Conditionals`): of one pass.
+
+    Returns:
+        `list[TreeShape]`: G nodes for each row, each the child of the one before it.
+    """
+    rows, previous, memory, probs = list(range(laws.num_rows)), laws.anchors, None, []
+    for index in range(laws.gamma):
+        scores, memory = laws.step(index, rows, previous, memory)
+        law = to_probs(scores)
+        best = law.max(dim=-1)
+        probs.append(best.values * laws.trust(index, rows, previous, law)[:, 0])
+        previous = best.indices
+    return chain_shapes(torch.stack(probs, dim=1))
+
+
+def chain_shapes(probs: torch.Tensor) -> list[TreeShape]:
+    """Return each row's chain as a tree, with the probability that it is right so far, position by position.
+
+    Args:
+        probs (`torch.Tensor` of shape `(B, G)`, float32): of each token to be right where those before it are.
+
+    Returns:
+        `list[TreeShape]`: G nodes for each row, each the child of the one before it.
+    """
+    gamma = probs.shape[1]
+    depths = list(range(1, gamma + 1))
+    return [TreeShape(list(range(gamma)), depths, [0] * gamma, row) for row in probs.cumprod(dim=-1).tolist()]
+
+
 def conditional_tree(
     laws: Conditionals,
     speculation: SpeculationConfig,
@@ -129,6 +165,9 @@ def conditional_tree(
         shapes, tokens = [shape.first(count) for shape in shapes], [row[:count] for row in tokens]
     if not any(tokens):
         return Draft.nothing(laws.anchors[:, None])
+    orders = [shape.depth_first_order() for shape in shapes]
+    shapes = [shape.in_order(order) for shape, order in zip(shapes, orders, strict=True)]
+    tokens = [[row[node] for node in order] for row, order in zip(tokens, orders, strict=True)]
     sampled = _filled(shapes, tokens, laws, speculation, temper) if speculation.acceptance == "ratio" else None
     parents, values = [shape.parents for shape in shapes], [shape.values for shape in shapes]
     copied = None if copies is None else [shape.copied() for shape in shapes]
@@ -143,11 +182,13 @@ class _Law:
         probs (`list[float]`): its largest probabilities, falling.
         tokens (`list[float]`): whose they are.
         copied (`float`): the probability of the token that the row's copy has at this position.
+        trust (`float`): what they are to be multiplied with; see `Conditionals.trust`.
     """
 
     probs: list[float]
     tokens: list[float]
     copied: float
+    trust: float
 
 
 class _Tables:
@@ -177,7 +218,8 @@ class _Tables:
         scores, _ = self.laws.step(positions, rows, tokens, None)
         law = to_probs(scores / self.temperature)
         probs, ranked = law.topk(self.num_ranks, dim=-1)
-        parts = [positions, rows, tokens, probs.flatten(), ranked.flatten()]
+        trust = self.laws.trust(positions, rows, tokens, law)[:, 0]
+        parts = [positions, rows, tokens, trust, probs.flatten(), ranked.flatten()]
         if self.copied:
             table = [own + [0] * (self.laws.gamma - len(own)) for own in self.copied]
             following = to_device(table, law.device)[rows, positions]
@@ -187,9 +229,9 @@ class _Tables:
         size, width = len(tokens), self.num_ranks
         for place in range(size):
             position, row, token = (int(numbers[column * size + place]) for column in range(3))
-            start, other = 3 * size + place * width, (3 + width) * size + place * width
-            copied = numbers[(3 + 2 * width) * size + place] if self.copied else 0.0
-            own = _Law(numbers[start : start + width], numbers[other : other + width], copied)
+            start, other = 4 * size + place * width, (4 + width) * size + place * width
+            copied = numbers[(4 + 2 * width) * size + place] if self.copied else 0.0
+            own = _Law(numbers[start : start + width], numbers[other : other + width], copied, numbers[3 * size + place])
             self._laws[row, position, token] = own
 
 
@@ -270,7 +312,7 @@ class _Search:
             copied = self.copies.weigh(self.row, depth - 1, law.copied, law.probs, [int(token) for token in law.tokens])
             self._push(-value * copied.rate, parent, depth, COPIED, value, law, copied.rank)
             value, beside = value * copied.scale, copied.rank
-        self._offer(parent, depth, 0, value, law, beside)
+        self._offer(parent, depth, 0, value * law.trust, law, beside)
 
     def _push(self, negative: float, *others: Any) -> None:
         heapq.heappush(self._heap, (negative, next(self._order), *others))
@@ -288,6 +330,7 @@ def _most_probable(laws: Conditionals, speculation: SpeculationConfig, smallest:
         law = to_probs(scores / speculation.draft_temperature)
         probs, tokens = law.topk(min(budget, scores.shape[-1]), dim=-1)
         copied = {} if copies is None else _copied_children(copies, found, frontier, law, probs, tokens)
+        probs = probs * laws.trust(depth - 1, rows, previous, law)
         places: dict[tuple[int, int], int] = {}  # from a new node to its parent's place in the frontier
         for row, nodes in enumerate(found):
             own = [place for place, other in enumerate(rows) if other == row]

@@ -107,6 +107,7 @@ class FeatureDrafter(DenoisingDrafter):
         self.dtype = network.dtype
         self.knows_token_before = network.config.knows_token_before
         self.has_memory = network.config.markov_head_type == "rnn" and network.config.markov_rank > 0
+        self.has_confidence = network.config.enable_confidence_head
         self.states: torch.Tensor | None = None  # of the last pass, which heads read again
 
     def window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
@@ -135,6 +136,11 @@ class FeatureDrafter(DenoisingDrafter):
         """Return the laws of positions given the token before each; see `DenoisingDrafter.step`."""
         assert self.states is not None
         return self.network.step_logits(logits, self.states[rows, index], previous, memory)
+
+    def confidence(self, index: Any, rows: Any, previous: torch.Tensor) -> torch.Tensor:
+        """Return how likely a token of one position's law is accepted; see `DenoisingDrafter.confidence`."""
+        assert self.states is not None
+        return self.network.confidence(self.states[rows, index], previous)
 
 
 def make_drafter(

@@ -122,12 +122,15 @@ class Conditionals:
         marginals (`torch.Tensor` of shape `(B, G, V)`, *optional*): logits of the positions by themselves, where a law hangs on
             its position and the token before and on nothing else: then `step` may be asked in any order, and for a position
             of each node, `(n,)` int64, in place of one for all. `None`: a law may hang on all tokens before.
+        confidence (`Callable`, *optional*): from a position, the batch rows of n nodes and the tokens before `(n,)` to how
+            likely the target is to accept a token that is drawn from this law, `(n,)` float32; `None`: nobody says.
     """
 
     step: Callable[[Any, Any, torch.Tensor, Memory], tuple[torch.Tensor, Memory]]
     anchors: torch.Tensor
     gamma: int
     marginals: torch.Tensor | None = None
+    confidence: Callable[[Any, Any, torch.Tensor], torch.Tensor] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -164,6 +167,28 @@ class Conditionals:
             parts.append(tuple(to_device(list(zip(*more, strict=True)), device)))
         positions, rows, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
         return positions, rows, tokens
+
+    def trust(self, index: Any, rows: Any, previous: torch.Tensor, law: torch.Tensor) -> torch.Tensor:
+        """Return what a position's probabilities are to be multiplied with, so that they say how often tokens are accepted.
+
+        A law of which the drafter is right to be unsure is accepted as often as two draws from it agree, `sum_x q(x)^2`, where
+        the target is sure. So a law says by itself how often a token of it is accepted, and the head says how often it is;
+        where the head says less, the law promises too much. Where the head says more, the target is unsure too, and the
+        probabilities are right as they are.
+
+        Args:
+            index (`int` or `torch.Tensor` of shape `(n,)`): the position.
+            rows (`list[int]` or `torch.Tensor` of shape `(n,)`): the batch rows of n nodes.
+            previous (`torch.Tensor` of shape `(n,)`, int64): the tokens before.
+            law (`torch.Tensor` of shape `(n, V)`, float): the laws.
+
+        Returns:
+            `torch.Tensor` of shape `(n, 1)`: at most 1; 1 where nobody says how likely they are accepted.
+        """
+        if self.confidence is None:
+            return law.new_ones(len(law), 1)
+        confidence = self.confidence(index, rows, previous).to(law)
+        return (confidence / law.square().sum(dim=-1)).clamp(max=1.0)[:, None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,9 @@ class Shaper(Protocol):
         """Begin a round, and return its draft where that needs no pass."""
         ...
 
-    def chain_plan(self, scores: torch.Tensor) -> tuple[int, list[list[float]] | None, list[list[int]] | None]:
+    def chain_plan(
+        self, scores: torch.Tensor, laws: Conditionals | None = None
+    ) -> tuple[int, list[list[float]] | None, list[list[int]] | None]:
         """Return how many tokens of a chain to verify, what the budget goes by, and the copied tokens it begins with."""
         ...
 
@@ -89,8 +91,9 @@ class Shaper(Protocol):
 class DenoisingDrafter:
     """Draft with a masked-diffusion network: a window [anchor, mask x gamma], revealed in T passes.
 
-    Subclasses say how the committed text conditions the window: `window_logits`; and, where `knows_token_before`, how the token
-    before conditions the next: `step`. A drafter serves one generation.
+    Subclasses say how the committed text conditions the window: `window_logits`; where `knows_token_before`, how the token
+    before conditions the next: `step`; and, where `has_confidence`, how likely a token is accepted: `confidence`. A drafter
+    serves one generation.
 
     Args:
         network (`SpecDiffDrafter`): the network.
@@ -124,6 +127,7 @@ class DenoisingDrafter:
         self.rows: RaggedCache | None = None  # from the first draft on, which tells how many rows there are
         self.knows_token_before = False
         self.has_memory = False  # whether a law hangs on more tokens than the one before
+        self.has_confidence = False
         self._unseen: list[Features] = []
         self.device = network.device  # read once: the host goes through the weights for it
         self._home = network.device  # where the target's processors hold their tensors
@@ -164,16 +168,20 @@ class DenoisingDrafter:
     def _shaped(self, text: Text, window: torch.Tensor, logits: torch.Tensor) -> Draft | DraftTree:
         """Turn the first pass into a draft of the shape that was asked for."""
         shaper, speculation = self.shaper, self.speculation
+        is_in_order = self.knows_token_before or self.has_confidence
         if speculation.draft_shape != "chain":
             assert shaper is not None
-            if self.knows_token_before:
+            if is_in_order:
                 return shaper.draft_in_order(self._conditionals(text, logits))
             return shaper.draft(self._free_scores(logits))
         steps = reveal_counts(window.shape[1] - 1, speculation.num_denoising_steps)
         if len(steps) > 1:
             return self._denoise(text, window, logits, steps)
-        plan = (logits.shape[1], None, None) if shaper is None else shaper.chain_plan(self._without_mask(logits))
-        count, values, copied = plan
+        if shaper is None:
+            count, values, copied = logits.shape[1], None, None
+        else:
+            laws = self._conditionals(text, logits, is_processed=False) if is_in_order else None
+            count, values, copied = shaper.chain_plan(self._without_mask(logits), laws)
         tokens, probs = self._draw_in_order(text, window[:, 1:1], logits, may_stop=True, copied=copied)
         nodes = None if copied is None else [list(range(1, len(row) + 1)) for row in copied]
         return Draft(tokens, probs, speculation.has_prefix_law, values, nodes).first(min(count, tokens.shape[1]))
@@ -332,16 +340,18 @@ class DenoisingDrafter:
             rows.append(own if scores is None else scores)
         return _alive(torch.cat(rows).to(logits.device)), goes_on
 
-    def _conditionals(self, text: Text, logits: torch.Tensor) -> Conditionals:
-        """Return the laws of a pass with the raw logits `(B, G, V)`, given the token before each."""
+    def _conditionals(self, text: Text, logits: torch.Tensor, *, is_processed: bool = True) -> Conditionals:
+        """Return the laws of a pass with the raw logits `(B, G, V)`, given the token before each; with or without processors."""
 
         def step(
             index: Any, rows: Any, previous: torch.Tensor, memory: torch.Tensor | None
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            raw, memory = self.step(logits[rows, index], index, rows, previous, memory)
-            return self._free_scores(raw[:, None])[:, 0], memory
+            own = logits[rows, index]
+            raw, memory = self.step(own, index, rows, previous, memory) if self.knows_token_before else (own, memory)
+            return self._free_scores(raw[:, None])[:, 0] if is_processed else self._without_mask(raw), memory
 
-        return Conditionals(step, text.anchors()[:, 0], logits.shape[1], None if self.has_memory else logits)
+        marginals, confidence = None if self.has_memory else logits, self.confidence if self.has_confidence else None
+        return Conditionals(step, text.anchors()[:, 0], logits.shape[1], marginals, confidence)
 
     def step(
         self, logits: torch.Tensor, index: Any, rows: Any, previous: torch.Tensor, memory: torch.Tensor | None
@@ -357,6 +367,19 @@ class DenoisingDrafter:
 
         Returns:
             `tuple`: logits `(n, V)`, and the memory for the next position.
+        """
+        raise NotImplementedError
+
+    def confidence(self, index: Any, rows: Any, previous: torch.Tensor) -> torch.Tensor:
+        """Return how likely the target is to accept a token that is drawn from a position's law.
+
+        Args:
+            index (`int` or `torch.Tensor` of shape `(n,)`): the position, 0 to G - 1.
+            rows (`list[int]` or `torch.Tensor` of shape `(n,)`): which rows of the batch these are; several may be the same.
+            previous (`torch.Tensor` of shape `(n,)`, int64): the token before it; at position 0 the anchor.
+
+        Returns:
+            `torch.Tensor` of shape `(n,)`, float32: from 0 to 1.
         """
         raise NotImplementedError
 

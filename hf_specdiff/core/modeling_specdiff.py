@@ -322,6 +322,21 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         places = torch.searchsorted(drafted, previous.contiguous()).clamp(max=len(drafted) - 1)
         return torch.where(drafted[places] == previous, places, len(drafted))
 
+    def confidence(self, states: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """Return how likely the target is to accept a token that is drawn from a slot's law, by the confidence head.
+
+        Args:
+            states (`torch.Tensor` of shape `(n, D)`): `last_hidden_state` at the slot.
+            previous (`torch.Tensor` of shape `(n,)`, int64): the token before the one that the slot predicts.
+
+        Returns:
+            `torch.Tensor` of shape `(n,)`, float32: from 0 to 1.
+        """
+        features = states
+        if self.config.confidence_head_with_markov:
+            features = torch.cat([states, self.markov_head.markov_w1(self.rows_before(previous))], dim=-1)
+        return torch.sigmoid(self.confidence_head(features).float())
+
     def _over_the_vocabulary(self, logits: torch.Tensor, other: float) -> torch.Tensor:
         """Put what a reduced vocabulary's rows say at their tokens' places, `(..., V)`; the other tokens get one value."""
         token_ids = self.drafted_ids

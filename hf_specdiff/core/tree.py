@@ -53,8 +53,8 @@ class TreeShape:
         """Return the nodes of the copied branch, root to leaf."""
         return [node for node, rank in enumerate(self.ranks, 1) if rank == COPIED]
 
-    def depth_first(self) -> "TreeShape":
-        """Return the same tree with its nodes in depth-first order, the more probable child first.
+    def depth_first_order(self) -> list[int]:
+        """Return the nodes, counted from 0, in depth-first order, the more probable child first.
 
         The most probable path then has nodes 1, 2, 3, ...: where it is accepted, its keys and values already lie where they
         belong.
@@ -62,18 +62,26 @@ class TreeShape:
         children: dict[int, list[int]] = {}
         for node, parent in enumerate(self.parents, 1):
             children.setdefault(parent, []).append(node)
-        order, place, stack = [], {0: 0}, children.get(0, [])[::-1]
+        order, stack = [], children.get(0, [])[::-1]
         while stack:
             node = stack.pop()
             order.append(node - 1)
-            place[node] = len(order)
             stack += children.get(node, [])[::-1]
+        return order
+
+    def in_order(self, order: list[int]) -> "TreeShape":
+        """Return the same tree with its nodes, counted from 0, in another order; parents must stay before children."""
+        place = {0: 0} | {node + 1: number for number, node in enumerate(order, 1)}
         return TreeShape(
-            [place[self.parents[i]] for i in order],
-            [self.depths[i] for i in order],
-            [self.ranks[i] for i in order],
-            [self.values[i] for i in order],
+            [place[self.parents[node]] for node in order],
+            [self.depths[node] for node in order],
+            [self.ranks[node] for node in order],
+            [self.values[node] for node in order],
         )
+
+    def depth_first(self) -> "TreeShape":
+        """Return the same tree with its nodes in depth-first order; see `depth_first_order`."""
+        return self.in_order(self.depth_first_order())
 
 
 def best_first(ranked_probs: list[list[float]], budget: int, smallest: float = 0.0, copied: Sequence[Copied] = ()) -> TreeShape:

@@ -6,6 +6,7 @@ Source: the package dflash 0.1.0; JetSpec and SpecForge read in their public rep
 from collections.abc import Iterable
 from typing import Any
 
+from hf_specdiff.formats import deepspec
 from hf_specdiff.formats.record import Fields
 from hf_specdiff.formats.record import Record
 from hf_specdiff.formats.record import agreed
@@ -29,6 +30,8 @@ def read(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], ignored: It
     Raises:
         ValueError: if a field is missing, contradicts another or is not understood.
     """
+    if (config.get("dflash_config") or {}).get("projector_type") == "dspark":
+        return deepspec.read(config, shapes, ignored)
     architecture = config["architectures"][0]
     name = "JetSpec" if "causal_head" in (config.get("dflash_config") or {}) else ARCHITECTURES[architecture]
     top, section = Fields(config, name), Fields(config.get("dflash_config") or {}, name, "`dflash_config`")

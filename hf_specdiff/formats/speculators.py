@@ -62,7 +62,7 @@ def read(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], ignored: It
         # A window's slots all see as far back as its anchor, and that at a distance of the window's size too.
         fields |= {"sliding_window": fields["sliding_window"] + 1, "window_from_anchor": True}
     if kind == "dspark":
-        fields |= heads(top, has_defaults=True)
+        fields |= heads(shapes, body["hidden_size"], top, has_defaults=True)
     elif kind == "dflash2":
         fields |= selector(top)
     top.finish(ignored)

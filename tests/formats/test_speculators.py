@@ -140,6 +140,23 @@ def test_older_files_with_an_embedding_and_a_head_load_too(tmp_path: Path) -> No
         torch.testing.assert_close(logits, expected[:, 1:], atol=1e-5, rtol=0)
 
 
+def test_a_target_of_another_width_is_read_by_a_wider_adapter(tmp_path: Path) -> None:
+    """The field is speculators' and vLLM's, whose network has this adapter; embedding and head are then the drafter's own."""
+    target = make_target(hidden_size=24)
+    drafter = their_drafter(speculators.DFlashDraftModel, make_target(), {}, {"target_hidden_size": 24})
+    drafter.fc = torch.nn.Linear(2 * 24, 16, bias=False)
+    drafter.__dict__["_keys_to_ignore_on_save"] = ["verifier_lm_head.weight", "verifier_norm.weight"]
+    drafter.save_pretrained(tmp_path)
+    ours = hf_specdiff.load_drafter(tmp_path, target=target)
+    assert ours.config.target_hidden_size == 24
+    rounds = random_rounds(ours)
+    for logits, (_, expected) in zip(our_rounds(ours, target, rounds), their_rounds(drafter, rounds), strict=True):
+        torch.testing.assert_close(logits, expected[:, 1:], atol=1e-5, rtol=0)
+    check_greedy(target, ours)
+    with pytest.raises(ValueError, match=r"`target` must have the `hidden_size` 24 .* got 16"):
+        hf_specdiff.load_drafter(tmp_path, target=make_target())
+
+
 @pytest.mark.parametrize(("num_tokens", "is_from_anchor"), [(5, False), (6, True)])
 def test_how_many_tokens_are_proposed_settles_who_predicts(tmp_path: Path, num_tokens: int, is_from_anchor: bool) -> None:
     target = make_target()
@@ -186,6 +203,10 @@ def test_laws_given_the_token_before_are_theirs(name: str, tmp_path: Path) -> No
         previous = torch.randint(3, VOCAB_SIZE - 1, (1, states.shape[1]), generator=generator)
         previous[0, 0] = window[0, 0]
         laws = their_laws(theirs, hidden[:, skip:], expected[:, skip:], previous)
+        if hasattr(theirs, "confidence_head"):
+            before = torch.cat([hidden[:, skip:], theirs.markov_head.prev_embeddings(previous)], dim=-1)
+            said = torch.stack([ours.confidence(*pair) for pair in zip(states.unbind(1), previous.unbind(1), strict=True)], dim=1)
+            torch.testing.assert_close(said, torch.sigmoid(theirs.confidence_head(before)).view_as(said), atol=1e-5, rtol=0)
         memory = None
         for index, law in enumerate(laws):
             found, memory = ours.step_logits(logits[:, index], states[:, index], previous[:, index], memory)
