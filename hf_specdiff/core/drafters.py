@@ -341,7 +341,7 @@ class DenoisingDrafter:
         return _alive(torch.cat(rows).to(logits.device)), goes_on
 
     def _conditionals(self, text: Text, logits: torch.Tensor, *, is_processed: bool = True) -> Conditionals:
-        """Return the laws of a pass with the raw logits `(B, G, V)`, given the token before each; with or without processors."""
+        """Return the laws of a pass with the raw logits `(B, G, V)`, given the token before each; or laws before processors."""
 
         def step(
             index: Any, rows: Any, previous: torch.Tensor, memory: torch.Tensor | None

@@ -53,9 +53,7 @@ def read(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], ignored: It
     return Record(name, fields, renames=dict(RENAMES))
 
 
-def heads(
-    shapes: dict[str, tuple[int, ...]], hidden_size: int, *places: Fields, has_defaults: bool = False
-) -> dict[str, Any]:
+def heads(shapes: dict[str, tuple[int, ...]], hidden_size: int, *places: Fields, has_defaults: bool = False) -> dict[str, Any]:
     """Return the fields of Markov and confidence heads.
 
     Args:

@@ -205,7 +205,9 @@ def test_laws_given_the_token_before_are_theirs(name: str, tmp_path: Path) -> No
         laws = their_laws(theirs, hidden[:, skip:], expected[:, skip:], previous)
         if hasattr(theirs, "confidence_head"):
             before = torch.cat([hidden[:, skip:], theirs.markov_head.prev_embeddings(previous)], dim=-1)
-            said = torch.stack([ours.confidence(*pair) for pair in zip(states.unbind(1), previous.unbind(1), strict=True)], dim=1)
+            said = torch.stack(
+                [ours.confidence(*pair) for pair in zip(states.unbind(1), previous.unbind(1), strict=True)], dim=1
+            )
             torch.testing.assert_close(said, torch.sigmoid(theirs.confidence_head(before)).view_as(said), atol=1e-5, rtol=0)
         memory = None
         for index, law in enumerate(laws):
