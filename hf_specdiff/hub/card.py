@@ -238,7 +238,9 @@ def _conditioning(config: Any) -> str:
     if config.target_layer_ids is None:
         return "the text alone (embedding and head of its own)"
     layers = ", ".join(str(layer) for layer in config.target_layer_ids)
-    return f"the target's hidden states (outputs of layers {layers}); embedding and head are the target's"
+    reads = f"the target's hidden states (outputs of layers {layers}); embedding and head are the target's"
+    kind, rank = config.markov_head_type, config.markov_rank
+    return f"{reads}; a {kind} head of rank {rank} knows the token before" if rank else reads
 
 
 def _shown(row: dict[str, Any]) -> str:
