@@ -140,22 +140,24 @@ def our_methods(drafter: str, temperature: float, num_drafts: tuple[int, ...] = 
     Returns:
         `list[Method]`: chains, trees, auto, joint samples.
     """
+    alone = {"prompt_lookup_num_tokens": 0}  # also of a drafter whose own default copies
     if temperature:
         methods = [
-            ours(drafter, f"chain by {rule}", draft_shape="chain", acceptance=rule) for rule in ("match", "ratio", "block")
+            ours(drafter, f"chain by {rule}", draft_shape="chain", acceptance=rule, **alone)
+            for rule in ("match", "ratio", "block")
         ]
         methods += [
-            ours(drafter, f"tree of {size} by {rule}", draft_shape="tree", tree_budget=size, acceptance=rule)
+            ours(drafter, f"tree of {size} by {rule}", draft_shape="tree", tree_budget=size, acceptance=rule, **alone)
             for size, rule in ((7, "ratio"), (32, "match"), (32, "ratio"))
         ]
         fixed: dict[str, Any] = {"draft_shape": "tree", "tree_budget": 7, "acceptance": "ratio"}
         name = "tree of 7 by ratio"
     else:
-        methods = [ours(drafter, "chain", draft_shape="chain")]
-        methods += [ours(drafter, f"tree of {size}", draft_shape="tree", tree_budget=size) for size in TREE_SIZES]
+        methods = [ours(drafter, "chain", draft_shape="chain", **alone)]
+        methods += [ours(drafter, f"tree of {size}", draft_shape="tree", tree_budget=size, **alone) for size in TREE_SIZES]
         fixed, name = {"draft_shape": "tree", "tree_budget": TREE_SIZES[0]}, f"tree of {TREE_SIZES[0]}"
     methods.append(ours(drafter, f"{name} with copies", **fixed, prompt_lookup_num_tokens=COPIED_TOKENS))
-    methods.append(ours(drafter, "auto", tree_budget="auto"))
+    methods.append(ours(drafter, "auto", tree_budget="auto", **alone))
     methods.append(ours(drafter, "auto with copies", tree_budget="auto", prompt_lookup_num_tokens=COPIED_TOKENS))
     return methods + [samples(drafter, count, rule) for count in num_drafts for rule in ("match", "self_selection")]
 
@@ -180,4 +182,4 @@ def samples(drafter: str, count: int, rule: str) -> Method:
     """Return the verification of K joint samples, as in SpecDiff-2 or by the walk over all of them."""
     name = f"{count} samples by {rule.replace('_', '-')}"
     arguments: dict[str, Any] = {"draft_shape": "samples", "num_drafts": count, "draft_temperature": HOT}
-    return ours(drafter, name, **arguments, acceptance=rule)
+    return ours(drafter, name, **arguments, acceptance=rule, prompt_lookup_num_tokens=0)

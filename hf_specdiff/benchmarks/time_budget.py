@@ -205,7 +205,10 @@ def scaling_methods(models: Models, drafters: Sequence[str]) -> list[Method]:
         `list[Method]`: plain `generate` first.
     """
     own = {name for name in drafters if is_own_drafter(models.drafters[name])}
-    first = [ours(name, "auto") if name in own else ours(name, "chain", draft_shape="chain") for name in drafters]
+    first = [
+        ours(name, "auto") if name in own else ours(name, "chain", draft_shape="chain", prompt_lookup_num_tokens=0)
+        for name in drafters
+    ]
     last = [] if drafters[-1] in own else [ours(drafters[-1], "auto", tree_budget="auto")]
     return [Method(PLAIN, {}), *first, *last]
 

@@ -79,7 +79,8 @@ def self_check(target: Any, drafter: Any, tokenizer: Any, prompt: str) -> float:
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(target.device)
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": CHECK_TOKENS, "return_dict_in_generate": True}
     plain = target.generate(**inputs, **settings)
-    whole = {"draft_shape": "chain", "gamma": drafter.config.max_gamma}  # whatever size would pay on this machine
+    # Whatever size would pay on this machine, and nothing that the drafter has not drafted.
+    whole = {"draft_shape": "chain", "gamma": drafter.config.max_gamma, "prompt_lookup_num_tokens": 0}
     ours = generate(target, **inputs, assistant_model=drafter, **whole, **settings)
     if target.dtype == torch.float32 and not torch.equal(plain.sequences, ours.sequences):
         raise ValueError(

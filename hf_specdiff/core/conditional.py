@@ -30,6 +30,8 @@ from .tree import merge_drafts
 
 # Ranks of a law that are read back first: a tree seldom has so many siblings.
 FEW_RANKS = 16
+# Laws that are asked for at once, for each node that the tree may have.
+TABLE_SHARE = 2
 
 
 @dataclass
@@ -198,14 +200,15 @@ class _Tables:
         laws (`Conditionals`): with `marginals`.
         temperature (`float`): of the laws.
         num_ranks (`int`): probabilities to read back of each.
+        most (`int`): laws of each row to ask for at once.
         copies (`list[Copy]`): of each row, or none.
     """
 
-    def __init__(self, laws: Conditionals, temperature: float, num_ranks: int, copies: list[Copy]) -> None:
+    def __init__(self, laws: Conditionals, temperature: float, num_ranks: int, most: int, copies: list[Copy]) -> None:
         self.laws, self.temperature, self.num_ranks = laws, temperature, num_ranks
         self.copied = [copy.tokens[: laws.gamma] for copy in copies]
         self._laws: dict[tuple[int, int, int], _Law] = {}
-        self._ask(*laws.likely(self.copied))
+        self._ask(*laws.likely(self.copied, most))
 
     def law(self, row: int, position: int, token: int) -> _Law:
         """Return the law of one position of a row, given the token before it."""
@@ -242,7 +245,9 @@ def _best_first(
     anchors, most = laws.anchors.tolist(), min(speculation.tree_budget, laws.marginals.shape[-1])  # type: ignore[union-attr]
     found = []
     for num_ranks in sorted({min(FEW_RANKS, most), most}):
-        tables = _Tables(laws, speculation.draft_temperature, num_ranks, [] if copies is None else copies.found)
+        own = [] if copies is None else copies.found
+        # A tree has fewer inner nodes than nodes, but not all of them are foreseen.
+        tables = _Tables(laws, speculation.draft_temperature, num_ranks, TABLE_SHARE * speculation.tree_budget, own)
         found = [
             _Search(tables, row, copies).run(anchor, speculation.tree_budget, smallest) for row, anchor in enumerate(anchors)
         ]

@@ -104,7 +104,7 @@ class Draft:
         return self.dense_probs(vocab_size).log()
 
 
-# Tokens of each position that laws of the next one are asked for at once; behind others they are asked for one by one.
+# Tokens of each position of a chain that laws of the next one are asked for at once; others are asked for one by one.
 NUM_CANDIDATES = 8
 # What a head keeps of the tokens before, `(n, R)`, if it keeps something.
 Memory: TypeAlias = torch.Tensor | None
@@ -137,28 +137,35 @@ class Conditionals:
         """B."""
         return len(self.anchors)
 
-    def likely(self, copied: list[list[int]] | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def likely(
+        self, copied: list[list[int]] | None = None, most: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return what laws are worth asking for at once: given the anchors, and each token that may well stand before.
 
         Args:
             copied (`list[list[int]]`, *optional*): for each row, tokens that may stand at its first positions too.
+            most (`int`, *optional*): tokens of each row, over all positions, that are likeliest to be reached and to stand; by
+                default the likeliest few of each position.
 
         Returns:
             `tuple`: positions, rows of the batch and tokens before, each `(n,)` int64.
         """
         assert self.marginals is not None
         device, num_rows = self.anchors.device, self.num_rows
-        before = self.marginals[:, : self.gamma - 1]
-        tokens = before.topk(min(NUM_CANDIDATES, before.shape[-1]), dim=-1).indices
+        before, vocab_size = self.marginals[:, : self.gamma - 1], self.marginals.shape[-1]
+        if most is None:
+            tokens = before.topk(min(NUM_CANDIDATES, vocab_size), dim=-1).indices
+            places = (torch.arange(1, self.gamma, device=device)[:, None] * vocab_size + tokens).flatten(1)
+        else:
+            probs = torch.softmax(before.float(), dim=-1)
+            likeliest = probs.amax(dim=-1).cumprod(dim=-1)
+            reached = torch.nn.functional.pad(likeliest[:, :-1], (1, 0), value=1.0)
+            values = (probs * reached[:, :, None]).flatten(1)
+            places = values.topk(min(most, values.shape[1]), dim=-1).indices + vocab_size
         rows = torch.arange(num_rows, device=device)
-        positions = torch.arange(1, self.gamma, device=device)
         parts = [
             (torch.zeros_like(rows), rows, self.anchors),
-            (
-                positions[None, :, None].expand_as(tokens).flatten(),
-                rows[:, None, None].expand_as(tokens).flatten(),
-                tokens.flatten(),
-            ),
+            ((places // vocab_size).flatten(), rows[:, None].expand_as(places).flatten(), (places % vocab_size).flatten()),
         ]
         more = [
             (place, row, token) for row, own in enumerate(copied or []) for place, token in enumerate(own[: self.gamma - 1], 1)

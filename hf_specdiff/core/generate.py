@@ -89,7 +89,7 @@ def generate(
             `acceptance` (`str`): `"match"`, `"ratio"`, `"block"`, `"self_selection"` or `"auto"` (default: the rule that
             accepts most);
             `prompt_lookup_num_tokens` (`int`, *optional*): most tokens of a copied branch: what followed the last tokens where
-            they stood before in the text is drafted too; by default nothing is copied;
+            they stood before in the text is drafted too; 0, and the default of most drafters: nothing is copied;
             `max_matching_ngram_size` (`int`): the longest runs of last tokens that are looked up for it, by default 2.
 
     Returns:

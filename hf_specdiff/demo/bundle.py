@@ -22,7 +22,7 @@ def load_demo(drafter: str = "features") -> tuple[Any, Any, Any]:
     """Load the bundled target, one of its drafters, and their tokenizer, in float32 on the CPU.
 
     Args:
-        drafter (`str`): `"features"` (feature-conditioned) or `"tokens"` (token-conditioned); for comparison `"unaligned"` (the
+        drafter (`str`): `"features"` (feature-conditioned, with a head) or `"tokens"` (token-conditioned); for comparison `"unaligned"` (the
             feature-conditioned one as cross-entropy left it, before alignment) or `"autoregressive"` (a plain small model).
 
     Returns:

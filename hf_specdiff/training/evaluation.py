@@ -57,7 +57,8 @@ def decode_held_out(
     gamma = drafter.config.max_gamma
     rounds: list[tuple[int, int]] = []
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
-    settings |= {"draft_shape": "chain", "gamma": gamma}  # whole windows, whatever size would pay on this machine
+    # Whole windows, whatever size would pay on this machine, and nothing that the drafter has not drafted.
+    settings |= {"draft_shape": "chain", "gamma": gamma, "prompt_lookup_num_tokens": 0}
     if temperature > 0:
         settings |= {"do_sample": True, "temperature": temperature, "top_k": 0, "acceptance": "ratio"}
     else:

@@ -102,7 +102,7 @@ def test_tokens_per_round_are_ours(models: Models) -> None:
     """The bundled drafter without its head: our chain of a whole window against their loop, with clocks in their network."""
     trunk = SpecDiffDrafter.from_pretrained(PAIR / "features", markov_rank=0).float().eval()
     models = Models(models.target, models.tokenizer, {"features": trunk})
-    chain = ours("features", "chain", draft_shape="chain")
+    chain = ours("features", "chain", draft_shape="chain", prompt_lookup_num_tokens=0)
     peers = peer_methods(models, ("features",))
     block = Block("math", prompts(2), [Method(PLAIN, {}), *peers, chain], max_new_tokens=LIMIT, num_detailed=1)
     journal = Journal()

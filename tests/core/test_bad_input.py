@@ -59,7 +59,7 @@ def silent_target(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
         ({"use_cache": False}, ValueError, ["`use_cache`", "False"]),
         ({"output_attentions": True, "return_dict_in_generate": True}, ValueError, ["`output_attentions`"]),
         ({"penalty_alpha": 0.6, "top_k": 4}, ValueError, ["`generation_config`", "contrastive"]),
-        ({"prompt_lookup_num_tokens": 0}, ValueError, ["`prompt_lookup_num_tokens`", "1 to 1024", "0"]),
+        ({"prompt_lookup_num_tokens": -1}, ValueError, ["`prompt_lookup_num_tokens`", "0 to 1024", "-1"]),
         ({"prompt_lookup_num_tokens": 2.0}, ValueError, ["`prompt_lookup_num_tokens`", "integer", "2.0"]),
         (
             {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 0},

@@ -234,13 +234,13 @@ def nodes_of(draft: Draft | DraftTree) -> list[dict[tuple[int, ...], tuple[float
     return found
 
 
-@pytest.mark.parametrize("num_candidates", [1, 3])
+@pytest.mark.parametrize("share", [0, 1])
 @pytest.mark.parametrize(("budget", "is_copying"), [(4, False), (25, False), (25, True), (60, True)])
 def test_tables_find_the_tree_that_is_found_depth_by_depth(
-    budget: int, is_copying: bool, num_candidates: int, monkeypatch: pytest.MonkeyPatch
+    budget: int, is_copying: bool, share: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 40 tokens, three rows, also where laws were not foreseen and a node has more children than are read first."""
-    monkeypatch.setattr("hf_specdiff.core.draft.NUM_CANDIDATES", num_candidates)
+    monkeypatch.setattr("hf_specdiff.core.conditional.TABLE_SHARE", share)
     monkeypatch.setattr("hf_specdiff.core.conditional.FEW_RANKS", 5)
     speculation = SpeculationConfig(4, draft_shape="tree", tree_budget=budget)
     drafts = []

@@ -346,8 +346,9 @@ def test_a_drafters_own_default_is_used_and_yields_where_it_cannot_be(prompt: to
     drafter.generation_config.prompt_lookup_num_tokens = 6
     settings = {"do_sample": False, "max_new_tokens": 20, "return_dict_in_generate": True, "assistant_model": drafter}
     assert hf_specdiff.generate(target, LOOPING, **settings).speculation.num_copied_tokens > 0
-    stepped = hf_specdiff.generate(target, LOOPING, num_denoising_steps=2, **settings)
-    assert stepped.speculation.num_copied_tokens == 0
+    for more in ({"num_denoising_steps": 2}, {"prompt_lookup_num_tokens": 0}):
+        without = hf_specdiff.generate(target, LOOPING, **more, **settings)
+        assert without.speculation.num_copied_tokens == 0
 
 
 def test_other_ways_to_draft_refuse_copies(prompt: torch.Tensor, token_drafter: SpecDiffDrafter) -> None:

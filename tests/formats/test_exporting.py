@@ -21,8 +21,6 @@ from tests.formats.rounds import our_states
 from tests.formats.rounds import random_rounds
 from tests.formats.test_speculators import their_rounds
 
-HAS_HEAD = bool(json.loads((PAIR / "features" / "config.json").read_text()).get("markov_rank"))
-
 
 def bundled_trunk() -> hf_specdiff.SpecDiffDrafter:
     """Return the bundled drafter as it is without its head."""
@@ -32,7 +30,7 @@ def bundled_trunk() -> hf_specdiff.SpecDiffDrafter:
 @pytest.mark.parametrize("to", ["dflash", "speculators"])
 def test_the_bundled_drafter_comes_back_as_it_went(to: str, tmp_path: Path) -> None:
     target, whole, tokenizer = hf_specdiff.load_demo()
-    lines = hf_specdiff.export_drafter(whole, tmp_path, to, target=target, without_head=HAS_HEAD)
+    lines = hf_specdiff.export_drafter(whole, tmp_path, to, target=target, without_head=True)
     drafter = bundled_trunk()
     assert f'"num_speculative_tokens": {drafter.config.block_size - 1}' in lines[0]
     back = hf_specdiff.load_drafter(tmp_path, target=target)
@@ -48,7 +46,7 @@ def test_the_bundled_drafter_comes_back_as_it_went(to: str, tmp_path: Path) -> N
 
 def test_their_loop_runs_what_we_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, drafter, tokenizer = hf_specdiff.load_demo()
-    hf_specdiff.export_drafter(drafter, tmp_path, "dflash", target=target, without_head=HAS_HEAD)
+    hf_specdiff.export_drafter(drafter, tmp_path, "dflash", target=target, without_head=True)
     theirs = zlab.DFlashDraftModel.from_pretrained(tmp_path).float().eval()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # their clock waits for a GPU
     ids = torch.tensor([tokenizer(hf_specdiff.load_prompts("math")[0]["prompt"])["input_ids"]])

@@ -14,9 +14,12 @@ from transformers import pipeline
 import hf_specdiff
 from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.demo.word_problems import iter_problems
+from recipes.bundled import NUM_COPIED
 from recipes.bundled import NUM_CORPUS_PROBLEMS
 from recipes.bundled import TARGET_LAYERS
 from recipes.bundled import code_prompt
+from recipes.bundled import drafter_stages
+from recipes.bundled import head_prompts
 from recipes.bundled import model_config
 from recipes.bundled import training_prompts
 from recipes.source_code import iter_modules
@@ -147,13 +150,30 @@ def test_the_assistant_is_an_ordinary_causal_model() -> None:
     assert torch.equal(target.generate(ids, assistant_model=assistant, **settings), target.generate(ids, **settings))
 
 
+def test_the_head_is_that_of_the_recipe_and_brings_something() -> None:
+    target, drafter, tokenizer = hf_specdiff.load_demo()
+    _, plan = drafter_stages()["features"][-1]
+    assert (drafter.config.markov_head_type, drafter.config.markov_rank) == (plan.head, plan.head_rank)
+    assert drafter.generation_config.prompt_lookup_num_tokens == NUM_COPIED
+    trunk = hf_specdiff.SpecDiffDrafter.from_pretrained(PAIR / "features", markov_rank=0).float().eval()
+    settings = {"do_sample": False, "max_new_tokens": 96, "return_dict_in_generate": True, "prompt_lookup_num_tokens": 0}
+    num_rounds = {
+        name: sum(
+            hf_specdiff.generate(target, ids, assistant_model=one, **settings).speculation.num_rounds
+            for ids in ids_of(tokenizer, "code", 3)
+        )
+        for name, one in (("whole", drafter), ("trunk", trunk))
+    }
+    assert num_rounds["whole"] < num_rounds["trunk"]
+
+
 def test_prompt_sets_are_held_out() -> None:
     math, code = hf_specdiff.load_prompts("math"), hf_specdiff.load_prompts("code")
     assert len(math) >= 64
     assert len(code) >= 64
     assert all(record["answer"].isdigit() for record in math)
     assert all(record["answer"] is None for record in code)
-    seen = set(training_prompts())
+    seen = {*training_prompts(), *head_prompts(first=True), *head_prompts(first=False)}
     assert not seen & {record["prompt"] for record in math + code}
     corpus = {problem.prompt for problem in itertools.islice(iter_problems(1, held_out=False), NUM_CORPUS_PROBLEMS)}
     assert not corpus & {record["prompt"] for record in math}
