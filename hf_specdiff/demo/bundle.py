@@ -22,8 +22,9 @@ def load_demo(drafter: str = "features") -> tuple[Any, Any, Any]:
     """Load the bundled target, one of its drafters, and their tokenizer, in float32 on the CPU.
 
     Args:
-        drafter (`str`): `"features"` (feature-conditioned, with a head) or `"tokens"` (token-conditioned); for comparison `"unaligned"` (the
-            feature-conditioned one as cross-entropy left it, before alignment) or `"autoregressive"` (a plain small model).
+        drafter (`str`): `"features"` (feature-conditioned, with a head that knows the token before) or `"tokens"`
+            (token-conditioned); for comparison `"unaligned"` (the feature-conditioned one as cross-entropy left it, before
+            alignment) or `"autoregressive"` (a plain small model).
 
     Returns:
         `tuple`: target (`LlamaForCausalLM`), drafter (`SpecDiffDrafter`, or `LlamaForCausalLM`), tokenizer.
