@@ -110,7 +110,7 @@ class Answer:
 
     @torch.no_grad()
     def rounds(self, num_tokens: int) -> list[int]:
-        """Return how many tokens each round of whole chains adds, as far as they lie within the first ones of the answer.
+        """Return how many tokens each round of whole chains, drafted without a head, adds within the first ones of the answer.
 
         Args:
             num_tokens (`int`): of the answer.
@@ -125,6 +125,7 @@ class Answer:
         settings = {"draft_shape": "chain", "gamma": config.max_gamma}
         speculation = resolve_speculation(settings, self.drafter, do_sample=False)
         drafter = make_drafter(self.drafter, self.target, speculation, LogitsProcessorList())
+        drafter.knows_token_before = False  # a head makes up for some of what is misread
         written = self.ids[0, : self.start - 1 + num_tokens].tolist()
         text, num_seen, rounds = Text.of_prompt(self.ids[:, : self.start]), 0, []
         while (length := text.lengths[0]) < len(written):

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import hf_specdiff
+from hf_specdiff import SpecDiffDrafter
 from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.commands.misreadings import Answer
 from hf_specdiff.commands.misreadings import Reading
 from hf_specdiff.commands.misreadings import other_readings
 from hf_specdiff.commands.misreadings import read_as
 from hf_specdiff.commands.misreadings import readings_that_fit_better
+from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.training.first_weights import new_drafter
 from hf_specdiff.training.prompts import encode
 from tests.conftest import make_drafter
@@ -55,11 +57,13 @@ def test_one_misread_field_is_found(field: str, value: Any) -> None:
 
 
 def test_readings_draft_along_what_the_loop_would_draft() -> None:
-    """Along the target's own text a round adds what a round of the real loop adds."""
+    """Along the target's own text a round adds what a round of the real loop adds, for a drafter without a head."""
     models = demo_models()
+    models.drafters["drafter"] = SpecDiffDrafter.from_pretrained(PAIR / "features", markov_rank=0).float().eval()
     ids = encode(models.tokenizer, PROMPTS["math"][0])
     answer = Answer(models, ids, 40)
     settings = {"draft_shape": "chain", "gamma": 15, "do_sample": False, "max_new_tokens": 40, "return_dict_in_generate": True}
+    settings["prompt_lookup_num_tokens"] = 0
     drafter = models.drafters["drafter"]
     output = hf_specdiff.generate(models.target, torch.tensor([ids]), assistant_model=drafter, **settings)
     assert torch.equal(answer.ids, output.sequences)
