@@ -127,6 +127,7 @@ def test_the_reference_loop_writes_what_ours_writes(task: str, number: int) -> N
     ids = tokenizer(hf_specdiff.load_prompts(task)[number]["prompt"])["input_ids"]
     text, added = reference["reference_generate"](target, drafter, ids, num_new_tokens=40, gamma=7)
     settings = {"draft_shape": "chain", "gamma": 7, "do_sample": False, "max_new_tokens": 40, "return_dict_in_generate": True}
+    settings["prompt_lookup_num_tokens"] = 0  # which the reference does not do
     output = hf_specdiff.generate(target, torch.tensor([ids]), assistant_model=drafter, **settings)
     assert output.sequences[0].tolist() == text
     whole = [sum(added[:count]) <= 40 - 1 - 8 for count in range(len(added))]
