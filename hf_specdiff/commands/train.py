@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 from typing import Any
 
+import torch
 import typer
 
 from hf_specdiff.commands.loading import load_model
@@ -12,6 +13,8 @@ from hf_specdiff.commands.regenerate import INTERRUPTED
 from hf_specdiff.commands.regenerate import read_sources
 from hf_specdiff.commands.regenerate import share_lines
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
+from hf_specdiff.formats.loading import is_language_model
+from hf_specdiff.formats.loading import load_drafter
 from hf_specdiff.training.corpus import read_corpus
 from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import processes
@@ -40,13 +43,24 @@ def train_command(
     prompt_field: Annotated[str | None, typer.Option(help="the field or column to read, question for one")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="each text is a user's turn: put it into the chat template")] = False,
     init: Annotated[
-        Path | None, typer.Option(help="a drafter to go on from; shape and mask are its own where no option names them")
+        Path | None,
+        typer.Option(
+            help="a drafter to go on from; shape and mask are its own where no option names them. Or a diffusion language "
+            "model, a folder or a Hub repository, to be aligned"
+        ),
     ] = None,
     train: Annotated[str, typer.Option(help="all weights, or head: those of --init stay, but for its head's")] = "all",
     head: Annotated[
         str | None, typer.Option(help="for features: markov or gated, a head that makes each law one given the token before")
     ] = None,
     head_rank: Annotated[int | None, typer.Option(min=1, help="of --head; by default 64")] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(min=1, help="of a diffusion language model: train an adapter of this rank, the weights stay; needs peft"),
+    ] = None,
+    lora_layers: Annotated[
+        list[str] | None, typer.Option(help="several times: a linear layer that gets one, q_proj for one; by default all")
+    ] = None,
     cache_features: Annotated[
         Path | None,
         typer.Option(help="folder for the target's states: it runs once, later epochs and runs cost the drafter alone"),
@@ -112,7 +126,8 @@ def train_command(
         raise ValueError(f"`--head-rank` must be left out without `--head`, got {head_rank}.")
     if train not in ("all", "head"):
         raise ValueError(f"`--train` must be all or head, got {train!r}.")
-    own = None if init is None else SpecDiffConfig.from_pretrained(init)
+    is_aligned = init is not None and is_language_model(init)
+    own = None if init is None or is_aligned else SpecDiffConfig.from_pretrained(init)
     if as_is and regenerate_at is not None:
         raise ValueError(
             f"`--regenerate-at` must be left out with `--as-is`, got {regenerate_at:g}. Nothing is continued then."
@@ -132,9 +147,18 @@ def train_command(
     tokenizer = load_tokenizer("target", target)
     if predicts_from_anchor is None:
         predicts_from_anchor = own is not None and own.predicts_from_anchor
+    language_model = None
+    if is_aligned:
+        shaping = {"--conditioning features": conditioning == "features", "--num-layers": num_layers}
+        shaping |= {"--num-target-layers": num_target_layers, "--mask-embedding": mask_embedding}
+        check_fits_language_model({**shaping, "--cache-features": cache_features})
+        conditioning = "tokens"
+        language_model = load_language_model(init, model, block_size or 16, mask_token_id, lora)
     shape = drafter_shape(model, own, conditioning, num_target_layers, mask_embedding)
     plan = TrainingPlan(
         **shape,
+        lora_rank=lora,
+        lora_layers=lora_layers,
         num_layers=num_layers or (3 if own is None else own.num_hidden_layers),
         block_size=block_size or (16 if own is None else own.block_size),
         max_length=max_length,
@@ -180,7 +204,8 @@ def train_command(
             plan,
             mask_token_id=own.mask_token_id if own is not None and mask_token_id is None else mask_token_id,
             regenerate_batch_size=regenerate_batch_size,
-            start_from=init,
+            start_from=None if is_aligned else init,
+            language_model=language_model,
             cache_features=cache_features,
         )
     except KeyboardInterrupt as error:
@@ -193,6 +218,42 @@ def train_command(
         raise typer.Exit(INTERRUPTED)
     if state.is_main_process:
         typer.echo(f"The drafter is in {output}, with pictures of the run.")
+
+
+def check_fits_language_model(options: dict[str, Any]) -> None:
+    """Refuse options that shape a drafter of ours.
+
+    Args:
+        options (`dict`): their values by name; false and `None` are fine.
+
+    Raises:
+        ValueError: if one is set.
+    """
+    named = [name for name, value in options.items() if value is not None and value is not False]
+    if named:
+        raise ValueError(
+            f"`{named[0]}` must be left out where `--init` is a diffusion language model, got it: that has a shape of its own "
+            "and reads the text alone."
+        )
+
+
+def load_language_model(name: Any, target: Any, block_size: int, mask_token_id: int | None, lora: int | None) -> Any:
+    """Return the diffusion language model to align.
+
+    Args:
+        name (`str` or path): its folder or Hub repository.
+        target (`transformers.PreTrainedModel`): the model it is to draft for.
+        block_size (`int`): slots of its window.
+        mask_token_id (`int`, *optional*): where its files name none.
+        lora (`int`, *optional*): rank of an adapter; frozen weights take the target's precision, others float32.
+
+    Returns:
+        `DiffusionDrafter`: on the target's device.
+    """
+    settings: dict[str, Any] = {} if mask_token_id is None else {"mask_token_id": mask_token_id}
+    # What "auto" picks hangs on the machine, and checkpoints are compared by what is accepted.
+    settings |= {"context_cache": "exact", "block_size": block_size, "dtype": torch.float32 if lora is None else target.dtype}
+    return load_drafter(name, target=target, **settings).to(target.device)
 
 
 def drafter_shape(

@@ -4,6 +4,8 @@ Letters: B batch, Q queries of a pass, W window slots, S keys, V vocabulary. Kno
 who sees whom, and which row of the logits speaks of which token.
 """
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from hf_specdiff.core.modeling_specdiff import SpecDiffDrafterOutput
 from hf_specdiff.diffusion.context import CONTEXT_CACHES
 from hf_specdiff.diffusion.context import ContextChoice
 from hf_specdiff.diffusion.context import LanguageModelDrafter
+from hf_specdiff.diffusion.saving import save_drafter
 from hf_specdiff.diffusion.trials import check_sees_later_tokens
 
 logger = logging.get_logger(__name__)
@@ -94,6 +97,8 @@ class DiffusionDrafter(nn.Module):
         self.choice = ContextChoice()
         self.config = _config_of(body, mask_token_id, block_size, target)
         self.generation_config = GenerationConfig()
+        # The host drops what it does not know, `gamma` and the like, from a file that says it was made from a model's config.
+        self.generation_config._from_model_config = False
         foreign = torch.zeros(max(self.num_rows, self.config.vocab_size), dtype=torch.bool)
         foreign[[mask_token_id, *(foreign_ids or [])]] = True
         foreign[self.num_rows :] = True
@@ -117,6 +122,20 @@ class DiffusionDrafter(nn.Module):
         return sum(weight.numel() for weight in self.body.parameters())
 
     @property
+    def drafted_ids(self) -> torch.Tensor | None:
+        """Ids of the target's tokens that it can write, `(n,)` int64; `None`: all."""
+        foreign = self.is_foreign[: self.config.vocab_size]
+        return (~foreign).nonzero()[:, 0] if bool(foreign.any()) else None
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Save it so that `load_drafter` reads it as it is; of a body with an adapter of peft, the adapter alone.
+
+        Args:
+            save_directory (`str` or path): the folder.
+        """
+        save_drafter(self, save_directory)
+
+    @property
     def hf_device_map(self) -> Any:
         """Where accelerate has put the parts of the body, if it has."""
         return getattr(self.body, "hf_device_map", None)
@@ -130,6 +149,7 @@ class DiffusionDrafter(nn.Module):
         window_size: int | None = None,
         text_sees_window: bool = True,
         vocab_size: int | None = None,
+        body: Callable[..., Any] | None = None,
     ) -> SpecDiffDrafterOutput:
         """Run the body over new text and a window.
 
@@ -143,6 +163,7 @@ class DiffusionDrafter(nn.Module):
             window_size (`int`, *optional*): W; by default all of `input_ids`.
             text_sees_window (`bool`): whether text in front of the window sees it, where the model's attention lets it.
             vocab_size (`int`, *optional*): V, tokens of the target; by default the configuration's.
+            body (`Callable`, *optional*): what to call in place of its own body: the same one as a trainer has wrapped it.
 
         Returns:
             `SpecDiffDrafterOutput`: logits `(B, W - 1, V)`: row `i` speaks of window slot `i + 1`; minus infinity for tokens
@@ -155,7 +176,7 @@ class DiffusionDrafter(nn.Module):
         seen = self._who_sees_whom(attention_mask, position_ids, num_cached, window_size, text_sees_window)
         # A learned position has no row past the last: the draft may be poor there, the text stays right.
         most = getattr(self.body.config, "n_positions", None)
-        outputs = self.body(
+        outputs = (body or self.body)(
             input_ids=self._known(input_ids),
             attention_mask=additive(seen, self.dtype),
             position_ids=position_ids if most is None else position_ids.clamp(max=most - 1),

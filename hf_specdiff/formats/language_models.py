@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
 
+from transformers import CONFIG_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers import GPT2Config
 from transformers import GPT2LMHeadModel
 from transformers import LlamaConfig
@@ -21,6 +23,8 @@ from transformers import Qwen3ForCausalLM
 
 from hf_specdiff.diffusion.mdlm import MDLMConfig
 from hf_specdiff.diffusion.mdlm import MDLMForMaskedLM
+from hf_specdiff.diffusion.saving import NOTES
+from hf_specdiff.diffusion.saving import SECTION
 from hf_specdiff.formats.record import Fields
 from hf_specdiff.formats.record import Record
 
@@ -119,6 +123,9 @@ class LanguageModel:
         mask_token_id (`int`, *optional*): as the folder or the family says.
         logit_offset (`int`): see `DiffusionDrafter`.
         attentions (`list`): what its attention may be; several where the files do not say.
+        block_size (`int`, *optional*): slots of its window, where the folder says.
+        foreign_ids (`list[int]`): ids that the folder says mean something else to its target.
+        notes (`dict`): more of the drafter's configuration, where the folder was written by us.
     """
 
     record: Record
@@ -127,6 +134,9 @@ class LanguageModel:
     mask_token_id: int | None
     logit_offset: int
     attentions: list[Attention] = field(default_factory=lambda: [FULL])
+    block_size: int | None = None
+    foreign_ids: list[int] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def family_of(config: dict[str, Any], read_shapes: Callable[[], Shapes]) -> Any:
@@ -140,12 +150,41 @@ def family_of(config: dict[str, Any], read_shapes: Callable[[], Shapes]) -> Any:
         `Callable`, *optional*: from configuration, shapes and ignored fields to a `LanguageModel`.
     """
     kind = config.get("model_type")
+    if SECTION in config:
+        return _own
     if kind in READERS:
         return READERS[kind]
     # Saved under the name of the model that they were made from.
     if kind in WRAPPED and "dflash_config" not in config and any(name.startswith("denoise_model.") for name in read_shapes()):
         return WRAPPED[kind]
     return None
+
+
+def _own(config: dict[str, Any], shapes: Shapes, ignored: Iterable[str]) -> LanguageModel:
+    """What `DiffusionDrafter.save_pretrained` wrote."""
+    section, kind = dict(config[SECTION]), config.get("model_type")
+    notes = {name: section.pop(name, None) for name in NOTES}
+    if kind == MDLMConfig.model_type:
+        body, config_class = MDLMForMaskedLM, MDLMConfig
+    elif kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING:
+        config_class = CONFIG_MAPPING[kind]
+        body = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    else:
+        raise ValueError(
+            f"`model_type` in config.json of a diffusion drafter must be a language model of transformers, got {kind!r}. "
+            "Update transformers, or load the model by hand and wrap it in DiffusionDrafter."
+        )
+    try:
+        attention = (section["attention"], section["block_length"])
+        settings = (section["mask_token_id"], section["logit_offset"], [attention], section["block_size"])
+        values = {name: value for name, value in config.items() if name != SECTION}
+        record = Record("hf_specdiff's diffusion drafters", {})
+        return LanguageModel(record, body, config_class(**values), *settings, section["foreign_ids"], notes)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"`{SECTION}` in config.json must name all of a drafter's settings, got {str(config[SECTION])[:100]} "
+            f"({type(error).__name__}: {error}). Save the drafter anew."
+        ) from error
 
 
 def _dream(config: dict[str, Any], shapes: Shapes, ignored: Iterable[str]) -> LanguageModel:

@@ -12,6 +12,8 @@ import torch
 from hf_specdiff.core.checks import check_pair
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
+from hf_specdiff.diffusion.saving import ADAPTER_CONFIG
+from hf_specdiff.diffusion.saving import SECTION
 from hf_specdiff.formats import deepspec
 from hf_specdiff.formats import dflash
 from hf_specdiff.formats import muse
@@ -20,6 +22,7 @@ from hf_specdiff.formats.language_models import READERS as LANGUAGE_MODELS
 from hf_specdiff.formats.language_models import WRAPPED
 from hf_specdiff.formats.language_models import family_of
 from hf_specdiff.formats.loading_language_models import SETTINGS
+from hf_specdiff.formats.loading_language_models import load_adapter
 from hf_specdiff.formats.loading_language_models import load_language_model
 from hf_specdiff.formats.record import Record
 from hf_specdiff.formats.record import match_tensors
@@ -78,6 +81,8 @@ def load_drafter(source: str | os.PathLike, target: Any = None, *, ignored_field
         if target is not None:
             check_pair(target, drafter)
         return drafter
+    if SECTION in opened.config and opened.file(ADAPTER_CONFIG) is not None:
+        return load_adapter(opened, load_drafter, target, arguments)
     read_model = family_of(opened.config, opened.shapes)
     if read_model is not None:
         settings = {name: arguments.pop(name) for name in SETTINGS if name in arguments}
@@ -93,6 +98,23 @@ def load_drafter(source: str | os.PathLike, target: Any = None, *, ignored_field
     if target is not None:
         check_pair(target, drafter)
     return drafter
+
+
+def is_language_model(source: str | os.PathLike, **arguments: Any) -> bool:
+    """Return whether a folder or repository holds a diffusion language model; reads its configuration alone, and names.
+
+    Args:
+        source (`str` or path): a folder or a Hub repository.
+        **arguments: of `from_pretrained`, those about the Hub.
+
+    Returns:
+        `bool`: true for what `load_drafter` makes a `DiffusionDrafter` of.
+
+    Raises:
+        ValueError: if there is no configuration.
+    """
+    opened = Source.open(source, arguments)
+    return family_of(opened.config, opened.shapes) is not None
 
 
 def recognise(source: Source) -> Any:

@@ -3,15 +3,23 @@
 Knows files and the readings that a family leaves open.
 """
 
+import json
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from hf_specdiff.core.checks import check_pair
 from hf_specdiff.core.files import check_finite
 from hf_specdiff.core.files import check_weight_files
 from hf_specdiff.diffusion.drafter import DiffusionDrafter
+from hf_specdiff.diffusion.saving import ADAPTER_CONFIG
+from hf_specdiff.diffusion.saving import ADAPTER_WEIGHTS
+from hf_specdiff.diffusion.saving import SECTION
 from hf_specdiff.diffusion.trials import Reading
 from hf_specdiff.diffusion.trials import best_reading
 from hf_specdiff.diffusion.trials import text_of
@@ -58,9 +66,11 @@ def load_language_model(
             f"`mask_token_id` must be given for {source.name!r}, got none: neither its config.json nor its tokenizer names a "
             "mask. Pass mask_token_id=."
         )
-    foreign = _foreign_ids(source, own, target, arguments)
+    foreign = model.foreign_ids + _foreign_ids(source, own, target, arguments)
     body = _load_body(source, model, arguments)
     reading = _reading(source, model, body, mask_token_id, target, settings)
+    if model.block_size is not None:
+        settings.setdefault("block_size", model.block_size)
     drafter = DiffusionDrafter(
         body,
         mask_token_id=mask_token_id,
@@ -71,9 +81,73 @@ def load_language_model(
         foreign_ids=foreign,
         **settings,
     )
+    _take_over(drafter, source, model.notes)
     if target is not None:
         check_pair(target, drafter)
     return drafter
+
+
+def load_adapter(source: Source, load: Callable[..., Any], target: Any, arguments: dict[str, Any]) -> DiffusionDrafter:
+    """Load an adapter that was trained here: the model that it belongs to, with the adapter merged into its weights.
+
+    Args:
+        source (`Source`): the adapter's folder or repository.
+        load (`Callable`): `load_drafter`, for that model.
+        target (`transformers.PreTrainedModel`, *optional*): the model it drafts for.
+        arguments (`dict`): of `from_pretrained`, and of `SETTINGS`.
+
+    Returns:
+        `DiffusionDrafter`: in evaluation mode.
+
+    Raises:
+        ValueError: if peft is not installed, or the adapter is not one for that model.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(
+            f"peft must be installed to load {source.name!r}, which is an adapter, got none. Run pip install "
+            "'hf_specdiff[train]'."
+        ) from error
+    section, path = source.config[SECTION], source.file(ADAPTER_CONFIG)
+    base = None if path is None else json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base or source.file(ADAPTER_WEIGHTS) is None:
+        raise ValueError(
+            f"{source.name!r} must hold an adapter in {ADAPTER_WEIGHTS}, and {ADAPTER_CONFIG} name the model that it was "
+            f"trained on, got {base!r}. Is the folder whole?"
+        )
+    named = {name: section[name] for name in SETTINGS if name in section}
+    drafter = load(base, target=target, **{**named, **{name: arguments[name] for name in arguments if name != "revision"}})
+    hub = {name: value for name, value in arguments.items() if name in (*SHARED_ARGUMENTS, "revision")}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft's business with transformers
+        try:
+            adapted = PeftModel.from_pretrained(drafter.body, source.name, **hub)
+        except (ValueError, RuntimeError, UserWarning, SafetensorError) as error:
+            raise ValueError(
+                f"{source.name!r} must be an adapter for {base!r}, got one that does not fit: "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from error
+    drafter.body = adapted.merge_and_unload().eval().requires_grad_(True)
+    check_finite(drafter.body, source.name)
+    drafter.is_foreign[section["foreign_ids"]] = True
+    _take_over(drafter, source, section)
+    return drafter
+
+
+def _take_over(drafter: DiffusionDrafter, source: Source, notes: dict[str, Any]) -> None:
+    """Give a drafter what its folder says of its making, and its own arguments of speculation."""
+    if not notes:
+        return
+    config = drafter.config
+    config.training = notes["training"]
+    if config.target_model in (None, notes["target_model"]):
+        config.target_model, config.target_revision = notes["target_model"], notes["target_revision"]
+    if source.file("generation_config.json") is not None:
+        hub = {name: value for name, value in source.arguments.items() if name in (*SHARED_ARGUMENTS, "revision")}
+        drafter.generation_config = GenerationConfig.from_pretrained(source.name, **hub)
+        drafter.generation_config._from_model_config = False
 
 
 def _load_body(source: Source, model: LanguageModel, arguments: dict[str, Any]) -> Any:

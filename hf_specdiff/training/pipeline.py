@@ -41,6 +41,8 @@ from hf_specdiff.training.first_weights import new_drafter
 from hf_specdiff.training.heads import HEADS
 from hf_specdiff.training.heads import add_head
 from hf_specdiff.training.heads import train_head_alone
+from hf_specdiff.training.language_models import add_adapter
+from hf_specdiff.training.language_models import check_plan
 from hf_specdiff.training.losses import DISTILLATION
 from hf_specdiff.training.mask_token import check_mask_token
 from hf_specdiff.training.mask_token import find_mask_token
@@ -50,6 +52,7 @@ from hf_specdiff.training.provenance import check_claim
 from hf_specdiff.training.provenance import claim
 from hf_specdiff.training.provenance import file_digest
 from hf_specdiff.training.provenance import identity_of
+from hf_specdiff.training.provenance import target_digest
 from hf_specdiff.training.regeneration import NAMES
 from hf_specdiff.training.regeneration import regenerate
 from hf_specdiff.training.trainer import EvaluateAtEnd
@@ -98,6 +101,9 @@ class TrainingPlan:
         predicts_from_anchor (`bool`): see `SpecDiffConfig`; DeepSpec's layout has no other drafters.
         trained (`str`): `"all"`, or `"head"`: the weights of the drafter that the run goes on from stay, but for its head's.
         from_target (`bool`): whether the layers begin as the target's last ones, see `first_weights.borrow_layers`.
+        lora_rank (`int`, *optional*): of a diffusion language model: hold its weights and train an adapter of this rank beside
+            them; by default all weights are trained.
+        lora_layers (`list[str]`, *optional*): which linear layers get one; by default all but the head.
     """
 
     target_layer_ids: list[int] | None
@@ -127,6 +133,8 @@ class TrainingPlan:
     predicts_from_anchor: bool = False
     trained: str = "all"
     from_target: bool = False
+    lora_rank: int | None = None
+    lora_layers: list[str] | None = None
 
 
 def train_drafter(
@@ -140,6 +148,7 @@ def train_drafter(
     regenerate_batch_size: int = 32,
     start_from: Path | None = None,
     cache_features: Path | None = None,
+    language_model: Any = None,
 ) -> bool:
     """Regenerate, train, save; an interrupted call with the same arguments goes on where it stopped.
 
@@ -154,6 +163,7 @@ def train_drafter(
         regenerate_batch_size (`int`): prompts that are continued together.
         start_from (`pathlib.Path`, *optional*): see `fit_drafter`.
         cache_features (`pathlib.Path`, *optional*): see `fit_drafter`.
+        language_model (`DiffusionDrafter`, *optional*): see `fit_drafter`.
 
     Returns:
         `bool`: whether the drafter is finished; false after Ctrl-C, with a checkpoint in `work`.
@@ -162,11 +172,15 @@ def train_drafter(
         ValueError: if `output` holds a run with other settings, no prompt is usable, or the loss is no number any more.
         OSError: if the disk is full.
     """
-    _check_trained(plan, start_from)
-    _training_setup(target, output, plan, mask_token_id)  # a mistake in the plan is found before the work
+    _check_trained(plan, start_from, language_model)
+    if language_model is not None:
+        mask_token_id = language_model.config.mask_token_id
+    # A mistake in the plan is found before the work.
+    _training_setup(target, output, plan, mask_token_id, language_model=language_model)
     work = output / "work"
     settings = {**asdict(plan), "mask_token_id": mask_token_id, "corpus": _digest(corpus), **identity_of(target)}
     settings["start_from"] = None if start_from is None else file_digest(start_from / "model.safetensors")
+    settings["language_model"] = None if language_model is None else target_digest(language_model.body)
     check_claim(work / "plan.json", settings, output, NAMES)
     with room_in(output):
         sequences = (
@@ -174,14 +188,15 @@ def train_drafter(
         )
         if mask_token_id is None:
             mask_token_id = find_mask_token(target, tokenizer, sequences)
-        check_mask_token(mask_token_id, target, sequences)
+        if language_model is None:  # to one with words of its own the id may mean something else than to the target
+            check_mask_token(mask_token_id, target, sequences)
         sequences, apart = hold_out(sequences, plan.max_length, plan.num_eval_prompts, plan.seed)
         SequenceDataset(sequences, plan.max_length)  # a folder is not claimed by a run that cannot begin
         with processes().main_process_first():
             claim(work / "plan.json", settings)
         held_out = None if apart is None else HeldOut.of(apart, plan.max_length)
         arguments: dict[str, Any] = {"held_out": held_out, "start_from": start_from, "cache_features": cache_features}
-        arguments |= {"special_ids": tokenizer.all_special_ids}
+        arguments |= {"special_ids": tokenizer.all_special_ids, "language_model": language_model}
         is_finished = fit_drafter(target, sequences, output, plan, mask_token_id=mask_token_id, **arguments)
         if is_finished:
             tokenizer.save_pretrained(output)  # a drafter's repository holds the tokenizer that its ids belong to
@@ -242,6 +257,7 @@ def fit_drafter(
     cache_features: Path | None = None,
     special_ids: Sequence[int] = (),
     callbacks: Sequence[TrainerCallback] = (),
+    language_model: Any = None,
 ) -> bool:
     """Train on given sequences and save; the second half of `train_drafter`.
 
@@ -257,6 +273,7 @@ def fit_drafter(
             runs in every step.
         special_ids (`Sequence[int]`): the tokenizer's special tokens; those in the text are drafted however rare.
         callbacks (`Sequence[TrainerCallback]`): more of the host's trainer.
+        language_model (`DiffusionDrafter`, *optional*): to go on from, in place of a drafter of ours; its body is changed.
 
     Returns:
         `bool`: whether the drafter is finished; false after Ctrl-C, with a checkpoint in `work`.
@@ -264,8 +281,9 @@ def fit_drafter(
     Raises:
         ValueError: if the plan does not fit the target, the drafter to go on from, or the text.
     """
-    _check_trained(plan, start_from)
-    config, arguments = _training_setup(target, output, plan, mask_token_id, evaluates=held_out is not None)
+    _check_trained(plan, start_from, language_model)
+    setup: dict[str, Any] = {"evaluates": held_out is not None, "language_model": language_model}
+    config, arguments = _training_setup(target, output, plan, mask_token_id, **setup)
     interrupt = StopOnInterrupt()
     token_ids = None
     if plan.draft_vocab_size is not None:
@@ -273,7 +291,11 @@ def fit_drafter(
     config.draft_vocab_size = None if token_ids is None else len(token_ids)
     if plan.from_target and start_from is not None:
         raise ValueError("`from_target` must be false where a run goes on from a drafter, got true. Its weights are its own.")
-    if start_from is None:
+    if language_model is not None:
+        drafter = language_model
+        if plan.lora_rank is not None:
+            add_adapter(drafter, plan.lora_rank, plan.lora_layers, plan.seed)
+    elif start_from is None:
         text = sequences.tokens[:NUM_TOKENS].long() if plan.from_target else None
         drafter = new_drafter(config, plan.seed, target, token_ids, text=text)
     else:
@@ -289,7 +311,8 @@ def fit_drafter(
     trainer = SpecDiffTrainer(
         target=target,
         eval_prompts=None if held_out is None else held_out.prompts,
-        model=drafter,
+        language_model=language_model,
+        model=drafter if language_model is None else drafter.body,
         args=arguments,
         train_dataset=dataset,
         eval_dataset=None if held_out is None else SequenceDataset(held_out.sequences, plan.max_length),
@@ -310,7 +333,7 @@ def fit_drafter(
     if interrupt.was_interrupted:
         return False
     if trainer.is_world_process_zero():
-        _save_whole(trainer.accelerator.unwrap_model(trainer.model), output)
+        _save_whole(trainer.drafter_of(trainer.model), output)
         plot_run(trainer.state.log_history, output)
     trainer.accelerator.wait_for_everyone()
     return True
@@ -379,8 +402,17 @@ def drafter_to_go_on_from(folder: Path, config: SpecDiffConfig, token_ids: torch
     return restrict(drafter, token_ids) if own is None and token_ids is not None else drafter
 
 
-def _check_trained(plan: TrainingPlan, start_from: Path | None) -> None:
-    """Refuse a head that cannot be, or one that is to be trained on nothing."""
+def _check_trained(plan: TrainingPlan, start_from: Path | None, language_model: Any = None) -> None:
+    """Refuse a head that cannot be, or one that is to be trained on nothing, and what does not go with a language model."""
+    if language_model is not None:
+        check_plan(plan)
+    elif plan.lora_rank is not None or plan.lora_layers is not None:
+        raise ValueError(
+            "`lora_rank` and `lora_layers` must be left out for drafters of ours, got one of them. They are for diffusion "
+            "language models; ours are small, and all of their weights are trained."
+        )
+    if language_model is not None and start_from is not None:
+        raise ValueError("`start_from` must be left out with `language_model`, got both. A run goes on from one of them.")
     if plan.head is not None and plan.head not in HEADS:
         raise ValueError(f"`head` must be one of {', '.join(HEADS)}, got {plan.head!r}.")
     if plan.head is not None and plan.target_layer_ids is None:
@@ -414,7 +446,13 @@ def _write_down(config: SpecDiffConfig, plan: TrainingPlan, num_sequences: int) 
 
 
 def _training_setup(
-    target: PreTrainedModel, output: Path, plan: TrainingPlan, mask_token_id: int | None, *, evaluates: bool = False
+    target: PreTrainedModel,
+    output: Path,
+    plan: TrainingPlan,
+    mask_token_id: int | None,
+    *,
+    evaluates: bool = False,
+    language_model: Any = None,
 ) -> tuple[SpecDiffConfig, SpecDiffTrainingArguments]:
     """Turn a plan into the drafter's configuration and the trainer's arguments, both checked."""
     most = target.config.get_text_config().vocab_size
@@ -423,7 +461,8 @@ def _training_setup(
             f"`draft_vocab_size` must be from 2 to the target's {most} tokens, got {plan.draft_vocab_size}. Leave it out to "
             "draft every token."
         )
-    config = make_drafter_config(
+    config = None if language_model is None else language_model.config
+    config = config or make_drafter_config(
         target,
         mask_token_id=mask_token_id,
         block_size=plan.block_size,

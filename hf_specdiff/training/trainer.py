@@ -39,6 +39,7 @@ from hf_specdiff.training.feature_cache import features_of
 from hf_specdiff.training.feature_cache import law_of
 from hf_specdiff.training.footprint import Footprint
 from hf_specdiff.training.heads import given_tokens_before
+from hf_specdiff.training.language_models import window_logits
 from hf_specdiff.training.losses import DISTILLATION
 from hf_specdiff.training.losses import IGNORED
 from hf_specdiff.training.losses import LOSSES
@@ -94,11 +95,19 @@ class SpecDiffTrainer(Trainer):
     Args:
         target (`transformers.PreTrainedModel`): frozen; runs once per batch, for the features or the law that are wanted.
         eval_prompts (`list[list[int]]`, *optional*): token ids of held-out prompts; `evaluate` decodes them with the real loop.
+        language_model (`DiffusionDrafter`, *optional*): the drafter, where `model` is its body.
         **kwargs: of `transformers.Trainer`: `model` (the drafter), `args`, `train_dataset`, `eval_dataset`, ...
     """
 
-    def __init__(self, target: PreTrainedModel, eval_prompts: list[list[int]] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        eval_prompts: list[list[int]] | None = None,
+        language_model: Any = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(data_collator=collate, **kwargs)
+        self.language_model = None if language_model is None else language_model.to(self.args.device)
         self.target = target.eval().requires_grad_(False)
         self._head: Any = None  # the target's, as far as it is lent, from the first step on
         self.eval_prompts = eval_prompts or []
@@ -198,7 +207,7 @@ class SpecDiffTrainer(Trainer):
         Returns:
             `dict[str, float]`: `tokens_per_round` and `acceptance_1`, ..., `acceptance_G`, over all processes.
         """
-        drafter = self.accelerator.unwrap_model(self.model)
+        drafter = self.drafter_of(self.model)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         own = decode_held_out(self.target, drafter, self.eval_prompts[rank::world], self.args.eval_tokens)
         streaks = Streaks(gather_object(own.num_drafted), gather_object(own.num_accepted), own.max_gamma)
@@ -209,7 +218,7 @@ class SpecDiffTrainer(Trainer):
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss of a batch; see `transformers.Trainer.compute_loss`."""
-        config: SpecDiffConfig = self.accelerator.unwrap_model(model).config
+        config: SpecDiffConfig = self.drafter_of(model).config
         generator = torch.Generator().manual_seed(self._window_seed(inputs["indices"]))
         assert config.mask_token_id is not None  # a drafter without one cannot be trained
         shape = (self.args.num_anchors, config.block_size, config.mask_token_id)
@@ -219,6 +228,8 @@ class SpecDiffTrainer(Trainer):
             features, target_log_probs = self._run_target(config, inputs, windows)
             if config.is_feature_conditioned:
                 logits, context_loss = self._feature_logits(model, config, features, windows), None
+            elif self.language_model is not None:
+                logits, context_loss = window_logits(self.language_model, model, inputs["input_ids"], windows), None
             else:
                 logits, context_loss = self._token_logits(model, config, inputs, windows)
         log_probs = torch.log_softmax(logits.float(), dim=-1)  # (B * A, G, V or the drafted tokens)
@@ -230,9 +241,13 @@ class SpecDiffTrainer(Trainer):
             loss = loss + self.args.context_weight * context_loss
         return (loss, {"log_probs": log_probs, "labels": labels}) if return_outputs else loss
 
+    def drafter_of(self, model: Any) -> Any:
+        """Return the drafter that a model, wrapped or not, is or is the body of."""
+        return self.accelerator.unwrap_model(model) if self.language_model is None else self.language_model
+
     def _drafted_ids(self, model: Any) -> torch.Tensor | None:
         """Return the tokens that the drafter may write, `(n,)` int64; `None`: all."""
-        ids: torch.Tensor | None = self.accelerator.unwrap_model(model).drafted_ids
+        ids: torch.Tensor | None = self.drafter_of(model).drafted_ids
         return ids
 
     def _window_seed(self, indices: torch.Tensor) -> int:

@@ -51,12 +51,13 @@ def make_sequences(num_sequences: int = 24, seed: int = 0) -> Sequences:
     return Sequences.from_lists(sequences, [3] * num_sequences)
 
 
-def make_trainer(folder: Path, drafter: torch.nn.Module, **arguments: object) -> SpecDiffTrainer:
+def make_trainer(folder: Path, drafter: torch.nn.Module, language_model: object = None, **arguments: object) -> SpecDiffTrainer:
     settings = {"max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 3, "learning_rate": 1e-2, **arguments}
     args = SpecDiffTrainingArguments(
         output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, dataloader_pin_memory=False, **settings
     )
-    return SpecDiffTrainer(make_target(), model=drafter, args=args, train_dataset=SequenceDataset(make_sequences(), 24))
+    dataset = SequenceDataset(make_sequences(), 24)
+    return SpecDiffTrainer(make_target(), language_model=language_model, model=drafter, args=args, train_dataset=dataset)
 
 
 class KillAfter(TrainerCallback):
