@@ -13,6 +13,8 @@ from typing import Any
 import typer
 
 from benchmarks.growth import growth_table
+from benchmarks.papers_tables import papers_tables
+from benchmarks.papers_tables import plot_papers
 from hf_specdiff.benchmarks.journal import write_text
 from hf_specdiff.benchmarks.methods import PLAIN
 from hf_specdiff.benchmarks.plots import plot_accuracy
@@ -144,6 +146,13 @@ def growth_section(record: dict[str, Any] | None) -> str:
         return "Not measured yet; `python -m benchmarks.growth` writes it from the logs of training runs."
     picture = "![Tokens per round over steps and hours](../benchmarks/results/growth.png)"
     return f"{growth_table(record['points'])}\n\n{picture}"
+
+
+def papers_section(record: dict[str, Any] | None) -> str:
+    """Return the papers' experiment in small."""
+    if record is None:
+        return "Not measured yet; `python -m benchmarks.specdiff_papers` does it."
+    return papers_tables(record)
 
 
 def mean_of(rows: list[dict[str, Any]], name: str) -> float:
@@ -284,12 +293,13 @@ PAGES: dict[str, dict[str, tuple[tuple[str, ...], Callable[..., str]]]] = {
         "standard": (("standard",), standard_section),
         "time_budget": (("time_budget",), time_budget_section),
         "smollm2": (("smollm2",), smollm2_section),
+        "specdiff_papers": (("specdiff_papers",), papers_section),
     },
     "docs/training.md": {"alignment": (("alignment",), alignment_section)},
     "docs/your-model.md": {"growth": (("growth",), growth_section)},
 }
 # What a machine may not have measured yet.
-OPTIONAL = ("smollm2", "growth")
+OPTIONAL = ("smollm2", "growth", "specdiff_papers")
 
 
 def read_record(root: Path, name: str) -> dict[str, Any]:
@@ -319,6 +329,8 @@ def main(root: Annotated[Path, typer.Argument(help="the repository")] = Path()) 
         save(plot_tasks(rows), root / RESULTS / "smollm2.png")
     if (root / RESULTS / "growth.json").is_file():
         save(plot_growth(read_record(root, "growth")["points"]), root / RESULTS / "growth.png")
+    if (root / RESULTS / "specdiff_papers.json").is_file():
+        save(plot_papers(read_record(root, "specdiff_papers")), root / RESULTS / "specdiff_papers.png")
     typer.echo(f"Tables written to {', '.join(PAGES)}.")
 
 

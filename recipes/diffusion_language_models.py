@@ -21,6 +21,7 @@ from hf_specdiff.training.data import collate
 from hf_specdiff.training.losses import IGNORED
 from hf_specdiff.training.losses import weighted_ce
 from hf_specdiff.training.pipeline import last_whole_checkpoint
+from hf_specdiff.training.trainer import StopOnInterrupt
 from recipes.language_models import VOCAB_SIZE
 
 # As of models that were made from a causal one: the row before a token speaks of it.
@@ -139,7 +140,7 @@ def train_diffusion_language_model(
         callbacks (`list[TrainerCallback]`, *optional*): of the host's trainer.
 
     Returns:
-        `bool`: whether it is finished, and not stopped by a callback.
+        `bool`: whether it is finished; false after Ctrl-C, with a checkpoint in `work`.
     """
     torch.manual_seed(seed)
     arguments = TrainingArguments(
@@ -169,8 +170,10 @@ def train_diffusion_language_model(
         train_dataset=SequenceDataset(sequences, max_length),
         callbacks=callbacks,
     )
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
-    if trainer.state.global_step < max_steps:
+    with StopOnInterrupt() as interrupt:
+        trainer.add_callback(interrupt)
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
+    if interrupt.was_interrupted:
         return False
     body = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     drafter = DiffusionDrafter(body, mask_token_id=mask_token_id, logit_offset=LOGIT_OFFSET)

@@ -37,9 +37,10 @@ def save_drafter(drafter: Any, folder: str | os.PathLike) -> None:
             "`drafter` must have a body that was loaded from a folder or a repository for its adapter to be saved alone, got "
             "one that was not. Merge it: drafter.body = drafter.body.merge_and_unload()."
         )
-    own_defaults = native.generation_config
+    own_defaults = getattr(native, "generation_config", None)  # of what does not generate there are none
     setattr(native.config, SECTION, _section(drafter))
-    native.generation_config = drafter.generation_config
+    if own_defaults is not None:
+        native.generation_config = drafter.generation_config
     try:
         if is_adapted(body):
             body.save_pretrained(folder, save_embedding_layers=False)
@@ -49,7 +50,8 @@ def save_drafter(drafter: Any, folder: str | os.PathLike) -> None:
             body.save_pretrained(folder)
     finally:
         delattr(native.config, SECTION)
-        native.generation_config = own_defaults
+        if own_defaults is not None:
+            native.generation_config = own_defaults
     drafter.generation_config.save_pretrained(folder)
 
 

@@ -162,8 +162,10 @@ def family_of(config: dict[str, Any], read_shapes: Callable[[], Shapes]) -> Any:
 
 def _own(config: dict[str, Any], shapes: Shapes, ignored: Iterable[str]) -> LanguageModel:
     """What `DiffusionDrafter.save_pretrained` wrote."""
-    section, kind = dict(config[SECTION]), config.get("model_type")
-    notes = {name: section.pop(name, None) for name in NOTES}
+    section, kind = config[SECTION], config.get("model_type")
+    if not isinstance(section, dict):
+        raise ValueError(f"`{SECTION}` in config.json must name all of a drafter's settings, got {section!r}. Save it anew.")
+    notes = {name: section.get(name) for name in NOTES}
     if kind == MDLMConfig.model_type:
         body, config_class = MDLMForMaskedLM, MDLMConfig
     elif kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -169,6 +169,8 @@ def _load_body(source: Source, model: LanguageModel, arguments: dict[str, Any]) 
             "transformers would fill with random numbers."
         )
     check_finite(body, source.name)
+    # The host would save it, checkpoints too, under the names that it was loaded from, and resume from those that it has here.
+    body._weight_conversions = None
     return body
 
 

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult
 from huggingface_hub import ModelCard
 from huggingface_hub import ModelCardData
 
+from hf_specdiff.core.checks import is_language_model
 from hf_specdiff.core.repository import is_repository
 
 NOT_STATED = "not stated"
@@ -30,7 +31,7 @@ TEMPLATE = """---
 
 A discrete-diffusion **drafter** for {{ target }}: it makes the target's `generate` several times faster and leaves what it
 generates as it is, the same tokens when greedy (in float32) and the same distribution when sampling. It proposes
-{{ gamma }} tokens in one parallel pass; the target checks them in one pass. Alone it is no language model.
+{{ gamma }} tokens in one parallel pass; the target checks them in one pass. {{ alone }}
 
 | | |
 |---|---|
@@ -45,6 +46,24 @@ generates as it is, the same tokens when greedy (in float32) and the same distri
 
 ## How to use it
 
+{% if is_language_model -%}
+With the package `hf_specdiff` installed; no remote code is run:
+
+```python
+import hf_specdiff
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{{ target_id }}")
+target = AutoModelForCausalLM.from_pretrained("{{ target_id }}", device_map="auto")
+drafter = hf_specdiff.load_drafter("{{ repo_id }}", target=target).to(target.device)
+inputs = tokenizer("Once upon a time", return_tensors="pt").to(target.device)
+hf_specdiff.generate(target, **inputs, assistant_model=drafter)
+```
+
+`hf_specdiff.attach(target)` lets everything that calls the target's own `generate` do the same, pipelines among them. `gamma`,
+`draft_shape`, `acceptance` and the other arguments of speculation are keyword arguments of `generate`; this repository's
+`generation_config.json` holds the drafter's own defaults{{ defaults }}.
+{%- else -%}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -82,6 +101,7 @@ inputs = tokenizer("Once upon a time", return_tensors="pt").to(target.device)
 
 `gamma`, `draft_shape`, `tree_budget`, `acceptance` and the other arguments of speculation are keyword arguments of ways 2 to 4;
 this repository's `generation_config.json` holds the drafter's own defaults{{ defaults }}.
+{%- endif %}
 
 ## Measured
 
@@ -133,6 +153,8 @@ WAY_1 = """**In transformers' own loop**:
    target.generate(**inputs, assistant_model=drafter)
    ```
 """
+ALONE = "Alone it is no language model."
+LANGUAGE_MODEL = "It is a masked diffusion language model, aligned with that target."
 NO_WAY_1 = (
     "**In transformers' own loop**: not this drafter, which reads the target's hidden states; that loop never shows them."
 )
@@ -170,18 +192,22 @@ def drafter_card(
     target_id = config.target_model if is_repository(config.target_model) else None
     repo_id = repo_id or "your-name/your-drafter"
     training = config.training or {}
+    is_own_kind = not is_language_model(config)
+    own_tags = [tag for tag in TAGS if is_own_kind or tag != "custom_generate"]
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         license=license_name,
         base_model=target_id,
-        tags=[*TAGS, *(tag for tag in tags or [] if tag not in TAGS)],
+        tags=[*own_tags, *(tag for tag in tags or [] if tag not in TAGS)],
         model_name=repo_id.split("/")[-1],
         eval_results=[result for row in rows for result in _eval_results(row)] or None,
     )
     conditions = {} if results is None else results["conditions"]
     template_values = {
         "mark": MARK,
+        "is_language_model": not is_own_kind,
+        "alone": ALONE if is_own_kind else LANGUAGE_MODEL,
         "name": repo_id.split("/")[-1],
         "repo_id": repo_id,
         "target": f"[{target_id}](https://huggingface.co/{target_id})"

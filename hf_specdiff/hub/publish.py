@@ -28,11 +28,14 @@ from transformers import AutoTokenizer
 from transformers import GenerationConfig
 
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
+from hf_specdiff.core.generate import generate
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.core.repository import CARD
 from hf_specdiff.core.repository import cached_revision
 from hf_specdiff.core.repository import is_on_hub
 from hf_specdiff.core.speculation import SPECULATION_ARGUMENTS
+from hf_specdiff.formats.loading import SECTION
+from hf_specdiff.formats.loading import load_drafter
 from hf_specdiff.hub.card import check_results
 from hf_specdiff.hub.repository import explain_hub_error
 from hf_specdiff.hub.repository import own_defaults
@@ -92,7 +95,8 @@ def staged(
     """Write a drafter's whole repository into a temporary folder and check it; for `with`.
 
     Args:
-        path (`pathlib.Path`): a folder with a trained drafter, as `save_pretrained` writes it.
+        path (`pathlib.Path`): a folder with a trained drafter, as `save_pretrained` writes it, or with a diffusion language
+            model that was aligned here.
         repo_id (`str`): where it will be found; the card names it.
         target (`str`, *optional*): the target's folder or Hub repository; by default the one that the drafter's configuration
             names. A Hub repository that is given here becomes the card's base model.
@@ -157,11 +161,14 @@ def self_check(folder: Path, target: Any, tokenizer: Any, prompt: str) -> float:
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(target.device)
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": CHECK_TOKENS, "return_dict_in_generate": True}
     try:
-        drafter = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).to(target.device)
         plain = target.generate(**inputs, **settings)
-        ours = target.generate(
-            **inputs, assistant_model=drafter.eval(), custom_generate=str(folder), trust_remote_code=True, **settings
-        )
+        if _kind_of(folder) == SpecDiffConfig.model_type:
+            network = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+            settings |= {"assistant_model": network.to(target.device).eval(), "custom_generate": str(folder)}
+            ours = target.generate(**inputs, trust_remote_code=True, **settings)
+        else:  # a language model has no code of its own
+            drafter = load_drafter(folder, target=target, dtype=torch.float32).to(target.device)
+            ours = generate(target, **inputs, assistant_model=drafter, **settings)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise ValueError(f"`path` must hold a drafter that works with its target, got one that does not: {error}") from error
     if not torch.equal(plain.sequences, ours.sequences):
@@ -274,7 +281,7 @@ def _own_file(path: Path, name: str) -> Path | None:
     return file
 
 
-def _keep_known_fields(drafter: SpecDiffDrafter) -> None:
+def _keep_known_fields(drafter: Any) -> None:
     """Take out of both configurations what is no field of theirs: notes of the owner's, which nobody asked to be published."""
     config, defaults = drafter.config, drafter.generation_config
     for holder, known in (
@@ -287,17 +294,26 @@ def _keep_known_fields(drafter: SpecDiffDrafter) -> None:
         config.training = {name: config.training[name] for name in TRAINING_FIELDS if name in config.training} or None
 
 
-def _load_drafter(path: Path) -> SpecDiffDrafter:
+def _load_drafter(path: Path) -> Any:
+    """Return the drafter to publish; an adapter becomes a part of the weights, which then need nothing beside them."""
+    kind = _kind_of(path)
+    if kind == SECTION:
+        return load_drafter(path, dtype="auto")
+    if kind != SpecDiffConfig.model_type:
+        raise ValueError(f"`path` must hold a drafter, got {str(path)!r} with a model of type {kind!r}.")
+    return SpecDiffDrafter.from_pretrained(path, dtype="auto")
+
+
+def _kind_of(path: Path) -> str | None:
+    """Return what kind of model a folder holds: `SECTION` for a diffusion language model that we saved, else its type."""
     config_file = path / "config.json"
     if not config_file.is_file():
         raise ValueError(f"`path` must be a folder with a trained drafter, got {str(path)!r} without a config.json.")
     try:
-        kind = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"`path` must hold a drafter's config.json, got a broken one in {str(path)!r}: {error}.") from error
-    if kind != SpecDiffConfig.model_type:
-        raise ValueError(f"`path` must hold a drafter, got {str(path)!r} with a model of type {kind!r}.")
-    return SpecDiffDrafter.from_pretrained(path, dtype="auto")
+    return SECTION if SECTION in config else config.get("model_type")
 
 
 def _load_target(name: str, revision: str | None) -> tuple[Any, Any]:

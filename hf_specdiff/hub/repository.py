@@ -22,6 +22,7 @@ from hf_specdiff.core.repository import PLACE
 from hf_specdiff.core.repository import ROLES
 from hf_specdiff.core.repository import is_on_hub
 from hf_specdiff.core.speculation import SPECULATION_ARGUMENTS
+from hf_specdiff.formats.loading import SECTION
 from hf_specdiff.hub.card import MARK
 from hf_specdiff.hub.card import drafter_card
 
@@ -165,7 +166,7 @@ def check_is_drafters(api: HfApi, repo_id: str, files: list[str], revision: str 
         config = json.loads(_read(api, repo_id, "config.json", revision)) if "config.json" in files else {}
     except json.JSONDecodeError:
         config = {}
-    if not isinstance(config, dict) or config.get("model_type") != "specdiff":
+    if not isinstance(config, dict) or (config.get("model_type") != "specdiff" and SECTION not in config):
         raise ValueError(
             f"`repo_id` must be a new name or a drafter's repository, got {repo_id!r}, which holds something else "
             f"({', '.join(files[:3])}, ...). Choose another name."

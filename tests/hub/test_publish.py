@@ -8,15 +8,21 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import HfApi
 from huggingface_hub import ModelCard
 
+from hf_specdiff import DiffusionDrafter
 from hf_specdiff import SpecDiffDrafter
+from hf_specdiff import load_demo
+from hf_specdiff import load_drafter
 from hf_specdiff.commands import main as cli
 from hf_specdiff.core.speculation import SPECULATION_ARGUMENTS
 from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.hub import publish as hub
+from hf_specdiff.training.language_models import add_adapter
 from tests.conftest import make_drafter
+from tests.diffusion.test_trials import make_body
 
 from .hub_server import Hub
 
@@ -317,3 +323,42 @@ def test_what_the_hub_says_is_explained(hub_here: Hub, status: str, kind: type[E
     hub_here.fail("whoami", status, times=9)
     with pytest.raises(kind, match=words):
         hub.check_token("hf_writer", "org/x")
+
+
+@pytest.mark.parametrize("rank", [None, 2], ids=["all weights", "adapter"])
+def test_an_aligned_language_model_is_published_whole_and_upload_is_for_drafters(
+    rank: int | None, hub_here: Hub, tmp_path: Path
+) -> None:
+    target, _, tokenizer = load_demo()
+    mask = tokenizer.mask_token_id
+    body = make_body(vocab_size=len(tokenizer))
+    DiffusionDrafter(body, mask_token_id=mask, logit_offset=-1).save_pretrained(tmp_path / "base")
+    drafter = load_drafter(tmp_path / "base", target=target, block_size=5)
+    drafter.config.training = {"data": "12 sequences", "objective": "streak"}
+    if rank is not None:
+        add_adapter(drafter, rank, None, 0)
+        for name, weight in drafter.body.named_parameters():
+            if "lora_B" in name:
+                weight.data.normal_()
+    drafter.save_pretrained(tmp_path / "mine")
+    with hub.staged(tmp_path / "mine", "org/aligned", target=str(PAIR / "target")) as ready:
+        names = {name for name, _ in ready.files}
+        assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= names
+        assert not {name for name in names if "adapter" in name or name.endswith(".py")}
+        assert str(tmp_path) not in (ready.folder / "config.json").read_text()
+        card = (ready.folder / "README.md").read_text()
+        assert 'hf_specdiff.load_drafter("org/aligned", target=target)' in card
+        assert "| objective | streak |" in card
+        assert "trust_remote_code" not in card
+        assert "custom_generate" not in card
+        published, ids = load_drafter(ready.folder, target=target), torch.arange(20, 29)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(published(ids).logits, drafter.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+        first = publish(ready, "org/aligned")
+        assert publish(ready, "org/aligned") == first
+
+
+def test_a_language_model_that_is_no_drafter_of_ours_is_not_published(tmp_path: Path) -> None:
+    make_body().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="of type 'qwen2'"), hub.staged(tmp_path, "org/x"):
+        pytest.fail("it was staged")

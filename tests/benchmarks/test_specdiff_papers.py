@@ -1,0 +1,94 @@
+"""The papers' experiment at its smallest: finished phases are skipped, a run out of time goes on, tables show what there is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import context_cache
+from benchmarks import specdiff_papers
+from benchmarks.papers_tables import papers_tables
+from benchmarks.papers_tables import plot_papers
+from benchmarks.specdiff_papers import Setting
+from hf_specdiff.training.losses import IGNORED
+from recipes.diffusion_language_models import mask_texts
+
+SIZES = "--num-layers 1 --language-model-steps 2 --alignment-steps 1 --num-texts 16 --max-length 64 --batch-size 2 "
+SIZES += "--num-anchors 1 --num-seeds 1 --num-prompts 2 --num-tokens 8 --prompts-together 2"
+
+
+def run(module: Any, *words: str) -> Any:
+    app = typer.Typer()
+    app.command()(module.main)
+    return CliRunner().invoke(app, list(words))
+
+
+def test_a_broken_run_goes_on_and_finished_phases_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(specdiff_papers, "settings_of", lambda heat: [Setting(heat, gamma=4), Setting(heat, 4, 1, 2, 1.0)])
+    output, work = tmp_path / "papers.json", tmp_path / "work"
+    command = [str(output), "--work", str(work), *SIZES.split()]
+    done: list[str] = []
+
+    def over(self: Any) -> None:
+        done.append("check")
+        if len(done) == 8:
+            raise specdiff_papers.OutOfTime
+
+    monkeypatch.setattr(specdiff_papers.Deadline, "check", over)
+    first = run(specdiff_papers, *command)
+    assert first.exit_code == 0, first.output
+    assert "The minutes are over" in first.output
+    record = json.loads(output.read_text())
+    assert 0 < len(record["rows"]) < 16
+    for name in ("train_diffusion_language_model", "fit_drafter"):
+        monkeypatch.setattr(specdiff_papers, name, lambda *words, **settings: pytest.fail("trained again"))
+    second = run(specdiff_papers, *command)
+    assert second.exit_code == 0, second.output
+    record = json.loads(output.read_text())
+    assert len(record["rows"]) == 16  # 2 settings, 2 temperatures, 4 drafters
+    assert all(row["num_identical"] == row["num_prompts"] for row in record["rows"] if row["temperature"] == 0)
+    assert all(1 <= row["low"] <= row["tokens_per_round"] <= row["high"] for row in record["rows"])
+    assert "| + CE + streak |" in papers_tables(record)
+    assert plot_papers(record).axes[0].get_ylabel() == "tokens per round, best K"
+    other = run(specdiff_papers, *command, "--num-seeds", "2")
+    assert isinstance(other.exception, ValueError)
+
+
+def test_time_that_is_up_ends_training_as_ctrl_c_does(tmp_path: Path) -> None:
+    result = run(specdiff_papers, str(tmp_path / "x.json"), "--work", str(tmp_path / "w"), "--minutes", "1e-9", *SIZES.split())
+    assert result.exit_code == 1
+    assert "Nothing is decoded yet" in result.output
+    assert list((tmp_path / "w" / "language-model-checkpoints").glob("checkpoint-*"))
+
+
+def test_each_setting_varies_one_thing() -> None:
+    centre = Setting(1.0)
+    settings = specdiff_papers.settings_of(1.0)
+    assert settings[0] == centre
+    assert len(set(settings)) == len(settings) == 5 + 12 + 2
+    assert {setting.num_denoising_steps for setting in settings} == {1, 2, 4}
+    assert {setting.gamma for setting in settings} == {8, 16, 32}
+
+
+def test_hidden_tokens_are_those_that_are_asked_for() -> None:
+    batch = {"input_ids": torch.randint(4, 30, (6, 40)), "lengths": torch.tensor([40, 30, 20, 10, 5, 2])}
+    ids, labels, shares = mask_texts(batch, 3, torch.Generator().manual_seed(0))
+    is_hidden = labels != IGNORED
+    assert torch.equal(ids == 3, is_hidden)
+    assert torch.equal(torch.where(is_hidden, labels, ids), batch["input_ids"])
+    assert not is_hidden[:, 0].any()
+    assert not (is_hidden & (torch.arange(40) >= batch["lengths"][:, None])).any()
+    assert sorted(int(share * 6) for share in (shares - 0.05) / 0.95) == list(range(6))
+
+
+def test_both_contexts_are_timed(tmp_path: Path) -> None:
+    options = "--length 24 --num-tokens 3 --num-calls 1 --num-layers 1"
+    result = run(context_cache, str(tmp_path / "x.json"), *options.split())
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert [row["context_cache"] for row in record["rows"]] == ["exact", "prefix"]
+    assert f"{record['ratio']:.2f} times as fast" in result.output
