@@ -150,5 +150,6 @@ def plot_papers(record: dict[str, Any]) -> Figure:
     right.set(xlabel=f"K, drafter {drafters[-1]}", ylabel="tokens per round")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
     return figure

@@ -325,21 +325,17 @@ def test_what_the_hub_says_is_explained(hub_here: Hub, status: str, kind: type[E
         hub.check_token("hf_writer", "org/x")
 
 
-@pytest.mark.parametrize("rank", [None, 2], ids=["all weights", "adapter"])
-def test_an_aligned_language_model_is_published_whole_and_upload_is_for_drafters(
-    rank: int | None, hub_here: Hub, tmp_path: Path
-) -> None:
+def test_an_adapter_is_published_with_the_model_that_it_belongs_to(hub_here: Hub, tmp_path: Path) -> None:
     target, _, tokenizer = load_demo()
     mask = tokenizer.mask_token_id
     body = make_body(vocab_size=len(tokenizer))
     DiffusionDrafter(body, mask_token_id=mask, logit_offset=-1).save_pretrained(tmp_path / "base")
     drafter = load_drafter(tmp_path / "base", target=target, block_size=5)
     drafter.config.training = {"data": "12 sequences", "objective": "streak"}
-    if rank is not None:
-        add_adapter(drafter, rank, None, 0)
-        for name, weight in drafter.body.named_parameters():
-            if "lora_B" in name:
-                weight.data.normal_()
+    add_adapter(drafter, 2, None, 0)
+    for name, weight in drafter.body.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_()
     drafter.save_pretrained(tmp_path / "mine")
     with hub.staged(tmp_path / "mine", "org/aligned", target=str(PAIR / "target")) as ready:
         names = {name for name, _ in ready.files}
