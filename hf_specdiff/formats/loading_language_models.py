@@ -6,6 +6,7 @@ Knows files and the readings that a family leaves open.
 import json
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -102,13 +103,7 @@ def load_adapter(source: Source, load: Callable[..., Any], target: Any, argument
     Raises:
         ValueError: if peft is not installed, or the adapter is not one for that model.
     """
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ValueError(
-            f"peft must be installed to load {source.name!r}, which is an adapter, got none. Run pip install "
-            "'hf_specdiff[train]'."
-        ) from error
+    peft = import_peft(f"load the adapter {source.name!r}")
     section, path = source.config[SECTION], source.file(ADAPTER_CONFIG)
     base = None if path is None else json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base or source.file(ADAPTER_WEIGHTS) is None:
@@ -123,7 +118,7 @@ def load_adapter(source: Source, load: Callable[..., Any], target: Any, argument
         warnings.filterwarnings("error", message="Found missing adapter keys")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft's business with transformers
         try:
-            adapted = PeftModel.from_pretrained(drafter.body, source.name, **hub)
+            adapted = peft.PeftModel.from_pretrained(drafter.body, source.name, **hub)
         except (ValueError, RuntimeError, UserWarning, SafetensorError) as error:
             raise ValueError(
                 f"{source.name!r} must be an adapter for {base!r}, got one that does not fit: "
@@ -134,6 +129,26 @@ def load_adapter(source: Source, load: Callable[..., Any], target: Any, argument
     drafter.is_foreign[section["foreign_ids"]] = True
     _take_over(drafter, source, section)
     return drafter
+
+
+def import_peft(purpose: str) -> Any:
+    """Return the package peft, which adapters alone need; it takes a second to import.
+
+    Args:
+        purpose (`str`): for the message.
+
+    Returns:
+        module: peft.
+
+    Raises:
+        ValueError: if it is not installed.
+    """
+    try:
+        return import_module("peft")
+    except ImportError as error:
+        raise ValueError(
+            f"peft must be installed to {purpose}, got none. Run pip install 'hf_specdiff[train]', or do without an adapter."
+        ) from error
 
 
 def _take_over(drafter: DiffusionDrafter, source: Source, notes: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_specdiff.formats.loading_language_models import import_peft
 from hf_specdiff.training.data import Windows
 
 DROPOUT = 0.05
@@ -65,14 +66,7 @@ def add_adapter(drafter: Any, rank: int, layers: Sequence[str] | None, seed: int
 
     Source: LoRA, arXiv:2106.09685; for drafters of this kind arXiv:2511.00606.
     """
-    try:
-        from peft import LoraConfig
-        from peft import get_peft_model
-    except ImportError as error:
-        raise ValueError(
-            f"peft must be installed to train an adapter of rank {rank}, got none. Run pip install 'hf_specdiff[train]', or "
-            "train all weights."
-        ) from error
+    peft = import_peft(f"train an adapter of rank {rank}")
     named = linear_layers(drafter.body)
     missing = [name for name in layers or [] if not any(_ends_with(full, name) for full in named)]
     if missing:
@@ -82,12 +76,12 @@ def add_adapter(drafter: Any, rank: int, layers: Sequence[str] | None, seed: int
             "it out to take all of them."
         )
     chosen = [full for full in named if layers is None or any(_ends_with(full, name) for name in layers)]
-    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=DROPOUT, target_modules=chosen)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=DROPOUT, target_modules=chosen)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # what it is set to for GPT-2's layers
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft's business with transformers
-        drafter.body = get_peft_model(drafter.body, config)
+        drafter.body = peft.get_peft_model(drafter.body, config)
 
 
 def linear_layers(body: Any) -> list[str]:

@@ -162,7 +162,7 @@ def test_without_peft_an_adapter_is_refused(base: Path, tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"peft must be installed to train an adapter of rank 2, .*hf_specdiff\[train\]"):
         fit(tmp_path / "other", replace(PLAN, lora_rank=2), load(base))
-    with pytest.raises(ValueError, match=r"peft must be installed to load .*hf_specdiff\[train\]"):
+    with pytest.raises(ValueError, match=r"peft must be installed to load the adapter .*hf_specdiff\[train\]"):
         load(tmp_path / "out")
 
 
