@@ -105,14 +105,17 @@ def load_adapter(source: Source, load: Callable[..., Any], target: Any, argument
     """
     peft = import_peft(f"load the adapter {source.name!r}")
     section, path = source.config[SECTION], source.file(ADAPTER_CONFIG)
-    base = None if path is None else json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    adapter = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    base = adapter.get("base_model_name_or_path")
     if not base or source.file(ADAPTER_WEIGHTS) is None:
         raise ValueError(
             f"{source.name!r} must hold an adapter in {ADAPTER_WEIGHTS}, and {ADAPTER_CONFIG} name the model that it was "
             f"trained on, got {base!r}. Is the folder whole?"
         )
     named = {name: section[name] for name in SETTINGS if name in section}
-    drafter = load(base, target=target, **{**named, **{name: arguments[name] for name in arguments if name != "revision"}})
+    of_base = {name: value for name, value in arguments.items() if name != "revision"}
+    of_base |= {"revision": adapter["revision"]} if adapter.get("revision") else {}
+    drafter = load(base, target=target, **{**named, **of_base})
     hub = {name: value for name, value in arguments.items() if name in (*SHARED_ARGUMENTS, "revision")}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")

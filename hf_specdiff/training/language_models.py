@@ -5,6 +5,7 @@ Letters: B batch, S sequence length, A windows per sequence, W block size, G = W
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,12 +77,15 @@ def add_adapter(drafter: Any, rank: int, layers: Sequence[str] | None, seed: int
             "it out to take all of them."
         )
     chosen = [full for full in named if layers is None or any(_ends_with(full, name) for name in layers)]
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=DROPOUT, target_modules=chosen)
+    name, revision = drafter.body.name_or_path, getattr(drafter.body.config, "_commit_hash", None)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=DROPOUT, target_modules=chosen, revision=revision)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # what it is set to for GPT-2's layers
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft's business with transformers
         drafter.body = peft.get_peft_model(drafter.body, config)
+    # What the adapter will be loaded on: a folder is the same one from wherever it is looked for.
+    config.base_model_name_or_path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def linear_layers(body: Any) -> list[str]:

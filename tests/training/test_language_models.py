@@ -201,13 +201,14 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
         tokenizer.save_pretrained(place)
         if model is not None:
             model.save_pretrained(place)
+    monkeypatch.chdir(tmp_path)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"text": f"def f_{i}(x):\n    return x + {i}"}) + "\n" for i in range(12)))
     settings = "--block-size 5 --max-length 40 --batch-size 4 --num-anchors 2 --num-epochs 1 --save-steps 2 --eval-tokens 4"
 
     def run(*options: str) -> int:
         words = ["train", str(tmp_path / "target"), "--prompts", str(prompts), "--output", str(tmp_path / "drafter")]
-        monkeypatch.setattr(sys, "argv", ["hf-specdiff", *words, "--init", str(folder), *settings.split(), *options])
+        monkeypatch.setattr(sys, "argv", ["hf-specdiff", *words, "--init", "base", *settings.split(), *options])
         verbosity = logging.get_verbosity()
         try:
             main()
@@ -220,7 +221,9 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
     return run
 
 
-def test_the_command_aligns_a_language_model(train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_aligns_a_language_model(
+    train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for options, name in (
         (["--num-layers", "2"], "--num-layers"),
         (["--conditioning", "features"], "--conditioning features"),
@@ -231,9 +234,11 @@ def test_the_command_aligns_a_language_model(train: Callable[..., int], tmp_path
     assert train("--lora", "2", "--lora-layers", "k_proj", "--loss", "ce", "--loss", "streak") == 0
     folder = tmp_path / "drafter"
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
+    monkeypatch.chdir(tmp_path.parent)  # the model that it was trained on is found from anywhere
     target = hf_specdiff.load_drafter(folder).config.target_model
     assert target == str(tmp_path / "target")
     assert (folder / "tokenizer.json").is_file()
+    monkeypatch.chdir(tmp_path)
     assert train("--lora", "4") == 2
     assert "'lora_rank': (2, 4)" in capsys.readouterr().err
 
