@@ -17,6 +17,7 @@ from transformers import Cache
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .text import Text
 from .text import to_device
 
 # Under what names models take their cache; the second one is that of models which are all state.
@@ -211,11 +212,23 @@ class RaggedCache:
         """Slots of the longest row."""
         return max(self.ends)
 
-    def is_owned(self, device: torch.device) -> torch.Tensor | None:
-        """Return which of the first `length` slots belong to each row, `(B, length)` bool; `None`: all."""
+    def seen(self, text: Text, start: int) -> torch.Tensor:
+        """Return which of the first `length` slots each row sees: its own, but for padding.
+
+        Args:
+            text (`Text`): committed.
+            start (`int`): which token of the text lies in slot 0; negative where a filled cache was gone on from.
+
+        Returns:
+            `torch.Tensor` of shape `(B, length)`, bool.
+        """
+        device = text.tokens.device
         if min(self.ends) == self.length:
-            return None
-        return torch.arange(self.length, device=device) < to_device(self.ends, device)[:, None]
+            own = torch.ones(len(self.ends), self.length, dtype=torch.bool, device=device)
+        else:
+            own = torch.arange(self.length, device=device) < to_device(self.ends, device)[:, None]
+        is_text = text.is_text(start, self.length)
+        return own if is_text is None else own & is_text.to(device)
 
     def keep(self, kept: list[list[int]]) -> None:
         """Keep some slots of the last pass, in the given order, and forget the rest of it.

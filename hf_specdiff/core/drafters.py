@@ -431,19 +431,14 @@ class DenoisingDrafter:
         added = to_device(counts, device)[:, None]
         slots = torch.arange(num_new, device=device)
         positions = torch.cat([anchors - added + slots, anchors + torch.arange(window_size, device=device)], dim=1)
-        is_context = self.rows.is_owned(device)
-        if is_context is None:
-            is_context = torch.ones(text.num_rows, self.rows.length, dtype=torch.bool, device=device)
-        is_new = slots < added
         # Slot j of the context is token `start + j` of the text, in every row.
         start = text.lengths[0] - 1 - counts[0] - self.rows.ends[0]
-        is_text = text.is_text(start, self.rows.length + num_new)
+        is_new, is_text = slots < added, text.is_text(start, self.rows.length + num_new)
         if is_text is not None:
-            ends = to_device(self.rows.ends, device)[:, None]
-            is_context = is_context & is_text[:, : self.rows.length]
-            is_new = is_new & is_text.gather(1, ends + slots)
+            is_new = is_new & is_text.gather(1, to_device(self.rows.ends, device)[:, None] + slots)
         window = torch.ones(text.num_rows, window_size, dtype=torch.bool, device=device)
-        return (positions - text.num_padding()).clamp(min=0), torch.cat([is_context, is_new, window], dim=1)
+        key_mask = torch.cat([self.rows.seen(text, start), is_new, window], dim=1)
+        return (positions - text.num_padding()).clamp(min=0), key_mask
 
     def cached_positions(self, text: Text, counts: list[int]) -> torch.Tensor | None:
         """Return the positions of the cached context, `(B, cached)` int64; `None`: those right before the new ones."""

@@ -157,7 +157,7 @@ class StaticTarget(MaskedTarget):
         mask.fill_(torch.finfo(self.dtype).min)
         # Everybody sees itself, filler too: nothing at all to look at would be a softmax over nothing.
         mask[:, 0].diagonal(offset=start, dim1=1, dim2=2).fill_(0.0)
-        mask[rows, 0, :size, :end] = additive(self._visible(draft, device), self.dtype)[:, 0]
+        mask[rows, 0, :size, :end] = additive(self._visible(text, draft), self.dtype)[:, 0]
         kept = {name: value for name, value in self.model_kwargs.items() if name not in (*buffers, "logits_to_keep")}
         return kept | buffers | {"past_key_values": self.cache}
 
