@@ -85,7 +85,7 @@ def generate_command(
         )
     prompts: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts_file or Path())
     model = load_model("target", target, dtype=dtype, device_map=device_map)
-    assistant = load_drafter(drafter, model, dtype=dtype, device_map=device_map)
+    network = load_drafter(drafter, model, dtype=dtype, device_map=device_map)
     tokenizer = load_tokenizer("target", target)
     torch.manual_seed(seed)
     sampling = {} if temperature is None else {"temperature": temperature}
@@ -96,7 +96,7 @@ def generate_command(
         result = generate(
             model,
             **inputs,
-            assistant_model=assistant,
+            assistant_model=network,
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
             gamma=number_or_word(gamma),
@@ -156,15 +156,15 @@ def doctor_command(
     """Check that a drafter is loaded right and fits its target, and measure what it brings here."""
     prompts = prompt_sets(prompts_file, num_prompts)
     model = load_model("target", target, dtype=dtype, device_map=device_map)
-    assistant = load_drafter(drafter, model, dtype=dtype, device_map=device_map)
+    network = load_drafter(drafter, model, dtype=dtype, device_map=device_map)
     tokenizer = load_tokenizer("target", target)
     prompts = {task: as_turns(texts, tokenizer, raw=raw) for task, texts in prompts.items()}
     console = Console()
-    findings = doctor.compare(model, assistant, tokenizer)
+    findings = doctor.compare(model, network, tokenizer)
     console.print(terminal_table(["", "target", "drafter", ""], [[f.name, f.target, f.drafter, f.warning] for f in findings]))
-    profile = doctor.costs(model, assistant)
-    console.print("\n".join(doctor.cost_lines(profile, assistant.config.max_gamma)), highlight=False)
-    models = Models(model, tokenizer, {"drafter": assistant})
+    profile = doctor.costs(model, network)
+    console.print("\n".join(doctor.cost_lines(profile, network.config.max_gamma)), highlight=False)
+    models = Models(model, tokenizer, {"drafter": network})
     rows = doctor.try_prompts(models, prompts, max_new_tokens)
     misread = readings_that_fit_better(models, prompts)
     cells = [
