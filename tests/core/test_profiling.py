@@ -1,6 +1,7 @@
 """Profiles of pairs: measured once, kept, shared where they may be and doubted where rounds do not agree with them."""
 
 import json
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -45,6 +46,19 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Profile]:
 
 
 @pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.nn.Module, torch.nn.Module], None]:
+    """Let the passes of a pair take what a profile says, 10 ms and next to nothing, whatever the machine does besides."""
+    now = [0.0]
+
+    def passes_of(target: torch.nn.Module, drafter: torch.nn.Module) -> None:
+        for module, seconds in ((target, 0.010), (drafter, 0.0001)):
+            module.register_forward_hook(lambda *_, seconds=seconds: now.__setitem__(0, now[0] + seconds))
+
+    monkeypatch.setattr("hf_specdiff.core.generate.time.perf_counter", lambda: now[0])
+    return passes_of
+
+
+@pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the user reads."""
     written: list[str] = []
@@ -75,8 +89,9 @@ def test_a_measured_profile_is_kept_and_read_again(folder: Path, drafter: SpecDi
         assert profile_of(target, drafter, TREE, CPU, path) == replace(first, is_doubtful=False)
 
 
-def test_one_profile_serves_every_shape_and_both_ways_to_decode(measured: list[Profile]) -> None:
+def test_one_profile_serves_every_shape_and_both_ways_to_decode(measured: list[Profile], timed: Callable) -> None:
     target, drafter, ids = make_target(), make_drafter(), torch.tensor([[1, 5, 9]])
+    timed(target, drafter)
     for shape in ("chain", "tree"):
         for do_sample in (False, True):
             settings = {"draft_shape": shape, "do_sample": do_sample, "max_new_tokens": 6, "gamma": "auto"}
@@ -176,10 +191,13 @@ def test_rounds_that_are_quicker_than_a_profile_have_it_measured_again(
     assert len(measured) == 7
 
 
-def test_the_next_call_goes_on_from_what_was_learnt(measured: list[Profile], folder: Path, prompt: torch.Tensor) -> None:
+def test_the_next_call_goes_on_from_what_was_learnt(
+    measured: list[Profile], folder: Path, prompt: torch.Tensor, timed: Callable
+) -> None:
     free = Profile([1, 65], [0.010, 0.0101], 0.0001, allowance=4.0)
     measured[0] = free
     target, drafter = make_target(0, eos_token_id=None), make_drafter(eos_token_id=None)  # as good as never accepted
+    timed(target, drafter)
     settings = {"do_sample": False, "max_new_tokens": 30, "tree_budget": "auto"}
     for _ in range(12):
         hf_specdiff.generate(target, prompt, assistant_model=drafter, **settings)
