@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from functools import cache
+from typing import Any
 
 # Before transformers is imported: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -46,6 +48,32 @@ def make_target(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**fields)).eval()
 
 
+def shared_target(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
+    """Return `make_target`'s model, made once: also what the loop tries of a model is tried once. Not to be changed.
+
+    As with `make_target`, random numbers begin anew.
+    """
+    target = _target(seed, tuple(sorted(overrides.items())))
+    torch.manual_seed(seed)
+    return target
+
+
+@cache
+def _target(seed: int, overrides: tuple[tuple[str, Any], ...]) -> LlamaForCausalLM:
+    return make_target(seed, **dict(overrides))
+
+
+_TEXTS: dict[str, torch.Tensor] = {}
+
+
+def plain_text(target: Any, ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """Return what plain greedy `generate` of a model that outlives the test writes; each text is written once."""
+    name = f"{id(target)} {ids.tolist()} {sorted(settings.items(), key=lambda item: item[0])}"
+    if name not in _TEXTS:
+        _TEXTS[name] = target.generate(ids, do_sample=False, **settings)
+    return _TEXTS[name]
+
+
 def make_drafter(target_layer_ids: list[int] | None = None, seed: int = 0, **overrides: object) -> SpecDiffDrafter:
     """Return a random drafter for `make_target`'s models, published with a size, so that rounds are whole and read no clock."""
     torch.manual_seed(seed)
@@ -71,7 +99,7 @@ def make_drafter(target_layer_ids: list[int] | None = None, seed: int = 0, **ove
 
 @pytest.fixture(scope="session")
 def tiny_target() -> LlamaForCausalLM:
-    return make_target()
+    return shared_target()
 
 
 @pytest.fixture(scope="session")

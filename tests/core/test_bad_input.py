@@ -17,6 +17,7 @@ from hf_specdiff import SpecDiffDrafter
 from tests.conftest import VOCAB_SIZE
 from tests.conftest import make_drafter
 from tests.conftest import make_target
+from tests.conftest import shared_target
 
 
 def call(target: torch.nn.Module, prompt: torch.Tensor, drafter: object, **kwargs: object) -> torch.Tensor:
@@ -113,7 +114,7 @@ def test_a_drafter_of_another_target_is_refused(
 
 
 def test_an_assistant_that_is_no_drafter_is_refused(silent_target: LlamaForCausalLM, prompt: torch.Tensor) -> None:
-    for assistant in (make_target(), None, "org/drafter"):
+    for assistant in (shared_target(), None, "org/drafter"):
         with pytest.raises(TypeError, match="SpecDiffDrafter"):
             call(silent_target, prompt, assistant)
 
@@ -157,15 +158,15 @@ def test_way_one_refuses_settings_that_would_not_be_lossless(prompt: torch.Tenso
     drafter = make_drafter()
     drafter.generation_config.num_denoising_steps = 2
     with pytest.raises(ValueError, match="would not have the target's law"):
-        make_target().generate(prompt, assistant_model=drafter, do_sample=True, max_new_tokens=8)
+        shared_target().generate(prompt, assistant_model=drafter, do_sample=True, max_new_tokens=8)
 
 
 def test_way_one_refuses_a_mask_in_the_prompt_and_a_drafter_without_one() -> None:
     drafter = make_drafter(mask_token_id=VOCAB_SIZE)
     with pytest.raises(ValueError, match="mask id"):
-        make_target().generate(torch.tensor([[1, VOCAB_SIZE]]), assistant_model=drafter, max_new_tokens=4)
+        shared_target().generate(torch.tensor([[1, VOCAB_SIZE]]), assistant_model=drafter, max_new_tokens=4)
     with pytest.raises(ValueError, match="`mask_token_id`"):
-        make_target().generate(torch.tensor([[1, 4]]), assistant_model=make_drafter(mask_token_id=None), max_new_tokens=4)
+        shared_target().generate(torch.tensor([[1, 4]]), assistant_model=make_drafter(mask_token_id=None), max_new_tokens=4)
 
 
 def test_settings_on_a_passed_generation_config_count(silent_target: LlamaForCausalLM, prompt: torch.Tensor) -> None:

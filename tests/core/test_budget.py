@@ -31,7 +31,8 @@ from hf_specdiff.core.profiling import isolated_profiles
 from hf_specdiff.core.tree import TreeShape
 from hf_specdiff.core.tree import last_children
 from tests.conftest import make_drafter
-from tests.conftest import make_target
+from tests.conftest import plain_text
+from tests.conftest import shared_target
 
 from .test_batches import batch_of
 
@@ -221,8 +222,8 @@ def test_what_drafting_may_lose_is_what_it_has_saved_and_a_share_of_the_time() -
 
 
 @pytest.mark.parametrize("calls", ["first", "later"])
-@pytest.mark.parametrize("dearer", [0.1, 1.0, 3.0, 30.0])
-@pytest.mark.parametrize("claimed", [0.0, 0.01, 0.1])
+@pytest.mark.parametrize("dearer", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("claimed", [0.0, 0.1])
 @pytest.mark.parametrize("costs", [SHALLOW, SMOLLM2], ids=["shallow", "smollm2"])
 def test_an_untrained_drafter_costs_three_percent_at_most(costs: Profile, claimed: float, dearer: float, calls: str) -> None:
     """On answers of 40 tokens, whatever its passes cost; less on longer ones."""
@@ -331,7 +332,7 @@ def test_a_row_that_has_ended_teaches_nothing() -> None:
 def test_the_outcome_that_is_learnt_from_is_what_was_accepted(
     shape: str, do_sample: bool, monkeypatch: pytest.MonkeyPatch, drafter: SpecDiffDrafter
 ) -> None:
-    target, (ids, mask) = make_target(2), batch_of([6])
+    target, (ids, mask) = shared_target(2), batch_of([6])
     learnt: list[int] = []
     learn = Calibration.learn
 
@@ -367,24 +368,19 @@ def test_the_outcome_that_is_learnt_from_is_what_was_accepted(
 def test_greedy_text_stays_the_targets(shape: str, lengths: list[int], profile: Profile, drafter: SpecDiffDrafter) -> None:
     """Also after pauses, when the drafter has to read what it has missed."""
     for seed in range(2):
-        target = make_target(seed)
+        target = shared_target(seed)
         ids, mask = batch_of(lengths, seed)
-        settings = {"do_sample": False, "max_new_tokens": 30, "attention_mask": mask}
-        expected = target.generate(ids, **settings)
-        results = [
-            hf_specdiff.generate(
-                target, ids, assistant_model=drafter, **settings, **AUTO[shape], profile=profile, return_dict_in_generate=True
-            )
-            for _ in range(2)
-        ]
-        assert torch.equal(results[0].sequences, expected)
+        settings = {"max_new_tokens": 30, "attention_mask": mask}
+        more = {"do_sample": False, "profile": profile, "return_dict_in_generate": True, **settings, **AUTO[shape]}
         # With a given profile nothing depends on a clock.
-        assert results[0].speculation.num_drafted == results[1].speculation.num_drafted
+        results = [hf_specdiff.generate(target, ids, assistant_model=drafter, **more) for _ in range(2 - seed)]
+        assert torch.equal(results[0].sequences, plain_text(target, ids, **settings))
+        assert results[0].speculation.num_drafted == results[-1].speculation.num_drafted
 
 
 def test_features_of_paused_rounds_reach_the_drafter() -> None:
     """After a pause the drafter's context is what it would have been without one."""
-    target, drafter = make_target(0, eos_token_id=None), make_drafter([0, 2], eos_token_id=None)
+    target, drafter = shared_target(0, eos_token_id=None), make_drafter([0, 2], eos_token_id=None)
     contexts = []
     network_call = SpecDiffDrafter.forward
 

@@ -26,7 +26,7 @@ from hf_specdiff.core.sampling import draw
 from hf_specdiff.core.speculation import SpeculationConfig
 from hf_specdiff.core.text import Text
 from tests.conftest import make_drafter
-from tests.conftest import make_target
+from tests.conftest import shared_target
 from tests.core.test_lossless import all_runs
 from tests.core.test_lossless import distance
 from tests.core.test_lossless import law_of
@@ -143,9 +143,12 @@ def test_control_other_laws_handed_over_are_seen(hand_over: str, acceptance: str
     assert total_variation(output_law(lambda: chain(hand_over=hand_over), acceptance, monkeypatch)) > 1e-3
 
 
-@pytest.mark.parametrize("budget", [1, 3, 5, 8])
+@pytest.mark.parametrize(
+    ("budget", "temperature", "make_laws"),
+    [*((budget, 1.0, conditionals) for budget in (1, 3, 5, 8)), (5, 0.5, conditionals)]
+    + [(budget, 0.5, in_any_order) for budget in (1, 3, 5, 8)],
+)
 @pytest.mark.parametrize("acceptance", ["match", "ratio"])
-@pytest.mark.parametrize(("temperature", "make_laws"), [(1.0, conditionals), (0.5, conditionals), (0.5, in_any_order)])
 def test_trees_keep_the_law(
     budget: int,
     acceptance: str,
@@ -260,7 +263,7 @@ def test_tables_find_the_tree_that_is_found_depth_by_depth(
 @pytest.mark.parametrize("num_candidates", [1, 8])
 def test_greedy_chains_by_tables_are_those_written_one_by_one(num_candidates: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_specdiff.core.draft.NUM_CANDIDATES", num_candidates)
-    target, drafter = make_target(), make_drafter([0, 2], markov_rank=4)
+    target, drafter = shared_target(), make_drafter([0, 2], markov_rank=4)
     torch.nn.init.normal_(drafter.markov_head.markov_w1.weight)
     torch.nn.init.normal_(drafter.markov_head.markov_w2.weight)
     settings = {"do_sample": False, "max_new_tokens": 14, "draft_shape": "chain", "gamma": 5, "return_dict_in_generate": True}
@@ -273,6 +276,18 @@ def test_greedy_chains_by_tables_are_those_written_one_by_one(num_candidates: in
     assert torch.equal(runs[0].sequences, runs[1].sequences)
     assert torch.equal(runs[0].sequences, runs[2].sequences)
     assert runs[0].speculation.num_accepted == runs[1].speculation.num_accepted
+
+
+_LAWS: dict[str, Counter] = {}
+
+
+def plain_law(target: Any, prompt: torch.Tensor, **settings: Any) -> Counter:
+    """Return the law of a shared target's plain `generate`; many tests compare with the same one."""
+    name = f"{id(target)} {prompt.tolist()} {sorted(settings.items())}"
+    if name not in _LAWS:
+        with pytest.MonkeyPatch.context() as patch:
+            _LAWS[name] = law_of(lambda: target.generate(prompt, **settings), patch)
+    return _LAWS[name]
 
 
 HEADS: list[dict[str, Any]] = [
@@ -293,7 +308,7 @@ HEADS: list[dict[str, Any]] = [
     ids=lambda scheme: scheme["draft_shape"] + scheme["acceptance"],
 )
 def test_the_whole_loop_keeps_the_law(fields: dict[str, Any], scheme: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    target = make_target(vocab_size=4, initializer_range=0.5)
+    target = shared_target(vocab_size=4, initializer_range=0.5)
     settings = {"vocab_size": 4, "mask_token_id": 3, "block_size": 3, "pad_token_id": 0, **fields}
     drafter = make_drafter([0], seed=5, **settings)
     for name, parameter in drafter.named_parameters():
@@ -302,6 +317,6 @@ def test_the_whole_loop_keeps_the_law(fields: dict[str, Any], scheme: dict[str, 
     prompt = torch.tensor([[1, 2]])
     common = {"do_sample": True, "max_new_tokens": 3, "eos_token_id": 2, "pad_token_id": 0}
     common |= {name: scheme[name] for name in ("repetition_penalty", "top_k") if name in scheme}
-    plain = law_of(lambda: target.generate(prompt, **common), monkeypatch)
+    plain = plain_law(target, prompt, **common)
     ours = law_of(lambda: hf_specdiff.generate(target, prompt, assistant_model=drafter, **{**common, **scheme}), monkeypatch)
     assert distance(plain, ours) < 2e-6

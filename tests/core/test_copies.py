@@ -34,12 +34,15 @@ from hf_specdiff.core.tree import best_first
 from hf_specdiff.core.tree import last_children
 from tests.conftest import make_drafter
 from tests.conftest import make_target
+from tests.conftest import plain_text
+from tests.conftest import shared_target
 from tests.core.test_conditional import EXACT
 from tests.core.test_conditional import G
 from tests.core.test_conditional import V
 from tests.core.test_conditional import conditionals
 from tests.core.test_conditional import drafter_logits
 from tests.core.test_conditional import output_law
+from tests.core.test_conditional import plain_law
 from tests.core.test_conditional import tables_in_float64  # noqa: F401  (a fixture that every test here gets)
 from tests.core.test_conditional import total_variation
 from tests.core.test_lossless import distance
@@ -260,14 +263,14 @@ WHOLE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("scheme", WHOLE)
 def test_the_whole_loop_keeps_the_law(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = make_target(vocab_size=4, initializer_range=0.5)
+    target = shared_target(vocab_size=4, initializer_range=0.5)
     drafter = make_drafter([0], seed=5, vocab_size=4, mask_token_id=3, block_size=3, pad_token_id=0)
     prompt = torch.tensor([[1, 2, 1]])
     common = {"do_sample": True, "max_new_tokens": 3, "eos_token_id": 2, "pad_token_id": 0, "top_k": 2}
     ours = {**common, "prompt_lookup_num_tokens": 4, **WHOLE[scheme]}
     if "repetition_penalty" in ours:
         common["repetition_penalty"] = ours["repetition_penalty"]
-    plain = law_of(lambda: target.generate(prompt, **common), monkeypatch)
+    plain = plain_law(target, prompt, **common)
     assert (
         distance(plain, law_of(lambda: hf_specdiff.generate(target, prompt, assistant_model=drafter, **ours), monkeypatch))
         < 2e-6
@@ -279,12 +282,12 @@ LOOPING = torch.tensor([[1, 5, 9, 4, 7, 5, 9, 4, 7, 5, 9]])
 
 @pytest.mark.parametrize("arguments", [{}, {"draft_shape": "chain"}, {"draft_shape": "samples"}, {"tree_budget": 3}], ids=str)
 def test_greedy_text_stays_the_targets_and_copies_stand_in_it(arguments: dict[str, Any], drafter: SpecDiffDrafter) -> None:
-    target = make_target()
+    target = shared_target()
     settings = {"do_sample": False, "max_new_tokens": 40, "return_dict_in_generate": True, "eos_token_id": None}
-    plain = target.generate(LOOPING, **settings)
+    plain = plain_text(target, LOOPING, max_new_tokens=40, eos_token_id=None)
     call = {"assistant_model": drafter, **settings, **arguments}
     output = hf_specdiff.generate(target, LOOPING, prompt_lookup_num_tokens=12, **call)
-    assert output.sequences.tolist() == plain.sequences.tolist()
+    assert output.sequences.tolist() == plain.tolist()
     stats, without = output.speculation, hf_specdiff.generate(target, LOOPING, **call).speculation
     assert 0 < stats.num_copied_tokens <= sum(map(sum, stats.num_accepted))
     assert without.num_copied_tokens == 0
@@ -303,7 +306,7 @@ def test_where_no_pass_pays_copies_are_drafted_alone(
         raise AssertionError("the drafter is too dear")
 
     monkeypatch.setattr(SpecDiffDrafter, "forward", no_pass)
-    target, ids = make_target(), LOOPING.expand(num_rows, -1)
+    target, ids = shared_target(), LOOPING.expand(num_rows, -1)
     settings = {"do_sample": False, "max_new_tokens": 40, "return_dict_in_generate": True, "eos_token_id": None}
     call = {"assistant_model": drafter, "profile": DEAR, "prompt_lookup_num_tokens": 12, **arguments}
     output = hf_specdiff.generate(target, ids, **settings, **call)
@@ -313,7 +316,7 @@ def test_where_no_pass_pays_copies_are_drafted_alone(
 
 @pytest.mark.parametrize("arguments", [{}, {"draft_shape": "chain"}], ids=["tree", "chain"])
 def test_rows_of_a_batch_copy_from_themselves(arguments: dict[str, Any], drafter: SpecDiffDrafter) -> None:
-    target = make_target()
+    target = shared_target()
     ids = torch.cat([LOOPING, torch.tensor([[0, 0, 0, 0, 8, 3, 8, 3, 8, 3, 8]]), torch.tensor([[0] * 9 + [6, 11]])])
     settings = {"attention_mask": (ids != 0).long(), "do_sample": False, "max_new_tokens": 24, "return_dict_in_generate": True}
     plain = target.generate(ids, **settings)
@@ -342,7 +345,7 @@ def test_the_hosts_names_are_read_wherever_the_host_reads_them(token_drafter: Sp
 
 
 def test_a_drafters_own_default_is_used_and_yields_where_it_cannot_be(prompt: torch.Tensor) -> None:
-    target, drafter = make_target(), make_drafter()
+    target, drafter = shared_target(), make_drafter()
     drafter.generation_config.prompt_lookup_num_tokens = 6
     settings = {"do_sample": False, "max_new_tokens": 20, "return_dict_in_generate": True, "assistant_model": drafter}
     assert hf_specdiff.generate(target, LOOPING, **settings).speculation.num_copied_tokens > 0
@@ -359,6 +362,6 @@ def test_other_ways_to_draft_refuse_copies(prompt: torch.Tensor, token_drafter: 
             return Draft.nothing(text.tokens)
 
     with pytest.raises(ValueError, match="`prompt_lookup_num_tokens` must be left out with a drafter of your own, got 5"):
-        hf_specdiff.generate(make_target(), prompt, assistant_model=Own(), prompt_lookup_num_tokens=5, max_new_tokens=3)
+        hf_specdiff.generate(shared_target(), prompt, assistant_model=Own(), prompt_lookup_num_tokens=5, max_new_tokens=3)
     with pytest.raises(ValueError, match="must leave out `prompt_lookup_num_tokens`, got 5"):
         SpecDiffCandidateGenerator(token_drafter, GenerationConfig(), speculation={"prompt_lookup_num_tokens": 5})

@@ -23,6 +23,7 @@ from hf_specdiff.core.speculation import SpeculationConfig
 from hf_specdiff.core.text import Text
 from tests.conftest import make_drafter
 from tests.conftest import make_target
+from tests.conftest import shared_target
 from tests.core.test_lossless import all_runs
 
 KEPT = [0, 2, 5, 7, 9, 14, 20, 28]
@@ -45,7 +46,7 @@ def whole(drafter: SpecDiffDrafter) -> SpecDiffDrafter:
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, SpecDiffDrafter]:
-    return make_target(), reduced(KEPT)
+    return shared_target(), reduced(KEPT)
 
 
 def test_logits_are_the_whole_heads_at_the_tokens_that_are_drafted(pair: tuple[Any, SpecDiffDrafter]) -> None:
@@ -76,7 +77,7 @@ def test_a_head_with_a_bias_and_one_without_rows_are_lent_too() -> None:
 )
 @pytest.mark.parametrize("has_head", [False, True], ids=["marginals", "order 1"])
 def test_greedy_text_is_the_targets(scheme: dict, has_head: bool) -> None:
-    target, drafter = make_target(), reduced(KEPT, markov_rank=4 if has_head else 0)
+    target, drafter = shared_target(), reduced(KEPT, markov_rank=4 if has_head else 0)
     ids = torch.tensor([[1, 5, 9, 4, 7, 7, 3], [0, 0, 1, 6, 8, 2, 11]])
     mask = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]])
     for inputs, attention_mask in ((ids[:1], mask[:1]), (ids, mask)):
@@ -157,7 +158,7 @@ def whole_of(network: SpecDiffDrafter, size: int, gamma: int) -> SpecDiffDrafter
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_drafter_drafts_the_same_tokens(dtype: torch.dtype, tmp_path: Path) -> None:
-    target, drafter = make_target(), reduced(KEPT).to(dtype)
+    target, drafter = shared_target(), reduced(KEPT).to(dtype)
     drafter.save_pretrained(tmp_path)
     back = SpecDiffDrafter.from_pretrained(tmp_path, dtype=dtype)
     assert back.d2t.dtype == torch.int64

@@ -17,6 +17,7 @@ from hf_specdiff.core.target import Target
 from hf_specdiff.core.trial import why_not_chained
 from tests.conftest import make_drafter
 from tests.conftest import make_target
+from tests.conftest import shared_target
 
 EVERYTHING = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "output_hidden_states": True}
 
@@ -67,7 +68,7 @@ class WatchingStreamer(Watcher):
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_everything_returned_can_be_part_of_a_graph(shape: str, rows: int, prompt: torch.Tensor) -> None:
-    target, drafter = make_target(), make_drafter([0, 2])
+    target, drafter = shared_target(), make_drafter([0, 2])
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "draft_shape": shape, **EVERYTHING}
     output = hf_specdiff.generate(target, prompt.repeat(rows, 1), assistant_model=drafter, **settings)
     found = tensors_of(dict(output))
@@ -108,7 +109,7 @@ def test_what_a_hook_keeps_can_be_part_of_a_graph(prompt: torch.Tensor) -> None:
     target.model.layers[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
     ids = hf_specdiff.generate(target, prompt, assistant_model=make_drafter(), max_new_tokens=9, do_sample=False)
     torch.nn.Linear(16, 1)(seen[-1]).sum().backward()
-    assert torch.equal(ids, make_target().generate(prompt, max_new_tokens=9, do_sample=False))
+    assert torch.equal(ids, shared_target().generate(prompt, max_new_tokens=9, do_sample=False))
 
 
 def test_a_users_function_inside_a_host_processor_runs_in_the_callers_mode(prompt: torch.Tensor) -> None:
@@ -119,7 +120,7 @@ def test_a_users_function_inside_a_host_processor_runs_in_the_callers_mode(promp
         return list(range(3, 20))
 
     settings: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "prefix_allowed_tokens_fn": allowed}
-    hf_specdiff.generate(make_target(), prompt, assistant_model=make_drafter(), **settings)
+    hf_specdiff.generate(shared_target(), prompt, assistant_model=make_drafter(), **settings)
     assert modes == {False}
 
 
@@ -135,7 +136,7 @@ def test_a_cache_is_ordinary_after_an_interrupt(prompt: torch.Tensor, monkeypatc
     monkeypatch.setattr(Target, "verify", interrupt)
     settings: dict[str, Any] = {"max_new_tokens": 20, "draft_shape": "chain", "past_key_values": cache}
     with pytest.raises(KeyboardInterrupt):
-        hf_specdiff.generate(make_target(), prompt, assistant_model=make_drafter(), **settings)
+        hf_specdiff.generate(shared_target(), prompt, assistant_model=make_drafter(), **settings)
     assert tensors_of(cache)
     assert not any(tensor.is_inference() for tensor in tensors_of(cache))
 
@@ -165,14 +166,14 @@ def test_frequencies_that_a_model_keeps_are_ordinary(prompt: torch.Tensor) -> No
 def test_the_code_of_others_runs_in_the_callers_mode(kind: str, wrap: Any, watcher: Any, prompt: torch.Tensor) -> None:
     watching = watcher()
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 9, "draft_shape": "chain", kind: wrap([watching])}
-    hf_specdiff.generate(make_target(), prompt, assistant_model=make_drafter(), **settings)
+    hf_specdiff.generate(shared_target(), prompt, assistant_model=make_drafter(), **settings)
     assert watching.modes == {False}
 
 
 def test_a_caller_in_inference_mode_stays_in_it(prompt: torch.Tensor) -> None:
     with torch.inference_mode():
         ids = hf_specdiff.generate(make_target(), prompt, assistant_model=make_drafter(), max_new_tokens=9, do_sample=False)
-    assert torch.equal(ids, make_target().generate(prompt, max_new_tokens=9, do_sample=False))
+    assert torch.equal(ids, shared_target().generate(prompt, max_new_tokens=9, do_sample=False))
 
 
 def test_gradients_stay_off_where_the_mode_is_not_taken(prompt: torch.Tensor) -> None:

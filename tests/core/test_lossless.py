@@ -159,11 +159,10 @@ def drafter_for(layers: list[int] | None, model: Any | None = None) -> SpecDiffD
     )
 
 
+# Those that read no prefix are asked of a whole window at once, the others token by token.
 PROCESSORS = {
     "none": {"top_k": 0},
-    "temperature": {"top_k": 0, "temperature": 0.6},
-    "top_k": {"top_k": 2},
-    "top_p": {"top_k": 0, "top_p": 0.7},
+    "warpers": {"top_k": 3, "temperature": 0.6, "top_p": 0.9},
     "repetition_penalty": {"top_k": 0, "repetition_penalty": 1.7},
     "all": {"top_k": 3, "temperature": 1.4, "top_p": 0.9, "repetition_penalty": 1.2},
 }
@@ -206,8 +205,8 @@ MANY = {
 
 @pytest.mark.parametrize(
     ("layers", "processors"),
-    [(None, name) for name in PROCESSORS] + [([0, 1], "none"), ([0, 1], "all")],
-    ids=[f"tokens-{name}" for name in PROCESSORS] + ["features-none", "features-all"],
+    [(None, "none"), (None, "warpers"), (None, "all"), ([0, 1], "all")],
+    ids=["tokens-none", "tokens-warpers", "tokens-all", "features-all"],
 )
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_sampling_preserves_the_law_of_plain_generate(
@@ -268,13 +267,20 @@ def test_windows_of_two_tokens_preserve_the_law(
 PROCESSED = {"temperature": 0.7, "repetition_penalty": 1.3}
 
 
+# Joint samples have many runs: three tokens, of which drafts reach one, and once four.
+PAIRS = {"tokens-plain": (None, {}, 3), "tokens-processed": (None, PROCESSED, 4), "features-processed": ([0, 1], PROCESSED, 3)}
+
+
 @pytest.mark.parametrize(
-    ("layers", "processors", "length"),
-    # Joint samples have many runs: three tokens, of which drafts reach one, and once four.
-    [(None, {}, 3), (None, PROCESSED, 4), ([0, 1], PROCESSED, 3)],
-    ids=["tokens-plain", "tokens-processed", "features-processed"],
+    ("scheme", "layers", "processors", "length"),
+    # "auto" picks one of the others; sizes that follow a profile have a test of their own below, with processors.
+    [
+        pytest.param(scheme, *pair, id=f"{scheme}-{name}")
+        for scheme in MANY
+        for name, pair in PAIRS.items()
+        if name == "tokens-plain" or not scheme.startswith(("auto", "adaptive"))
+    ],
 )
-@pytest.mark.parametrize("scheme", MANY)
 def test_many_drafts_preserve_the_law(
     scheme: str,
     layers: list[int] | None,
@@ -302,24 +308,29 @@ def test_many_drafts_preserve_the_law(
     ],
     ids=["chain-block", "tree-ratio", "tree-match"],
 )
-def test_rows_of_a_batch_keep_their_joint_law(scheme: dict, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_batch_keep_their_joint_law(
+    scheme: dict, target: LlamaForCausalLM, plain_joint_law: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows accept and end at their own pace, one of them padded, and stay as independent as in plain generate."""
-    ids = torch.tensor([[0, 1], [1, 2]])
-    mask = torch.tensor([[0, 1], [1, 1]])
-    settings = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": True, "top_k": 2, "temperature": 1.3}
     drafter = drafter_for(None)
 
-    def joint(call: Callable[..., torch.Tensor], **kwargs: object) -> Callable[[], torch.Tensor]:
-        def sequences() -> torch.Tensor:
-            result = call(ids, **settings, **kwargs)
-            return torch.nn.functional.pad(result, (0, ids.shape[1] + 3 - result.shape[1])).flatten()[None]
-
-        return sequences
-
     def ours(ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return hf_specdiff.generate(target, ids, assistant_model=drafter, **kwargs)
+        return hf_specdiff.generate(target, ids, assistant_model=drafter, **scheme, **kwargs)
 
-    assert distance(law_of(joint(target.generate), monkeypatch), law_of(joint(ours, **scheme), monkeypatch)) < TOLERANCE
+    assert distance(plain_joint_law, law_of(lambda: of_two_rows(ours), monkeypatch)) < TOLERANCE
+
+
+def of_two_rows(call: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Return what a call writes for two prompts, one behind the other."""
+    ids, mask = torch.tensor([[0, 1], [1, 2]]), torch.tensor([[0, 1], [1, 1]])
+    result = call(ids, attention_mask=mask, max_new_tokens=3, do_sample=True, top_k=2, temperature=1.3)
+    return torch.nn.functional.pad(result, (0, ids.shape[1] + 3 - result.shape[1])).flatten()[None]
+
+
+@pytest.fixture(scope="module")
+def plain_joint_law(target: LlamaForCausalLM) -> Counter:
+    with pytest.MonkeyPatch.context() as patch:
+        return law_of(lambda: of_two_rows(target.generate), patch)
 
 
 class Grammar(LogitsProcessor):
@@ -354,15 +365,22 @@ STRICT = {
 }
 
 
+GRAMMARS = {"raises": Grammar(), "nan": OnlyNan()}
+
+
 @pytest.mark.parametrize(
-    ("grammar", "scheme"), [*((Grammar, name) for name in STRICT), *((OnlyNan, name) for name in ("ratio", "tree-ratio"))]
+    ("grammar", "scheme"), [*(("raises", name) for name in STRICT), *(("nan", name) for name in ("ratio", "tree-ratio"))]
 )
 def test_processors_that_fail_on_drafted_texts_end_the_draft_and_nothing_else(
-    grammar: type[Grammar], scheme: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+    grammar: str,
+    scheme: str,
+    target: LlamaForCausalLM,
+    plain_law: Callable[[dict], Counter],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Out of order and in trees drafts leave the grammar; behind an end token all of them would."""
-    settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 0, "logits_processor": [grammar()]}
-    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 0, "logits_processor": [GRAMMARS[grammar]]}
+    plain = plain_law(settings)
     assert any(len(text) < PROMPT.shape[1] + 3 for text in plain)
     ours = law_of(
         lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **STRICT[scheme]),
@@ -381,14 +399,19 @@ NARROW = {
 @pytest.mark.parametrize("scheme", NARROW)
 @pytest.mark.parametrize(("vocab_size", "processors"), [(2, "none"), (3, "all")])
 def test_a_drafter_that_knows_fewer_tokens_preserves_the_law(
-    vocab_size: int, processors: str, scheme: str, target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+    vocab_size: int,
+    processors: str,
+    scheme: str,
+    target: LlamaForCausalLM,
+    plain_law: Callable[[dict], Counter],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The target writes tokens that the drafter has no embedding for; its mask stands where one of them does."""
     drafter = make_drafter(
         seed=5, vocab_size=vocab_size, mask_token_id=vocab_size, block_size=4, eos_token_id=0, pad_token_id=0
     )
     settings = {"max_new_tokens": 3, "do_sample": True, **PROCESSORS[processors]}
-    plain = law_of(lambda: target.generate(PROMPT, **settings), monkeypatch)
+    plain = plain_law(settings)
     assert any(max(text) >= vocab_size for text in plain)
     ours = law_of(
         lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, **settings, **NARROW[scheme]), monkeypatch
@@ -396,15 +419,11 @@ def test_a_drafter_that_knows_fewer_tokens_preserves_the_law(
     assert distance(plain, ours) < TOLERANCE
 
 
-@pytest.mark.parametrize("temperatures", [(0.3,), (2.5,), (0.3, 2.5)], ids=["colder", "warmer", "by-what-was-accepted"])
 def test_children_at_a_temperature_learnt_on_the_way_preserve_the_law(
-    temperatures: tuple[float, ...],
-    target: LlamaForCausalLM,
-    plain_law: Callable[[dict], Counter],
-    monkeypatch: pytest.MonkeyPatch,
+    target: LlamaForCausalLM, plain_law: Callable[[dict], Counter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the second round on they are drawn at another temperature than 1, even one that hangs on how much was accepted."""
-    used = set()
+    """From the second round on they are drawn colder or warmer, by how much was accepted."""
+    used, temperatures = set(), (0.3, 2.5)
 
     def choose(self: shapes.ChildTemperature, outcome: Outcome) -> None:
         used.add(self.value)

@@ -19,6 +19,7 @@ from tests.conftest import MASK_TOKEN_ID
 from tests.conftest import VOCAB_SIZE
 from tests.conftest import make_drafter
 from tests.conftest import make_target
+from tests.conftest import shared_target
 
 WINDOW = torch.tensor([[5] + [MASK_TOKEN_ID] * 5])
 
@@ -36,7 +37,7 @@ def test_save_and_load_give_the_same_drafter(layers: list[int] | None, tmp_path:
         for name, weight in drafter.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], weight)
         settings = {"do_sample": False, "max_new_tokens": 10, "return_dict_in_generate": True}
-        runs = [hf_specdiff.generate(make_target(), prompt, assistant_model=each, **settings) for each in (drafter, loaded)]
+        runs = [hf_specdiff.generate(shared_target(), prompt, assistant_model=each, **settings) for each in (drafter, loaded)]
         assert runs[0].speculation.num_accepted == runs[1].speculation.num_accepted
     assert [path.name for path in tmp_path.iterdir() if "model." in path.name] == ["model.safetensors"]
 
@@ -68,9 +69,9 @@ def test_the_mask_may_lie_beyond_the_vocabulary_and_is_never_drafted(mask_token_
         drafter.lm_head.weight[mask_token_id] = 100 * drafter.lm_head.weight.abs().sum(0)
     sequences = drafter.generate(input_ids=prompt).sequences
     assert mask_token_id not in sequences[0].tolist()
-    expected = make_target().generate(prompt, do_sample=False, max_new_tokens=9)
+    expected = shared_target().generate(prompt, do_sample=False, max_new_tokens=9)
     assert torch.equal(
-        hf_specdiff.generate(make_target(), prompt, assistant_model=drafter, do_sample=False, max_new_tokens=9), expected
+        hf_specdiff.generate(shared_target(), prompt, assistant_model=drafter, do_sample=False, max_new_tokens=9), expected
     )
 
 
@@ -136,8 +137,8 @@ def test_flash_attention_is_refused_where_a_mask_is_needed() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_float_dtype_drafts_losslessly(dtype: torch.dtype, drafter: SpecDiffDrafter, prompt: torch.Tensor) -> None:
     other = make_drafter(drafter.config.target_layer_ids).to(dtype)
-    expected = make_target().generate(prompt, do_sample=False, max_new_tokens=16)
-    result = hf_specdiff.generate(make_target(), prompt, assistant_model=other, do_sample=False, max_new_tokens=16)
+    expected = shared_target().generate(prompt, do_sample=False, max_new_tokens=16)
+    result = hf_specdiff.generate(shared_target(), prompt, assistant_model=other, do_sample=False, max_new_tokens=16)
     assert torch.equal(result, expected)
     sampled = hf_specdiff.generate(make_target().to(dtype), prompt, assistant_model=other, do_sample=True, max_new_tokens=16)
     assert sampled.shape[1] > prompt.shape[1]
@@ -159,7 +160,7 @@ def test_a_target_over_cpu_and_disk_gives_the_same_tokens(
     drafter: SpecDiffDrafter, prompt: torch.Tensor, tmp_path: Path
 ) -> None:
     """Accelerate keeps some layers, the embedding and the head on disk; tensors move at the border."""
-    expected = make_target().generate(prompt, do_sample=False, max_new_tokens=16)
+    expected = shared_target().generate(prompt, do_sample=False, max_new_tokens=16)
     make_target().save_pretrained(tmp_path / "target")
     device_map = {
         "model.embed_tokens": "disk",
@@ -183,6 +184,6 @@ def test_a_drafter_on_disk_gives_the_same_tokens(drafter: SpecDiffDrafter, promp
     modules = [name for name, module in other.named_children() if any(True for _ in module.parameters())]
     device_map = {name: "disk" if name == "layers" else "cpu" for name in modules} | {"rotary_emb": "cpu"}
     placed = dispatch_model(other, device_map=device_map, offload_dir=str(tmp_path), main_device="cpu", force_hooks=True)
-    expected = make_target().generate(prompt, do_sample=False, max_new_tokens=16)
-    result = hf_specdiff.generate(make_target(), prompt, assistant_model=placed, do_sample=False, max_new_tokens=16)
+    expected = shared_target().generate(prompt, do_sample=False, max_new_tokens=16)
+    result = hf_specdiff.generate(shared_target(), prompt, assistant_model=placed, do_sample=False, max_new_tokens=16)
     assert torch.equal(result, expected)

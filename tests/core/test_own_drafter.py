@@ -19,7 +19,7 @@ from hf_specdiff import Text
 from hf_specdiff.core.draft import SampledChildren
 from hf_specdiff.core.own_drafter import shallow
 from tests.conftest import VOCAB_SIZE
-from tests.conftest import make_target
+from tests.conftest import shared_target
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_drafter.py"
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
@@ -85,12 +85,11 @@ def test_the_example_runs_in_every_way_and_by_every_rule(way: str, example: dict
     ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     plain = target.generate(**ids, **GREEDY)
     if way == "generate":
-        for shape in (None, "chain"):
-            for rule in ("auto", "match", "ratio", "block"):
-                scheme = {"assistant_model": drafter, "draft_shape": shape, "acceptance": rule}
-                assert torch.equal(hf_specdiff.generate(target, **ids, **scheme, **GREEDY), plain)
-                drawn = hf_specdiff.generate(target, **ids, **scheme, do_sample=True, max_new_tokens=12)
-                assert drawn.shape[1] <= ids.input_ids.shape[1] + 12
+        for shape, rule in ((None, "auto"), ("chain", "match"), (None, "ratio"), ("chain", "block")):
+            scheme = {"assistant_model": drafter, "draft_shape": shape, "acceptance": rule}
+            assert torch.equal(hf_specdiff.generate(target, **ids, **scheme, **GREEDY), plain)
+            drawn = hf_specdiff.generate(target, **ids, **scheme, do_sample=True, max_new_tokens=12)
+            assert drawn.shape[1] <= ids.input_ids.shape[1] + 12
         return
     hf_specdiff.attach(target)
     try:
@@ -109,7 +108,7 @@ def test_the_example_runs_in_every_way_and_by_every_rule(way: str, example: dict
 @pytest.mark.parametrize("draft", [chain, tree, samples], ids=["chain", "tree", "samples"])
 @pytest.mark.parametrize("layers", [None, [0, 2], (1,)], ids=["none", "two", "one"])
 def test_greedy_text_is_the_targets_and_every_outcome_is_told(draft: Any, layers: Any) -> None:
-    target = make_target(eos_token_id=None)
+    target = shared_target(eos_token_id=None)
     drafter = Scripted(draft, layers)
     plain = target.generate(PROMPT, **GREEDY)
     output = hf_specdiff.generate(target, PROMPT, assistant_model=drafter, **GREEDY, return_dict_in_generate=True)
@@ -130,7 +129,7 @@ def test_greedy_text_is_the_targets_and_every_outcome_is_told(draft: Any, layers
 
 @pytest.mark.parametrize("draft", [chain, tree])
 def test_rows_of_a_batch_are_those_of_plain_generate(draft: Any) -> None:
-    target = make_target(2)
+    target = shared_target(2)
     ids = torch.tensor([[1, 5, 9, 4], [1, 8, 3, 3], [1, 20, 6, 11]])
     drafter = OfRows(draft)
     assert torch.equal(hf_specdiff.generate(target, ids, assistant_model=drafter, **GREEDY), target.generate(ids, **GREEDY))
@@ -214,7 +213,7 @@ CERTAIN = torch.nn.functional.one_hot(torch.tensor([[5, 6]]), VOCAB_SIZE).float(
     ],
 )
 def test_what_is_no_draft_is_refused_before_the_target_sees_it(draft: Any, message: str) -> None:
-    target = make_target(eos_token_id=None)
+    target = shared_target(eos_token_id=None)
     with pytest.raises((TypeError, ValueError), match=message):
         hf_specdiff.generate(target, PROMPT, assistant_model=Scripted(draft), do_sample=True, max_new_tokens=9)
 
@@ -236,7 +235,7 @@ def test_what_is_no_draft_is_refused_before_the_target_sees_it(draft: Any, messa
 def test_arguments_that_it_cannot_honour_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hf_specdiff.generate(
-            make_target(), PROMPT, assistant_model=Scripted(chain), do_sample=True, max_new_tokens=9, **arguments
+            shared_target(), PROMPT, assistant_model=Scripted(chain), do_sample=True, max_new_tokens=9, **arguments
         )
 
 
@@ -244,24 +243,24 @@ def test_a_rule_that_a_tree_is_not_made_for_is_refused() -> None:
     for rule, draft in (("block", tree), ("self_selection", tree), ("ratio", samples)):
         with pytest.raises(ValueError, match="for drafts of the shape"):
             hf_specdiff.generate(
-                make_target(), PROMPT, assistant_model=Scripted(draft), do_sample=True, max_new_tokens=9, acceptance=rule
+                shared_target(), PROMPT, assistant_model=Scripted(draft), do_sample=True, max_new_tokens=9, acceptance=rule
             )
 
 
 @pytest.mark.parametrize("layers", [[3], [-1], [], "all", [True], 2])
 def test_layers_that_are_none_are_refused(layers: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="target_layer_ids"):
-        hf_specdiff.generate(make_target(), PROMPT, assistant_model=Scripted(chain, layers), **GREEDY)
+        hf_specdiff.generate(shared_target(), PROMPT, assistant_model=Scripted(chain, layers), **GREEDY)
 
 
 def test_what_is_no_drafter_is_refused() -> None:
-    for candidate in (object(), make_target(), lambda text: None):
+    for candidate in (object(), shared_target(), lambda text: None):
         with pytest.raises(TypeError, match="an object with `draft` and `target_layer_ids`"):
-            hf_specdiff.generate(make_target(), PROMPT, assistant_model=candidate)
+            hf_specdiff.generate(shared_target(), PROMPT, assistant_model=candidate)
 
 
 def test_a_drafter_that_is_right_makes_few_rounds() -> None:
-    target = make_target(eos_token_id=None)
+    target = shared_target(eos_token_id=None)
     words = target.generate(PROMPT, **GREEDY)
     settings = {**GREEDY, "return_dict_in_generate": True}
     output = hf_specdiff.generate(target, PROMPT, assistant_model=Scripted(right(words)), **settings)

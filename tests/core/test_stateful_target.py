@@ -24,6 +24,7 @@ from hf_specdiff.core.stateful_target import unlimited_steps
 from hf_specdiff.core.target import fresh_kwargs
 from hf_specdiff.core.text import Text
 from hf_specdiff.core.trial import why_not_chained
+from tests.conftest import plain_text
 from tests.core.oracle import drafter_for
 from tests.core.oracle import oracle
 from tests.core.tiny_models import make_model
@@ -48,6 +49,11 @@ def model_of(model_type: str) -> Any:
     if model_type not in _MODELS:
         _MODELS[model_type] = make_model(model_type)
     return _MODELS[model_type]
+
+
+def plain_of(model_type: str, max_new_tokens: int = NUM_NEW) -> torch.Tensor:
+    """Return what a kept model writes plainly; each text is written once."""
+    return plain_text(model_of(model_type), PROMPT, max_new_tokens=max_new_tokens, pad_token_id=0)
 
 
 def ours(model: Any, layer_ids: list[int] | None = None, **settings: Any) -> Any:
@@ -78,8 +84,7 @@ class PassCounter:
 )
 def test_greedy_text_is_plains(model_type: str, conditioning: str) -> None:
     """With drafts that are right three times out of four, and with a random drafter's, which are wrong."""
-    model = model_of(model_type)
-    plain = model.generate(PROMPT, **GREEDY)
+    model, plain = model_of(model_type), plain_of(model_type)
     layer_ids = [0, model.config.get_text_config().num_hidden_layers - 1] if conditioning == "features" else None
     if conditioning == "features" and model_type in MANY_STREAMS:
         with pytest.raises(ValueError, match="hidden states"):
@@ -100,14 +105,13 @@ def test_models_that_forget_their_state_in_a_pass_are_refused(model_type: str) -
         ours(model)
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_5", "falcon_h1"])
-@pytest.mark.parametrize("layer_ids", [None, [0, 3]])
+@pytest.mark.parametrize(("model_type", "layer_ids"), [("qwen3_5", None), ("falcon_h1", [0, 3])])
 def test_few_passes_are_spent_and_nothing_is_read_twice_when_a_draft_stands(
     model_type: str, layer_ids: list[int] | None
 ) -> None:
     model = model_of(model_type)
     assert why_not_chained(model, CPU) is None  # the trial has passes of its own
-    plain = model.generate(PROMPT, **{**GREEDY, "max_new_tokens": 160})
+    plain = plain_of(model_type, 160)
     shares = {}
     for wrong_share in (0.0, 0.1, 0.25):
         with oracle(plain, wrong_share), PassCounter(model) as passes:
@@ -201,7 +205,7 @@ def test_turns_of_a_chat_go_on_from_one_cache(model_type: str) -> None:
     """Ours from ours, plain from ours, and ours from plain's."""
     model = model_of(model_type)
     drafter, turn = drafter_for(model), {**GREEDY, "max_new_tokens": 10}
-    plain = model.generate(PROMPT, **{**GREEDY, "max_new_tokens": 20})
+    plain = plain_of(model_type, 20)
 
     def plainly(ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         return model.generate(ids, past_key_values=cache, **turn)
@@ -250,8 +254,7 @@ class Collector(BaseStreamer):
 
 @pytest.mark.parametrize("place", [3, 8, 13, 14])
 def test_an_end_token_anywhere_ends_the_text_where_plain_ends(place: int) -> None:
-    model = model_of("qwen3_5")
-    plain = model.generate(PROMPT, **GREEDY)
+    model, plain = model_of("qwen3_5"), plain_of("qwen3_5")
     end = int(plain[0, PROMPT.shape[1] + place])
     want = model.generate(PROMPT, **GREEDY, eos_token_id=end)
     criterion = MaxLengthCriteria(PROMPT.shape[1] + place)
@@ -343,5 +346,5 @@ def test_a_draft_longer_than_the_chunks_of_a_kernel_is_read_as_steps_read_it(mod
 @pytest.mark.parametrize("model_type", ["qwen3_5", "mamba2"])
 def test_a_dynamic_cache_takes_the_place_of_a_static_one(model_type: str) -> None:
     model = model_of(model_type)
-    plain = model.generate(PROMPT, **{**GREEDY, "max_new_tokens": 6})
+    plain = plain_of(model_type, 6)
     assert ours(model, max_new_tokens=6, cache_implementation="static").sequences.tolist() == plain.tolist()

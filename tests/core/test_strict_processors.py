@@ -8,7 +8,7 @@ from transformers import LogitsProcessor
 
 import hf_specdiff
 from tests.conftest import make_drafter
-from tests.conftest import make_target
+from tests.conftest import shared_target
 
 PROMPT = [1, 5, 9, 4]
 WORDS = [[7, 8, 9, 10, 11, 2], [7, 8, 12, 13, 2], [14, 15, 16, 2], [7, 9, 9, 2], [20, 21, 22, 23, 24, 25, 2]]
@@ -43,7 +43,7 @@ class Done(LogitsProcessor):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layers", [None, [0, 2]])
 def test_a_trie_of_allowed_tokens_writes_its_words(layers: list[int] | None, shape: str, raises: bool) -> None:
-    target, drafter = make_target(), make_drafter(layers)
+    target, drafter = shared_target(), make_drafter(layers)
     settings = {"max_new_tokens": 10, "prefix_allowed_tokens_fn": off_the_trie(raises)}
     ids = torch.tensor([PROMPT])
     plain = target.generate(ids, do_sample=False, **settings)
@@ -58,7 +58,7 @@ def test_a_trie_of_allowed_tokens_writes_its_words(layers: list[int] | None, sha
 
 @pytest.mark.parametrize("raises", [True, False])
 def test_a_trie_in_the_hosts_loop_is_followed_or_refused(raises: bool) -> None:
-    target, drafter = make_target(), make_drafter()
+    target, drafter = shared_target(), make_drafter()
     settings = {"max_new_tokens": 10, "prefix_allowed_tokens_fn": off_the_trie(raises)}
     ids = torch.tensor([PROMPT])
     plain = target.generate(ids, do_sample=False, **settings)
@@ -79,7 +79,7 @@ def test_a_trie_in_the_hosts_loop_is_followed_or_refused(raises: bool) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layers", [None, [0, 2]])
 def test_a_processor_that_forbids_all_behind_the_end_is_asked_in_vain(layers: list[int] | None, shape: str) -> None:
-    target, drafter = make_target(), make_drafter(layers)
+    target, drafter = shared_target(), make_drafter(layers)
     ids = torch.tensor([PROMPT, PROMPT[::-1]])
     settings = {"max_new_tokens": 12, "logits_processor": [Done()]}
     plain = target.generate(ids, do_sample=False, **settings)
@@ -99,7 +99,7 @@ def test_what_fails_on_committed_text_fails_as_in_plain_generate(shape: str, pro
                 raise RuntimeError("four tokens are too many")
             return scores
 
-    target, settings = make_target(), {"do_sample": False, "max_new_tokens": 3, "logits_processor": [Broken()]}
+    target, settings = shared_target(), {"do_sample": False, "max_new_tokens": 3, "logits_processor": [Broken()]}
     ours = hf_specdiff.generate(target, prompt, assistant_model=make_drafter(), draft_shape=shape, **settings)
     assert torch.equal(ours, target.generate(prompt, **settings))
     for call in (
@@ -121,5 +121,5 @@ def test_a_drafter_that_gives_no_numbers_is_refused(
         drafter.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="`assistant_model` must give numbers"):
         hf_specdiff.generate(
-            make_target(), prompt, assistant_model=drafter, do_sample=do_sample, max_new_tokens=9, draft_shape=shape
+            shared_target(), prompt, assistant_model=drafter, do_sample=do_sample, max_new_tokens=9, draft_shape=shape
         )

@@ -59,22 +59,20 @@ def main() -> None:
         output = target.generate(**inputs, **from_hub, return_dict_in_generate=True, **GREEDY)
         found[f"{kind} way 2"] = output.sequences.tolist()
         found[f"{kind} tokens per round"] = output.speculation.tokens_per_round
-        if IS_SHORT:
-            continue
-        batch = tokenizer([PROMPT, "Two and two"], return_tensors="pt", padding=True, return_token_type_ids=False)
-        found[f"{kind} batch"] = target.generate(**batch, **from_hub, **GREEDY).tolist()
-        found["plain batch"] = target.generate(**batch, **GREEDY).tolist()
         if HAS_PACKAGE:
             found[f"{kind} way 3"] = hf_specdiff.generate(target, **inputs, assistant_model=drafter, **GREEDY).tolist()
             hf_specdiff.attach(target)
             found[f"{kind} way 4"] = target.generate(**inputs, assistant_model=drafter, **GREEDY).tolist()
             hf_specdiff.detach(target)
-        else:
+        elif not IS_SHORT:
+            batch = tokenizer([PROMPT, "Two and two"], return_tensors="pt", padding=True, return_token_type_ids=False)
+            found[f"{kind} batch"] = target.generate(**batch, **from_hub, **GREEDY).tolist()
+            found["plain batch"] = target.generate(**batch, **GREEDY).tolist()
             # The strategy as a function, which every caller of `generate` can be given.
             strategy = target.load_custom_generate(repository, trust_remote_code=True)
             found[f"{kind} function"] = strategy(model=target, **inputs, assistant_model=drafter, **GREEDY).tolist()
-        drafter.save_pretrained(f"{FOLDER}/{kind}")
-    if not IS_SHORT:
+            drafter.save_pretrained(f"{FOLDER}/{kind}")
+    if not HAS_PACKAGE and not IS_SHORT:
         drafter = AutoModelForCausalLM.from_pretrained("org/tokens", dtype="float32", **trust)
         write = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=drafter)
         found["pipeline"] = write(PROMPT, **GREEDY)[0]["generated_text"]

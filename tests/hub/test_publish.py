@@ -72,6 +72,12 @@ def repository(tokens_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         yield ready
 
 
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the self-check, which `repository` went through and other tests are about."""
+    monkeypatch.setattr(hub, "self_check", lambda *arguments: 1.0)
+
+
 def publish(repository: hub.Staged, repo_id: str, token: str = "hf_writer", **settings: Any) -> hub.Published:
     return hub.publish(repository, repo_id, token=token, report=lambda text: None, **{"private": False, **settings})
 
@@ -99,6 +105,7 @@ def test_the_fastest_measured_method_becomes_the_default() -> None:
     assert hub.tuned_defaults({**RESULTS, "rows": slower_tree}) == {"draft_shape": "chain"}
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("own", "written"), [({}, {"draft_shape": "tree", "tree_budget": 16}), ({"gamma": 3}, {"gamma": 3})], ids=["none", "own"]
 )
@@ -179,6 +186,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub_here: Hub, repos
         publish(repository, "org/public", private=True)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_paths_of_this_machine_are_not_published(tmp_path: Path) -> None:
     drafter = SpecDiffDrafter.from_pretrained(PAIR / "tokens")
     drafter.config.target_model = str(PAIR / "target")
@@ -200,6 +208,7 @@ def test_a_link_out_of_the_folder_is_not_followed(name: str, tokens_folder: Path
         pytest.fail("it was staged")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_link_within_the_folder_is_the_owners_own_card(tokens_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "drafter"
     shutil.copytree(tokens_folder, folder)
@@ -210,6 +219,7 @@ def test_a_link_within_the_folder_is_the_owners_own_card(tokens_folder: Path, tm
         assert (ready.folder / "README.md").read_text() == "My own words."
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_notes_in_the_configurations_are_not_published(tmp_path: Path) -> None:
     drafter = SpecDiffDrafter.from_pretrained(PAIR / "tokens")
     drafter.generation_config.gamma = 3

@@ -152,9 +152,15 @@ for arguments in ("train target --prompts p.txt --output x", "bench --output x",
         main()
     except SystemExit as end:
         print(arguments.split()[0], end.code)
+import runpy
+sys.argv = ["hf-specdiff", *"demo --num-prompts 0".split()]
+del sys.modules["hf_specdiff.commands.main"]
+runpy.run_module("hf_specdiff.commands.main", run_name="__main__")  # as `python -m` does, to the process's end
 """
     done = python(code)
     assert done.stdout.splitlines() == ["imported:", "train 2", "bench 2", "generate 2"], done.stderr
+    assert done.returncode == 2
+    assert "`num_prompts` must be from 1" in done.stderr
     assert "Traceback" not in done.stderr
     for words in ("'hf_specdiff[train]'", "'hf_specdiff[bench]'", "`--prompt` or `--prompts-file` must be given"):
         assert words in " ".join(done.stderr.split())

@@ -246,6 +246,7 @@ def test_a_run_that_is_refused_claims_nothing(train: Callable[..., int], tmp_pat
     assert SpecDiffDrafter.from_pretrained(tmp_path / "drafter").config.mask_token_id == 3  # the tokenizer's own
 
 
+@pytest.mark.usefixtures("with_pictures")
 def test_texts_that_exceed_the_length_end_in_no_error_at_the_first_save(
     target: LlamaForCausalLM, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -333,6 +333,7 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
     assert calibration_error(torch.tensor([]), torch.tensor([], dtype=torch.bool)) == 0.0
 
 
+@pytest.mark.usefixtures("with_pictures")
 def test_the_drafter_with_the_most_tokens_per_round_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge is made to like the second evaluation best; its weights must be what is saved."""
     rates = iter([1.0, 3.0, 2.0, 2.0])
