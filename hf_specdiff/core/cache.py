@@ -159,9 +159,9 @@ class WindowLayer(DynamicLayer):
         """
         count = end - (self.window - 1) - self.offset
         if count > 0:
-            # Copies: views would keep what is dropped alive.
-            self.keys: torch.Tensor = self.keys[:, :, count:].contiguous()
-            self.values: torch.Tensor = self.values[:, :, count:].contiguous()
+            # Copies, also where a slice is contiguous, as of a single head: views would keep what is dropped alive.
+            self.keys: torch.Tensor = self.keys[:, :, count:].clone(memory_format=torch.contiguous_format)
+            self.values: torch.Tensor = self.values[:, :, count:].clone(memory_format=torch.contiguous_format)
             self.offset += count
 
 
