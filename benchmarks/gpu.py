@@ -135,13 +135,13 @@ def main(
     job = Job(output, size, minutes, device, Journal(output, {"size": asdict(size), "minutes": minutes}))
     make_pair(job)
     record = measure(job, num_prompts, command)
-    pair = record["pair"]
+    pair, num_near_ties = record["pair"], sum(row.get("num_near_ties", 0) for row in record["rows"])
     typer.echo(speed_table(record["rows"]))
     typer.echo(
         f"\nA target of {pair['target_parameters'] / 1e6:.1f}M and a drafter of {pair['drafter_parameters'] / 1e6:.1f}M "
         f"parameters, made in {pair['seconds'][WHOLE] / 60:.1f} minutes.\n"
-        f"Of all greedy outputs {100 * share_identical(record['rows']):.1f} % are plain generate's; near-ties in bfloat16 "
-        f"decide the others.\nThe figures are in {output / 'gpu.json'}. The pair can be measured again by\n"
+        f"Of all greedy outputs {100 * share_identical(record['rows']):.1f} % are plain generate's; {num_near_ties} "
+        f"of the others part at near ties.\nThe figures are in {output / 'gpu.json'}. The pair can be measured again by\n"
         f"  {bench_command(output)}"
     )
 

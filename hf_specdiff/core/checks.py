@@ -287,6 +287,25 @@ def check_profile(profile: Any | None, *, is_adaptive: bool) -> None:
         raise ValueError("`profile` must be None unless `gamma` or `tree_budget` is 'auto', got one. Leave it out.")
 
 
+def check_processes(model: Any, profile: Any | None, *, is_adaptive: bool) -> None:
+    """Refuse sizes that follow the clock where several processes run one model, each with a clock of its own.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target; by tensor parallelism every process runs a part of it.
+        profile (`Profile` or path, *optional*): the caller's, with which no clock is read.
+        is_adaptive (`bool`): whether the size of drafts follows the machine.
+
+    Raises:
+        ValueError: if so: processes would wait for each other in passes of different sizes.
+    """
+    num_processes = getattr(model, "tp_size", None) or 1
+    if num_processes > 1 and is_adaptive and profile is None:
+        raise ValueError(
+            f"`gamma` and `tree_budget` must be numbers for a target that is split over {num_processes} processes, got 'auto', "
+            "with which each would go by its own clock. Pass gamma=, and tree_budget= for trees, or a profile."
+        )
+
+
 def check_can_roll_back(cache: Cache) -> None:
     """Refuse a cache from which rejected tokens cannot be taken back.
 

@@ -29,6 +29,7 @@ from .checks import check_call
 from .checks import check_chains
 from .checks import check_not_offloaded
 from .checks import check_pair
+from .checks import check_processes
 from .checks import check_profile
 from .checks import check_rotary
 from .checks import check_stop_strings
@@ -181,7 +182,7 @@ class SpeculativeLoop:
         stop = StopCheck(stopping_criteria, text.num_rows, keep_scores=_wants(generation_config, "output_scores"))
         obstacle = why_no_masks() if text.num_rows > 1 else None
         if obstacle is not None:  # then rows are verified one by one
-            apart = why_not_divided(model_kwargs, self.own_cache)
+            apart = why_not_divided(text_config, model_kwargs, self.own_cache)
             obstacle = None if apart is None else f"{obstacle}, and {apart}"
         check_batch(
             text, obstacle, logits_processor, generation_config, rows_end_apart=bool(stop.others), pads=stop.has_end_tokens
@@ -219,6 +220,7 @@ class SpeculativeLoop:
                 self.arguments, self.assistant_model, do_sample=do_sample, why_no_tree=why_no_masks
             )
         check_profile(self.profile, is_adaptive=speculation.is_adaptive)
+        check_processes(model, self.profile, is_adaptive=speculation.is_adaptive)
         return speculation
 
     def _mode(self, model: Any, generation_config: GenerationConfig, callbacks: list[Any]) -> AbstractContextManager[None]:

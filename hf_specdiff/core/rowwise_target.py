@@ -145,10 +145,11 @@ class RowwiseTarget(Target):
             self._states = tuple(torch.cat([_lengthened(part, most) for part in layer]) for layer in zip(*parts, strict=True))
 
 
-def why_not_divided(model_kwargs: dict[str, Any], own_cache: Any | None) -> str | None:
+def why_not_divided(config: Any, model_kwargs: dict[str, Any], own_cache: Any | None) -> str | None:
     """Return why a call's rows cannot be taken apart, or `None` if they can.
 
     Args:
+        config (`PreTrainedConfig`): of the text model.
         model_kwargs (`dict[str, Any]`): what `generate` prepared.
         own_cache (`transformers.Cache`, *optional*): the caller's.
 
@@ -157,6 +158,8 @@ def why_not_divided(model_kwargs: dict[str, Any], own_cache: Any | None) -> str 
     """
     if own_cache is not None:
         return "the `past_key_values` that were passed hold all rows in one"
+    if getattr(config, "keep_window_size", None) is not None:  # Doge
+        return "the model looks at some keys only, among equal ones at those that the shape of a batch makes it choose"
     whole = [name for name in model_kwargs if name not in (*ROW_NAMES, *CACHE_NAMES)]
     whole = [name for name in whole if not all(isinstance(leaf, SETTINGS) for leaf in tree_leaves(model_kwargs[name]))]
     return f"`{whole[0]}` cannot be divided among its rows" if whole else None

@@ -1,5 +1,6 @@
 """What is refused, and what is not."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import SynthIDTextWatermarkingConfig
 
 import hf_specdiff
 from hf_specdiff.core.checks import MOST_PADDING
+from hf_specdiff.core.checks import check_processes
 from hf_specdiff.core.checks import check_rotary
 from hf_specdiff.core.checks import check_vocabulary
 from tests.conftest import MASK_TOKEN_ID
@@ -151,3 +153,12 @@ def test_padding_of_a_targets_embedding_is_no_other_vocabulary() -> None:
     check_vocabulary(make_target(vocab_size=VOCAB_SIZE + MOST_PADDING).config, drafter.config)
     with pytest.raises(ValueError, match=f"at most {MOST_PADDING} rows of padding, got {VOCAB_SIZE}"):
         check_vocabulary(make_target(vocab_size=VOCAB_SIZE + MOST_PADDING + 1).config, drafter.config)
+
+
+def test_processes_that_share_a_target_go_by_no_clock() -> None:
+    split = SimpleNamespace(tp_size=2)
+    with pytest.raises(ValueError, match=r"must be numbers for a target that is split over 2 processes.*Pass gamma="):
+        check_processes(split, None, is_adaptive=True)
+    check_processes(split, None, is_adaptive=False)
+    check_processes(split, "profile.json", is_adaptive=True)
+    check_processes(make_target(), None, is_adaptive=True)

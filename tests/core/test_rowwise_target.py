@@ -1,5 +1,6 @@
 """Batches of models that read one text at a time: each row is what plain decoding writes in the batch."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,5 +114,8 @@ def test_a_cache_of_all_rows_is_refused() -> None:
 
 
 def test_inputs_that_nobody_can_divide_are_named() -> None:
-    assert why_not_divided({"attention_mask": torch.ones(2, 3), "use_cache": True}, None) is None
-    assert "`pixel_values` cannot be divided" in str(why_not_divided({"pixel_values": torch.ones(5, 3)}, None))
+    config = SimpleNamespace()
+    assert why_not_divided(config, {"attention_mask": torch.ones(2, 3), "use_cache": True}, None) is None
+    assert "`pixel_values` cannot be divided" in str(why_not_divided(config, {"pixel_values": torch.ones(5, 3)}, None))
+    assert "`pictures` cannot be divided" in str(why_not_divided(config, {"pictures": object()}, None))
+    assert "equal ones" in str(why_not_divided(SimpleNamespace(keep_window_size=16), {}, None))
