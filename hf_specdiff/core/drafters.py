@@ -19,6 +19,7 @@ from .draft import Draft
 from .draft import DraftTree
 from .draft import Outcome
 from .features import Features
+from .sampling import draw
 from .sampling import draw_from_scores
 from .sampling import is_prefix_free
 from .sampling import prefix_free_part
@@ -265,8 +266,8 @@ class DenoisingDrafter:
         temperature = self.speculation.draft_temperature
         if not self.knows_token_before and is_prefix_free(self.processors):
             return _with_copied(*draw_from_scores(self._free_scores(logits), temperature), copied)
-        if temperature == 0 and not self.has_memory and is_prefix_free(self.processors):
-            return self._likeliest(text, logits, copied), None
+        if not self.has_memory and is_prefix_free(self.processors):
+            return self._drawn_from_tables(text, logits, copied)
         tokens, probs, memory = prefix, [], None
         is_open = [not self.end_token_ids & set(row) for row in prefix.tolist()]
         for i in range(logits.shape[1]):
@@ -288,36 +289,50 @@ class DenoisingDrafter:
                 break
         return tokens[:, prefix.shape[1] :], None if probs[0] is None else torch.cat(probs, dim=1)
 
-    def _likeliest(self, text: Text, logits: torch.Tensor, copied: list[list[int]] | None) -> torch.Tensor:
-        """Return the likeliest tokens `(B, n)` of a drafter that knows the token before, from left to right.
+    def _drawn_from_tables(
+        self, text: Text, logits: torch.Tensor, copied: list[list[int]] | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draw, from left to right, the tokens of a drafter that knows the token before and no others.
 
-        What follows each likely token is found at once, and one by one only what follows others.
+        The laws behind each likely token are computed at once, and one by one only those behind others.
 
         Args:
             text (`Text`): committed.
             logits (`torch.Tensor` of shape `(B, n, V)`): raw logits of the positions.
             copied (`list[list[int]]`, *optional*): as `_draw_in_order`.
+
+        Returns:
+            as `_draw_in_order`; fewer tokens where an end token stands in every row.
         """
-        laws = self._conditionals(text, logits)
-        following: dict[tuple[int, ...], int] = {}  # by row, position and token before
+        laws, temperature = self._conditionals(text, logits), self.speculation.draft_temperature
+        known: dict[tuple[int, ...], Any] = {}  # by row, position and token before: a law `(V,)`, or its likeliest token
 
         def ask(positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-            best = laws.step(positions, rows, tokens, None)[0].argmax(dim=-1)
-            for *key, token in torch.stack([rows, positions, tokens, best], dim=1).tolist():  # one device sync
-                following[*key] = token
+            scores, _ = laws.step(positions, rows, tokens, None)
+            found = scores.argmax(dim=-1).tolist() if temperature == 0 else to_probs(scores / temperature).unbind()
+            keys = torch.stack([rows, positions, tokens], dim=1).tolist()
+            known.update((tuple(key), value) for key, value in zip(keys, found, strict=True))
 
         ask(*laws.likely(copied))
-        written = []
-        for row, token in enumerate(laws.anchors.tolist()):
-            own = [] if copied is None else copied[row][: laws.gamma]
-            chain = [token, *own]
-            for position in range(len(own), laws.gamma):
-                key = (row, position, chain[-1])
-                if key not in following:
-                    ask(*to_device([[position], [row], [chain[-1]]], logits.device))
-                chain.append(following[key])
-            written.append(chain[1:])
-        return to_device(written, logits.device)
+        chains = [[anchor] for anchor in laws.anchors.tolist()]
+        drawn_from: list[torch.Tensor] = []
+        for position in range(laws.gamma):
+            keys = [(row, position, chain[-1]) for row, chain in enumerate(chains)]
+            if missing := [key for key in keys if key not in known]:
+                rows, _, tokens = to_device(list(zip(*missing, strict=True)), logits.device)
+                ask(torch.full_like(rows, position), rows, tokens)
+            drawn = [known[key] for key in keys]
+            if temperature > 0:
+                drawn_from.append(torch.stack(drawn))
+                drawn = draw(drawn_from[-1]).tolist()
+            for row, (chain, token) in enumerate(zip(chains, drawn, strict=True)):
+                own = [] if copied is None else copied[row]
+                chain.append(own[position] if position < len(own) else token)
+            if all(self.end_token_ids & set(chain[1:]) for chain in chains):
+                break
+        written = to_device([chain[1:] for chain in chains], logits.device)
+        known_copies = None if copied is None else [row[: written.shape[1]] for row in copied]
+        return _with_copied(written, torch.stack(drawn_from, dim=1) if drawn_from else None, known_copies)
 
     def _scores_after(
         self, text: Text, drafted: torch.Tensor, logits: torch.Tensor, is_open: list[bool]
