@@ -95,7 +95,8 @@ class Method:
         """
         arguments = {**inputs, **settings, **self.arguments}
         if self.assistant is not None:
-            arguments["assistant_model"] = assistant = self.assistant_of(models)
+            assistant: Any = self.assistant_of(models)
+            arguments["assistant_model"] = assistant
             is_chain = self.arguments.get("draft_shape") == "chain" and not is_own_drafter(assistant)
             if is_chain and getattr(assistant.generation_config, "gamma", None) is None:
                 # A chain that is compared is a whole window, also of a drafter that would follow the machine.

@@ -319,6 +319,7 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         if not self.config.markov_reads_drafted:
             return previous
         drafted = self.drafted_ids
+        assert drafted is not None  # else nothing would be reduced
         places = torch.searchsorted(drafted, previous.contiguous()).clamp(max=len(drafted) - 1)
         return torch.where(drafted[places] == previous, places, len(drafted))
 
