@@ -2,7 +2,8 @@
 
 A target of 110 million parameters learns the bundled corpus and continues the recipe's prompts, and a feature-conditioned
 drafter learns from these texts with D-PACE weights: eight minutes, and what loading takes. Then the pair goes through what
-`hf-specdiff bench` does, on the bundled prompts, greedily and at temperature 1, alone and in batches, which takes longer.
+`hf-specdiff bench --compile` does, on the bundled prompts, greedily and at temperature 1, alone and in batches, which takes
+longer.
 Finished stages are skipped and an interrupted one goes on, so the same command may be given again. `FOLDER/gpu.json` is what
 belongs under `benchmarks/results`.
 
@@ -83,7 +84,7 @@ def measure(job: Job, num_prompts: int, command: str) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(job.output / TARGET, padding_side="left")
     models = Models(load(job, TARGET), tokenizer, {DRAFTER: load(job, DRAFTER)})
     texts = {name: [str(record["prompt"]) for record in load_prompts(name)[:num_prompts]] for name in PROMPT_SETS}
-    extent = Extent(texts, job.size.max_new_tokens, batch_sizes=(1, BATCH_SIZE))
+    extent = Extent(texts, job.size.max_new_tokens, batch_sizes=(1, BATCH_SIZE), compiles=True)
     names = {"target": TARGET, "drafters": [DRAFTER], "assistant": None}
     record = benchmark(models, extent, job.output / "bench", names, command)
     record["pair"] = {
@@ -108,7 +109,7 @@ def bench_command(output: Path) -> str:
     """Return what measures the pair once more, without the making."""
     folders = " ".join(shlex.quote(str(output / name)) for name in (TARGET, DRAFTER))
     return (
-        f"hf-specdiff bench {folders} --dtype bfloat16 --batch-size 1 --batch-size {BATCH_SIZE} "
+        f"hf-specdiff bench {folders} --dtype bfloat16 --compile --batch-size 1 --batch-size {BATCH_SIZE} "
         f"--output {shlex.quote(str(output / 'again'))}"
     )
 

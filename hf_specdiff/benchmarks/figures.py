@@ -12,13 +12,16 @@ from typing import Any
 import torch
 
 from hf_specdiff.benchmarks.journal import Journal
+from hf_specdiff.benchmarks.methods import COMPILED
 from hf_specdiff.benchmarks.methods import PLAIN
+from hf_specdiff.benchmarks.methods import PLAIN_COMPILED
 from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.runner import ALONG
 from hf_specdiff.benchmarks.runner import CALL
 from hf_specdiff.benchmarks.runner import DETAIL
 from hf_specdiff.benchmarks.runner import REFUSAL
+from hf_specdiff.benchmarks.runner import WARM_UP
 from hf_specdiff.benchmarks.runner import Along
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import Call
@@ -138,10 +141,14 @@ def rows_of(block: Block, models: Models, journal: Journal) -> list[dict[str, An
             own = calls[method.name]
             details = _notes(journal, DETAIL, Detail, block, method)
             row |= _speeds(own, calls[PLAIN], None if fastest is None else calls[fastest])
-            row |= _rounds(own, is_plain=method.name == PLAIN)
+            row |= _rounds(own, is_plain=method.name in (PLAIN, PLAIN_COMPILED))
             row["identical"] = None if block.temperature else row["num_identical"] == row["num_prompts"]
             row |= expected_of(_notes(journal, ALONG, Along, block, method))
             row |= times_of(details, _notes(journal, DETAIL, Detail, block, block.methods[0]), window_of(method, models))
+            if PLAIN_COMPILED in calls:
+                row |= _beside_compiled(method, calls)
+            if method.is_compiled:
+                row["first_call_seconds"] = journal.select(kind=WARM_UP, block=block.name, method=method.name)[0]["seconds"]
         else:
             row["refusal"] = refusals[method.name]
         rows.append(row)
@@ -185,6 +192,19 @@ def _speeds(calls: list[Call], plain: list[Call], fastest: list[Call] | None) ->
     if fastest is not None:
         lead = speed_ratio(fastest, calls)
         figures |= {"best_to_this": lead.value, "best_low": lead.low, "best_high": lead.high}
+    return figures
+
+
+def _beside_compiled(method: Method, calls: dict[str, list[Call]]) -> dict[str, Any]:
+    """Return a method's speed over compiled plain decoding's, and that of a compiled one over its own without."""
+    pairs = {"compiled_plain": PLAIN_COMPILED}
+    if method.is_compiled:
+        pairs["eager"] = method.name.removesuffix(COMPILED)
+    figures: dict[str, Any] = {}
+    for name, other in pairs.items():
+        if other in calls:
+            ratio = speed_ratio(calls[method.name], calls[other])
+            figures |= {f"ratio_to_{name}": ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
     return figures
 
 

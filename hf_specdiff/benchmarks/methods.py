@@ -7,15 +7,19 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers import CompileConfig
 
 from hf_specdiff.core.generate import generate
 from hf_specdiff.core.own_drafter import is_own_drafter
 from hf_specdiff.core.speculation import ACCEPTANCES
 
 PLAIN = "plain generate"
+COMPILED = ", compiled"
+PLAIN_COMPILED = PLAIN + COMPILED
 NUM_DRAFTS = (1, 2, 4, 8, 16)
 # With the anchor 16 and 33 tokens: matrix kernels work through whole tiles of rows, and 16 fill theirs.
 TREE_SIZES = (15, 32)
@@ -65,6 +69,7 @@ class Method:
         assistant (`str`, *optional*): the name of the drafter or assistant.
         is_ours (`bool`): whether `hf_specdiff.generate` runs the loop, or the target's own `generate`.
         is_contender (`bool`): whether it is there to win, and not to show what a worse drafter does.
+        is_compiled (`bool`): whether passes go through `torch.compile`, over a static cache.
     """
 
     name: str
@@ -72,6 +77,7 @@ class Method:
     assistant: str | None = None
     is_ours: bool = False
     is_contender: bool = True
+    is_compiled: bool = False
 
     @property
     def loop(self) -> str:
@@ -94,6 +100,8 @@ class Method:
             what `generate` returns.
         """
         arguments = {**inputs, **settings, **self.arguments}
+        if self.is_compiled:
+            arguments |= {"cache_implementation": "static", "compile_config": compile_config()}
         if self.assistant is not None:
             assistant: Any = self.assistant_of(models)
             arguments["assistant_model"] = assistant
@@ -184,3 +192,33 @@ def samples(drafter: str, count: int, rule: str) -> Method:
     name = f"{count} samples by {rule.replace('_', '-')}"
     arguments: dict[str, Any] = {"draft_shape": "samples", "num_drafts": count, "draft_temperature": HOT}
     return ours(drafter, name, **arguments, acceptance=rule, prompt_lookup_num_tokens=0)
+
+
+def compile_config() -> CompileConfig:
+    """Return the host's default for `generate`: inductor, and graphs where there is a GPU."""
+    config = CompileConfig()
+    config._compile_all_devices = True  # else the host compiles on GPUs only (transformers 5.17 to 5.23)
+    return config
+
+
+def with_compiled(methods: list[Method]) -> list[Method]:
+    """Return methods, plain `generate` and our chains and trees of a fixed size each followed by itself, compiled.
+
+    Args:
+        methods (`list[Method]`): eager ones.
+
+    Returns:
+        `list[Method]`: those that stand aside from the contest, that copy, or whose size follows the machine, stay eager.
+    """
+    found = []
+    for method in methods:
+        found.append(method)
+        if method.name == PLAIN or _has_fixed_passes(method):
+            found.append(replace(method, name=f"{method.name}{COMPILED}", is_compiled=True))
+    return found
+
+
+def _has_fixed_passes(method: Method) -> bool:
+    arguments = method.arguments
+    is_fixed = arguments.get("draft_shape") in ("chain", "tree") and "auto" not in arguments.values()
+    return method.is_ours and method.is_contender and is_fixed and not arguments.get("prompt_lookup_num_tokens")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from hf_specdiff.training.prompts import Prompt
 from hf_specdiff.training.prompts import encode
 
 # Kinds of a journal's records.
-CALL, DETAIL, ALONG, REFUSAL = "call", "detail", "along", "refusal"
+WARM_UP, CALL, DETAIL, ALONG, REFUSAL = "warm-up", "call", "detail", "along", "refusal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,15 +209,30 @@ def run_block(models: Models, block: Block, journal: Journal, on_batch: Callable
             continue
         if not journal.select(kind=kind, block=block.name, batch=number):
             if not is_warm:
-                warm_up(models, block, journal, batches[-1])
+                # The longest prompt: what is compiled for a static cache of its length serves the others too.
+                warm_up(models, block, journal, max(batches, key=lambda batch: batch["input_ids"].shape[1]))
                 is_warm = True
             run_step(models, block, journal, kind, number, batches[number])
         on_batch()
 
 
 def warm_up(models: Models, block: Block, journal: Journal, inputs: Mapping[str, Any]) -> None:
-    """Let every method decode a batch, and forget what came of it; arguments as `run_block`."""
-    _each(models, block, journal, lambda method: _run(models, block, method, -1, inputs))
+    """Let every method decode a batch, and forget what came of it; arguments as `run_block`.
+
+    Of compiled ones it is noted how long that took. They decode it twice, since some things are compiled when seen again.
+    """
+
+    def observe(method: Method) -> float:
+        seconds = _run(models, block, method, -1, inputs).seconds
+        if method.is_compiled:
+            _run(models, block, method, -1, inputs)
+        return seconds
+
+    seen = _each(models, block, journal, observe)
+    compiled = [method.name for method in block.methods if method.is_compiled and method.name in seen]
+    if compiled and not journal.select(kind=WARM_UP, block=block.name):  # those of an interrupted run were the first
+        noted = {"kind": WARM_UP, "block": block.name}
+        journal.append({**noted, "method": name, "seconds": seen[name]} for name in compiled)
 
 
 def run_step(models: Models, block: Block, journal: Journal, kind: str, number: int, inputs: Mapping[str, Any]) -> None:
@@ -326,8 +342,9 @@ def _num_right(block: Block, number: int, new_tokens: torch.Tensor, models: Mode
 
 
 def _details(models: Models, block: Block, journal: Journal, number: int, inputs: Mapping[str, Any]) -> list[Detail]:
-    """Look into every method's call on one batch."""
-    details = _each(models, block, journal, lambda method: _detail(models, block, method, number, inputs), number)
+    """Look into every method's call on one batch, compiled ones left out: clocks in a model would have it compiled anew."""
+    eager = replace(block, methods=[method for method in block.methods if not method.is_compiled])
+    details = _each(models, eager, journal, lambda method: _detail(models, eager, method, number, inputs), number)
     return list(details.values())
 
 
@@ -370,7 +387,7 @@ def _along(models: Models, block: Block, journal: Journal, number: int, inputs: 
     is_ended = num_new < block.max_new_tokens
 
     def observe(method: Method) -> Along | None:
-        if not method.is_ours:
+        if not method.is_ours or method.is_compiled:  # what is compiled drafts as it does otherwise
             return None
         torch.manual_seed(block.seed + number)
         found = accepted_along(method, models, prompt, written[: num_new - is_ended], **block.settings)

@@ -32,15 +32,18 @@ from hf_specdiff.benchmarks.figures import rows_of
 from hf_specdiff.benchmarks.journal import Journal
 from hf_specdiff.benchmarks.journal import write_text
 from hf_specdiff.benchmarks.methods import NUM_DRAFTS
+from hf_specdiff.benchmarks.methods import PLAIN_COMPILED
 from hf_specdiff.benchmarks.methods import Method
 from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.methods import host_methods
 from hf_specdiff.benchmarks.methods import our_methods
 from hf_specdiff.benchmarks.methods import ours
 from hf_specdiff.benchmarks.methods import own_methods
+from hf_specdiff.benchmarks.methods import with_compiled
 from hf_specdiff.benchmarks.peers import peer_methods
 from hf_specdiff.benchmarks.runner import Block
 from hf_specdiff.benchmarks.runner import run_block
+from hf_specdiff.benchmarks.tables import compiled_table
 from hf_specdiff.benchmarks.tables import prefix_tables
 from hf_specdiff.benchmarks.tables import speed_table
 from hf_specdiff.benchmarks.tables import time_tables
@@ -77,6 +80,7 @@ class Extent:
         seed (`int`): of sampling.
         words (`tuple[str, ...]`): only methods whose name holds one of them, and plain `generate`; all if empty.
         answers (`dict[str, list[str]]`): by task, for each prompt what ends in the right number, where that is known.
+        compiles (`bool`): whether plain `generate` and our chains and trees run compiled too.
     """
 
     texts: Mapping[str, Sequence[Prompt]]
@@ -86,6 +90,7 @@ class Extent:
     seed: int = 0
     words: tuple[str, ...] = ()
     answers: dict[str, list[str]] = field(default_factory=dict)
+    compiles: bool = False
 
 
 def bundled_models() -> Models:
@@ -162,6 +167,7 @@ def blocks_of(models: Models, extent: Extent, *, is_standard: bool = False) -> l
             methods = bundled_methods(models, temperature, NUM_DRAFTS if is_first else (8,))
         else:
             methods = methods_for(models, temperature)
+        methods = with_compiled(methods) if extent.compiles else methods
         settings: dict[str, Any] = {"temperature": temperature, "seed": extent.seed, "answers": extent.answers.get(task)}
         limit = extent.max_new_tokens[task]
         chosen = _chosen(methods, extent.words)
@@ -174,8 +180,10 @@ def blocks_of(models: Models, extent: Extent, *, is_standard: bool = False) -> l
 
 
 def _chosen(methods: list[Method], words: tuple[str, ...]) -> list[Method]:
-    """Return the methods that are asked for; plain `generate`, the first, always."""
-    return methods[:1] + [method for method in methods[1:] if not words or any(word in method.name for word in words)]
+    """Return the methods that are asked for; plain `generate`, the first, always, and compiled if anything is."""
+    chosen = [method for method in methods[1:] if not words or any(word in method.name for word in words)]
+    beside = [method for method in methods[1:2] if method.name == PLAIN_COMPILED and method not in chosen]
+    return methods[:1] + beside + chosen
 
 
 def check_extent(models: Models, extent: Extent) -> None:
@@ -244,7 +252,8 @@ def benchmark(
     rows = [row for block in blocks for row in rows_of(block, models, journal)]
     record = {"conditions": conditions_of(models, command), "profile": _profile(models), "rows": rows}
     write_record(output / RESULTS, record)
-    write_text(output / TABLE, f"{speed_table(rows)}\n\n{time_tables(rows)}\n\n{prefix_tables(rows)}\n")
+    tables = [speed_table(rows), *([compiled_table(rows)] if extent.compiles else []), time_tables(rows), prefix_tables(rows)]
+    write_text(output / TABLE, "\n\n".join(tables) + "\n")
     return record
 
 

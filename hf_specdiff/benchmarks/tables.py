@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_specdiff.benchmarks.figures import share_interval
+from hf_specdiff.benchmarks.methods import COMPILED
 
 SPEED_TITLES = [
     "task",
@@ -43,6 +44,16 @@ TIE_NOTE = (
     "Near ties: texts that first differ from plain `generate`'s where the two tokens are as close as rounding brings logits, "
     "measured at that place; plain `generate` parts from itself there too when the batch changes."
 )
+COMPILED_TITLES = [
+    "task",
+    "temperature",
+    "batch_size",
+    "method",
+    "tokens/s",
+    "ratio to compiled plain (95 %)",
+    "ratio to itself uncompiled (95 %)",
+    "first call",
+]
 GAIN_TITLES = ["strategy", "method", "right answers (95 %)", "gain over plain generate"]
 
 
@@ -63,6 +74,19 @@ def identical_cell(row: dict[str, Any]) -> str:
     num_ties = row.get("num_near_ties", 0)  # results of earlier versions do not tell
     ties = f", {num_ties} near tie{'s' if num_ties > 1 else ''}" if num_ties else ""
     return f"{row['num_identical']}/{row['num_prompts']}{ties}"
+
+
+def compiled_cells(row: dict[str, Any]) -> list[str]:
+    """Return what compiling brings a method, under `COMPILED_TITLES`; of one that did not run the reason."""
+    cells = speed_cells(row)[:5]
+    if "refusal" in row:
+        return [*cells, f"cannot run: {row['refusal']}", "", ""]
+    pairs = [
+        times(row[f"ratio_to_{name}"], row[f"{name}_low"], row[f"{name}_high"]) if f"ratio_to_{name}" in row else ""
+        for name in ("compiled_plain", "eager")
+    ]
+    first = f"{row['first_call_seconds']:.1f} s" if "first_call_seconds" in row else ""
+    return [*cells, *pairs, first]
 
 
 def right_cell(row: dict[str, Any]) -> str:
@@ -115,6 +139,17 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
     table = markdown(titles, [[*speed_cells(row), right_cell(row)][: len(titles)] for row in rows])
     notes = [RIGHT_NOTE] * has_answers + [TIE_NOTE] * has_ties
     return "\n\n".join([table, *notes])
+
+
+def compiled_table(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of what was compiled, and of the eager methods beside it."""
+    return markdown(COMPILED_TITLES, [compiled_cells(row) for row in compared_with_compiled(rows)])
+
+
+def compared_with_compiled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of methods that run compiled, each behind its own without."""
+    names = {row["method"].removesuffix(COMPILED) for row in rows if row["method"].endswith(COMPILED)}
+    return [row for row in rows if row["method"].removesuffix(COMPILED) in names]
 
 
 def time_table(rows: list[dict[str, Any]]) -> str:

@@ -24,9 +24,12 @@ from hf_specdiff.benchmarks.standard import Extent
 from hf_specdiff.benchmarks.standard import benchmark
 from hf_specdiff.benchmarks.standard import bundled_models
 from hf_specdiff.benchmarks.standard import prompt_sets
+from hf_specdiff.benchmarks.tables import COMPILED_TITLES
 from hf_specdiff.benchmarks.tables import GAIN_TITLES
 from hf_specdiff.benchmarks.tables import RIGHT_TITLE
 from hf_specdiff.benchmarks.tables import SPEED_TITLES
+from hf_specdiff.benchmarks.tables import compared_with_compiled
+from hf_specdiff.benchmarks.tables import compiled_cells
 from hf_specdiff.benchmarks.tables import gain_cells
 from hf_specdiff.benchmarks.tables import right_cell
 from hf_specdiff.benchmarks.tables import speed_cells
@@ -74,6 +77,9 @@ def bench_command(
     one_answer: Annotated[
         bool, typer.Option("--one-answer", help="with --time-budget: greedy answers alone, no votes")
     ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="plain generate and our chains and trees also compiled, over a static cache")
+    ] = False,
     budget: Annotated[float | None, typer.Option(help="with --time-budget: the seconds at which gains are stated")] = None,
 ) -> None:
     """Lay plain generate, transformers' own speculation and ours side by side; or, with --time-budget, what speed is worth."""
@@ -94,9 +100,10 @@ def bench_command(
         )
     if data is not None and not prompts:
         raise ValueError(f"`--data` must come with `--prompts`, got {str(data)!r} alone.")
-    if time_budget and (prompts_file, temperature, batch_size, method, assistant) != (None,) * 5:
+    if time_budget and (compiled or (prompts_file, temperature, batch_size, method, assistant) != (None,) * 5):
         raise ValueError(
-            "`--time-budget` must stand without --prompts-file, --temperature, --batch-size, --method and --assistant, got one."
+            "`--time-budget` must stand without --prompts-file, --temperature, --batch-size, --method, --assistant and "
+            "--compile, got one."
         )
     limit = max_new_tokens or (DEFAULT_PROBLEM_TOKENS if time_budget else DEFAULT_NEW_TOKENS)
     sets = _read_sets(prompts or [], num_prompts, data)  # before anything is loaded: it may fail
@@ -132,6 +139,7 @@ def bench_command(
             seed,
             once(method or []),
             {task: questions.answers for task, questions in sets.items() if questions.answers is not None},
+            compiled,
         )
         is_standard = is_bundled and prompts_file is None and not prompts
         record = benchmark(models, extent, output, names, command, is_standard=is_standard)
@@ -169,7 +177,11 @@ def _show(console: Console, rows: list[dict[str, Any]]) -> None:
         titles, cells = SPEED_TITLES[3:], [speed_cells(row)[3:] for row in chosen]
         if any(right_cell(row) for row in chosen):
             titles, cells = [*titles, RIGHT_TITLE], [[*own, right_cell(row)] for own, row in zip(cells, chosen, strict=True)]
-        console.print(terminal_table(titles, cells, title=f"{task}, temperature {heat:g}, batch {size}"))
+        title = f"{task}, temperature {heat:g}, batch {size}"
+        console.print(terminal_table(titles, cells, title=title))
+        if beside := compared_with_compiled(chosen):
+            cells = [compiled_cells(row)[3:] for row in beside]
+            console.print(terminal_table(COMPILED_TITLES[3:], cells, title=f"{title}: compiled"))
 
 
 def once(values: Sequence[T]) -> tuple[T, ...]:

@@ -5,6 +5,8 @@ before children. Knows no model and draws nothing.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
@@ -216,26 +218,80 @@ class SampledChildren:
     marginals: torch.Tensor | None = None
 
 
+class UnreadParents(Sequence[list[int]]):
+    """Parents of a tree's nodes, row by row, that lie on a device until somebody asks.
+
+    Args:
+        tensor (`torch.Tensor` of shape `(B, N)`, int64): -1 for filler, which stands behind the nodes.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self._rows: list[list[int]] | None = None
+
+    def read(self, rows: list[list[int]]) -> None:
+        """Take in what `tensor` holds, which somebody has read back beside other things."""
+        self._rows = [[parent for parent in row if parent >= 0] for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __getitem__(self, row: Any) -> Any:
+        if self._rows is None:
+            self.read(self.tensor.tolist())
+        assert self._rows is not None
+        return self._rows[row]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([self[row] for row in range(len(self))])
+
+
+@dataclass(frozen=True, slots=True)
+class TreeLayout:
+    """Where a tree's nodes stand, on the device.
+
+    Attributes:
+        parents (`torch.Tensor` of shape `(B, N)`, int64): of nodes 1 to N; -1 for filler.
+        depths (`torch.Tensor` of shape `(B, N + 1)`, int64): 0 for the anchor and for filler.
+        mask (`torch.Tensor` of shape `(B, N + 1, N + 1)`, bool): true at [i, j] if j is i or an ancestor of i.
+    """
+
+    parents: torch.Tensor
+    depths: torch.Tensor
+    mask: torch.Tensor
+
+    def to(self, device: torch.device) -> "TreeLayout":
+        """Return the layout on another device."""
+        return TreeLayout(self.parents.to(device), self.depths.to(device), self.mask.to(device))
+
+
 @dataclass(frozen=True, slots=True)
 class DraftTree:
     """Drafted tokens as a tree for every row of a batch; siblings differ.
 
     Attributes:
         tokens (`torch.Tensor` of shape `(B, N)`, int64): of nodes 1 to N; rows with fewer nodes end in filler.
-        parents (`list[list[int]]`): for each row, the parents of its nodes 1, 2, ...; filler has none.
+        parents (`Sequence[list[int]]`): for each row, the parents of its nodes 1, 2, ...; filler has none.
         drafts (`list[list[list[int]]]`, *optional*): for each row, the nodes of each joint draft, root to leaf.
         sampled (`SampledChildren`, *optional*): `None`: every node is a function of the committed text, or the rule does not
             ask what it was drawn from.
         values (`list[list[float]]`, *optional*): for each row, the path probabilities of its nodes by their ranks.
         copied (`list[list[int]]`, *optional*): for each row, the nodes that were copied from the text, root to leaf.
+        layout (`TreeLayout`, *optional*): of a tree that was built on the device; its parents are read back with the round.
     """
 
     tokens: torch.Tensor
-    parents: list[list[int]]
+    parents: Sequence[list[int]]
     drafts: list[list[list[int]]] | None = None
     sampled: SampledChildren | None = None
     values: list[list[float]] | None = None
     copied: list[list[int]] | None = None
+    layout: TreeLayout | None = None
+
+    @classmethod
+    def planted(cls, tokens: torch.Tensor, layout: TreeLayout) -> "DraftTree":
+        """Return a tree that was built on the device; see `tree.plant`."""
+        return cls(tokens, UnreadParents(layout.parents), layout=layout)
 
     @classmethod
     def of_rows(
@@ -267,7 +323,18 @@ class DraftTree:
         """Return the tree with its tokens on another device."""
         if self.tokens.device == device:
             return self
+        if self.layout is not None:
+            return DraftTree.planted(self.tokens.to(device), self.layout.to(device))
         return replace(self, tokens=self.tokens.to(device))
+
+    def read(self, numbers: torch.Tensor) -> list[list[int]]:
+        """Read numbers of a round `(B, n)` back from the device, in one go with the parents where these still lie there."""
+        if not isinstance(self.parents, UnreadParents):
+            return numbers.tolist()
+        size = self.num_tokens
+        table = torch.cat([numbers, self.parents.tensor], dim=1).tolist()
+        self.parents.read([row[-size:] for row in table])
+        return [row[:-size] for row in table]
 
     def num_drafted(self) -> list[int]:
         """Return the nodes of each row."""
@@ -297,6 +364,8 @@ class DraftTree:
 
     def depths(self) -> torch.Tensor:
         """Return how far behind the anchor each node stands, `(B, N + 1)` int64: 0 for the anchor and for filler."""
+        if self.layout is not None:
+            return self.layout.depths
         size = self.num_tokens + 1
         rows = [row + [0] * (size - len(row)) for row in self._depth_rows()]
         return to_device(rows, self.tokens.device)
@@ -312,6 +381,8 @@ class DraftTree:
 
     def ancestor_mask(self) -> torch.Tensor:
         """Return who sees whom, `(B, N + 1, N + 1)` bool: true at [i, j] if j is i or an ancestor of i; filler sees itself."""
+        if self.layout is not None:
+            return self.layout.mask
         size = self.num_tokens + 1
         table = bytearray()
         for parents in self.parents:

@@ -126,6 +126,8 @@ class DenoisingDrafter:
         self.mask_token_id = network.config.mask_token_id
         self.cache = context_cache(network.config)
         self.rows: RaggedCache | None = None  # from the first draft on, which tells how many rows there are
+        self.passes: Any = None  # `StaticPasses`, where they are compiled
+        self._is_first = True
         self.knows_token_before = False
         self.has_memory = False  # whether a law hangs on more tokens than the one before
         self.has_confidence = False
@@ -135,6 +137,14 @@ class DenoisingDrafter:
         # A tree's positions have many prefixes, and out of order a prefix is not known yet: nothing for a processor to read.
         reads_prefixes = speculation.draft_shape == "chain" and speculation.reveals_in_order
         self.processors = logits_processor if reads_prefixes else prefix_free_part(logits_processor)
+
+    def compile(self, passes: Any) -> None:
+        """Let a compiled pass of one width do the work; before the first draft.
+
+        Args:
+            passes (`StaticPasses`): of this drafter's network; its cache takes the place of the drafter's own.
+        """
+        self.passes, self.cache, self.rows = passes, passes.cache, passes.rows
 
     @torch.no_grad()
     def draft(self, text: Text, features: Features | None) -> Draft | DraftTree:
@@ -146,15 +156,18 @@ class DenoisingDrafter:
             return settled
         self._home = text.tokens.device
         text = text.to(self.device)
-        is_first = self.rows is None
         if self.rows is None:
             self.rows = RaggedCache(self.cache, text.num_rows)
         gamma = self._window_gamma(min(text.lengths))
-        window = text.tokens.new_full((text.num_rows, gamma + 1), self.mask_token_id)
+        # A compiled pass is as wide at the end of a text as elsewhere.
+        width = gamma if self.passes is None else self.speculation.gamma
+        window = text.tokens.new_full((text.num_rows, width + 1), self.mask_token_id)
         window[:, :1] = text.anchors()
         unseen, self._unseen = self._unseen, []
-        with grouped_heads(self.device.type == "cpu", gamma + 1):
+        with grouped_heads(self.device.type == "cpu", width + 1):
             logits = self.window_logits(window, text, Features.join(unseen) if unseen else None)
+        window, logits = window[:, : gamma + 1], logits[:, :gamma]
+        is_first, self._is_first = self._is_first, False
         if is_first and bool(logits.isnan().any()):
             raise ValueError(
                 "`assistant_model` must give numbers as logits, got nan. Are its weights finite, and is its dtype wide enough?"
@@ -422,6 +435,10 @@ class DenoisingDrafter:
         """
         raise NotImplementedError
 
+    def num_columns(self, counts: list[int]) -> int:
+        """Return how many context tokens a pass reads, filler included, that adds some of them to each row."""
+        return max(counts) if self.passes is None else self.passes.num_columns(counts)
+
     def layout(self, text: Text, counts: list[int], window_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return where a pass stands in the text: positions of its tokens and the mask of its keys.
 
@@ -438,8 +455,8 @@ class DenoisingDrafter:
             `tuple`: positions `(1 or B, new + G + 1)` int64, not counting padding; mask `(B, keys)` bool, or `None`: all seen.
         """
         assert self.rows is not None
-        device, num_new = text.tokens.device, max(counts)
-        if text.num_rows == 1 and text.prompt_mask is None:
+        device, num_new = text.tokens.device, self.num_columns(counts)
+        if text.num_rows == 1 and text.prompt_mask is None and self.passes is None:
             anchor = text.lengths[0] - 1
             return torch.arange(anchor - num_new, anchor + window_size, device=device)[None], None
         anchors = to_device(text.lengths, device)[:, None] - 1

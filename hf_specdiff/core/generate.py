@@ -53,7 +53,10 @@ from .speculation import SpeculationConfig
 from .speculation import own_speculation
 from .speculation import resolve_speculation
 from .stateful_target import is_stateful
+from .static_drafter import compile_drafter
+from .static_target import StaticTarget
 from .stopping import StopCheck
+from .target import Target
 from .targets import make_target
 from .targets import wants_passes
 from .text import Text
@@ -191,19 +194,21 @@ class SpeculativeLoop:
         # A greedy target meets every draft by match, so there is nothing to draw for another rule.
         drafting = speculation if generation_config.do_sample else replace(speculation, acceptance="match")
         with self._mode(model, generation_config, [*logits_processor, *stopping_criteria]):
-            budget = self._budget(model, drafting, text)
+            target = self._target(model, generation_config, model_kwargs, speculation, text.num_rows, why_no_masks)
+            static = target if isinstance(target, StaticTarget) else None
+            budget = self._budget(model, drafting, text, static)
             drafter = self._drafter(model, drafting, logits_processor, generation_config, stop, budget)
-            target = make_target(
-                model, generation_config, model_kwargs, drafter.target_layer_ids, speculation, text.num_rows, why_no_masks
-            )
+            passes = compile_drafter(drafter, target, speculation, generation_config, text.num_rows)
             is_kept = self.own_cache is not None or bool(generation_config.return_dict_in_generate)
             if self.own_cache is not None or wants_passes(generation_config):
                 target.keep_rows()
             output = self.run(target, drafter, speculation, stop, logits_processor, text, self.streamer, is_kept=is_kept)
-            if not generation_config.return_dict_in_generate:
+            if not generation_config.return_dict_in_generate or output.past_key_values is None:
                 target.release()
+            if passes is not None:
+                passes.release()
         if budget is not None and self.profile is None:
-            learn(model, self.assistant_model, input_ids.device, budget)
+            learn(model, self.assistant_model, input_ids.device, budget, static)
         output = ordinary(output)
         return output if generation_config.return_dict_in_generate else output.sequences
 
@@ -231,15 +236,30 @@ class SpeculativeLoop:
         more = [self.streamer, *([self.assistant_model] if self.is_own else [])]
         return inference(models, [*callbacks, *more], self.own_cache)
 
-    def _budget(self, model: Any, speculation: SpeculationConfig, text: Text) -> Budget | None:
+    def _target(
+        self,
+        model: Any,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        speculation: SpeculationConfig,
+        num_rows: int,
+        why_no_masks: Callable[[], str | None],
+    ) -> Target:
+        """Return the target, which hands back what the drafter reads."""
+        layer_ids = (self.assistant_model if self.is_own else self.assistant_model.config).target_layer_ids
+        layer_ids = None if layer_ids is None else list(layer_ids)
+        return make_target(model, generation_config, model_kwargs, layer_ids, speculation, num_rows, why_no_masks)
+
+    def _budget(self, model: Any, speculation: SpeculationConfig, text: Text, static: StaticTarget | None) -> Budget | None:
         """Return what settles the size of each draft, if it is to follow the machine."""
         if not speculation.is_adaptive:
             return None
-        measured = profile_of(model, self.assistant_model, speculation, text.tokens.device, self.profile)
+        measured = profile_of(model, self.assistant_model, speculation, text.tokens.device, self.profile, static)
         draws_children = speculation.draft_shape == "tree" and speculation.acceptance == "ratio"
         # With a given profile nothing depends on a clock, so that a run can be repeated.
         clock = time.perf_counter if self.profile is None else None
-        return Budget(measured, text.num_rows, draws_children=draws_children, clock=clock)
+        widths = None if static is None else static.widths
+        return Budget(measured, text.num_rows, draws_children=draws_children, clock=clock, widths=widths)
 
     def _drafter(
         self,

@@ -69,7 +69,7 @@ def make_rule(acceptance: str, *, do_sample: bool, end_token_ids: Set[int] = fro
             return accept_on_tree(tree, to_probs(scores.window()))
         if scores.is_prefix_free:
             # One device sync: the drafted tokens, and the target's own after the anchor and after each of them.
-            table = torch.cat([tree.tokens, scores.window().argmax(dim=-1)], dim=1).tolist()
+            table = tree.read(torch.cat([tree.tokens, scores.window().argmax(dim=-1)], dim=1))
             size = tree.num_tokens
             return accept_by_walk(tree.children([row[:size] for row in table]), lambda row, path: table[row][size + path[-1]])
         # Processors that read the text are asked node by node, and only where the walk comes.

@@ -31,9 +31,11 @@ from .speculation import SpeculationConfig
 from .text import Text
 from .text import to_device
 from .tree import COPIED
+from .tree import MOST_NODES
 from .tree import Copied
 from .tree import TreeShape
 from .tree import best_first
+from .tree import plant
 
 # Of drawn children, and how fast earlier rounds are forgotten.
 TEMPERATURES = (1.0, 0.7, 0.4, 0.2)
@@ -271,11 +273,15 @@ def draft_tree(
         copies (`Copies`, *optional*): what each row copies is one more branch, merged where it begins as drafted ones do.
 
     Returns:
-        `DraftTree`: with `sampled` for the ratio rule; or a `Draft` of nothing, where no node is worth it.
+        `DraftTree`: with `sampled` for the ratio rule; or a `Draft` of nothing, where no node is worth it. On a GPU a tree of
+            a fixed size is built there, unless it has drawn or copied nodes, which the host places.
 
     Source: arXiv:2604.12989; drawn children arXiv:2502.18779.
     """
     marginals = to_probs(scores / speculation.draft_temperature)
+    is_fixed = choose is None and copies is None and speculation.acceptance != "ratio"
+    if is_fixed and speculation.tree_budget <= MOST_NODES and builds_trees(scores.device):
+        return DraftTree.planted(*plant(marginals, speculation.tree_budget))
     shapes, ranked_tokens = _most_probable(marginals, speculation.tree_budget, smallest, temperature, copies)
     if choose is not None:
         count = choose(shapes)
@@ -295,6 +301,14 @@ def draft_tree(
     nodes = None if copies is None else [shape.copied() for shape in shapes]
     tree = DraftTree.of_rows(tokens, parents, scores.device, values=values, copied=nodes)
     return draw_last_children(tree, shapes, marginals, temperature) if speculation.acceptance == "ratio" else tree
+
+
+def builds_trees(device: torch.device) -> bool:
+    """Return whether trees are built on a device rather than on the host: on GPUs, which would be waited for.
+
+    A CPU has nothing to wait for, and builds a tree on the host in a fraction of the time.
+    """
+    return device.type == "cuda"
 
 
 def _most_probable(

@@ -17,10 +17,14 @@ from typer.testing import CliRunner
 
 from benchmarks import gpu
 from benchmarks import pair
+from hf_specdiff.benchmarks import methods
 from hf_specdiff.benchmarks import runner
 from hf_specdiff.benchmarks.clocks import PassClock
 from hf_specdiff.benchmarks.methods import PLAIN
+from hf_specdiff.benchmarks.methods import PLAIN_COMPILED
 from hf_specdiff.commands.main import app
+
+from .conftest import traced_only
 
 # Under autocast a norm's weights are float32 and what it reads is not.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
@@ -37,6 +41,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("gpu") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(methods, "compile_config", traced_only)
         with pytest.MonkeyPatch.context() as interruption:
             interruption.setattr(pair, "fit_drafter", lambda *arguments, **settings: False)
             with pytest.raises(typer.Exit):
@@ -62,6 +67,11 @@ def test_figures_of_both_loops_come_of_a_dry_run(output: Path) -> None:
         (task, temperature, size) for task in ("math", "code") for temperature in (0.0, 1.0) for size in (1, 8)
     }
     assert not [row["refusal"] for row in rows if row["loop"] == "hf_specdiff" and "refusal" in row]
+    compiled = [row for row in rows if row["method"].endswith(", compiled")]
+    assert {(row["task"], row["temperature"], row["batch_size"]) for row in compiled} == {
+        (row["task"], row["temperature"], row["batch_size"]) for row in rows
+    }
+    assert all(row["ratio_to_eager"] > 0 and row["first_call_seconds"] > 0 for row in compiled)
     assert record["conditions"]["dtype"] == "bfloat16"
     assert str(output) not in json.dumps(record)
     made = record["pair"]
@@ -108,7 +118,8 @@ def test_the_command_that_is_printed_takes_the_pair(output: Path, tmp_path: Path
     result = CliRunner().invoke(app, [*arguments, *few])
     assert result.exit_code == 0, result.output
     record = json.loads((copy / "again" / "results.json").read_text())
-    assert {row["method"] for row in record["rows"]} == {PLAIN, "drafter, chain"}
+    names = {PLAIN, PLAIN_COMPILED, "drafter, chain", "drafter, chain, compiled"}
+    assert {row["method"] for row in record["rows"]} == names
     assert {row["batch_size"] for row in record["rows"]} == {1, 8}
     assert record["conditions"]["dtype"] == "bfloat16"
 

@@ -130,6 +130,7 @@ def test_time_budgets_run_on_published_problems(chat_target: Path, tmp_path: Pat
         (["--time-budget", "--budget", "0.001"], "`budget` must be longer"),
         (["--time-budget", "--budget", "0"], "`budget` must be longer"),
         (["--time-budget", "--method", "auto"], "must stand without"),
+        (["--time-budget", "--compile"], "must stand without"),
         (["--assistant", "x"], "`--assistant` must come with a target"),
         (["--method", "chain", "--method", "eagle"], "got 'eagle'"),
         ([str(PAIR / "target"), str(PAIR / "autoregressive")], "must hold a drafter of a known format"),

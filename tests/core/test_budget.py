@@ -147,6 +147,14 @@ def test_a_pass_is_filled_to_where_the_next_tile_begins() -> None:
     assert Budget(tiles, 1).choose([chain(values)]) == 7
 
 
+def test_a_pass_of_a_few_widths_is_filled_to_the_next_of_them() -> None:
+    profile = Profile([1, 33], [0.010, 0.050], 0.001, allowance=9.0)
+    values = [0.8**i for i in range(1, 31)]
+    assert Budget(profile, 1).choose([chain(values)]) == 5
+    assert Budget(profile, 1, widths=[1, 8, 16, 31]).choose([chain(values)]) == 7
+    assert Budget(profile, 2, widths=[4, 8]).plain_seconds == profile.target_cost(8)
+
+
 def test_a_drawn_child_is_worth_what_it_has_been_and_its_sibling_by_rank_again() -> None:
     factors = list(NEUTRAL)
     factors[NUM_CLASSES + 1] = 2.0  # drawn, probability between 1/4 and 1/2

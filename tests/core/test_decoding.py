@@ -14,6 +14,7 @@ from transformers import StoppingCriteria
 import hf_specdiff
 from hf_specdiff import Profile
 from hf_specdiff.core import decoding
+from hf_specdiff.core import shapes
 from hf_specdiff.core.decoding import decode
 from hf_specdiff.core.record import Round
 from tests.conftest import make_drafter
@@ -137,12 +138,32 @@ ROUNDS = {
 }
 
 
+BUILT = {
+    "tree": (TREE | GREEDY, 1),
+    "tree by match": (TREE | MATCH, 1),
+    "tree by ratio": (TREE | RATIO, 2),
+    # What is copied is looked up in the text, and weighed by the drafter's probabilities row by row.
+    "tree with copies": (TREE | GREEDY | {"prompt_lookup_num_tokens": 4}, 6),
+}
+
+
 @pytest.mark.parametrize("num_rows", [1, 8])
 @pytest.mark.parametrize("name", ROUNDS)
 def test_read_backs_of_a_round(name: str, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, expected = ROUNDS[name]
     torch.manual_seed(0)
     assert per_round(monkeypatch, [0, 2], num_rows, settings) == {expected}
+
+
+@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("name", ["tree", "tree by match", "tree by ratio", "tree with copies"])
+def test_read_backs_where_the_device_builds_trees(name: str, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn and copied nodes are placed by the host, which reads the likeliest tokens for it."""
+    monkeypatch.setattr(shapes, "builds_trees", lambda device: True)
+    settings, expected = BUILT[name]
+    torch.manual_seed(0)
+    counts = per_round(monkeypatch, [0, 2], num_rows, settings)
+    assert counts == {expected} or ("copies" in name and max(counts) <= expected)
 
 
 @pytest.mark.parametrize("name", ["chain", "tree by ratio"])

@@ -77,6 +77,12 @@ def test_a_cache_is_used_again_unless_the_caller_has_it(prompt: torch.Tensor, mo
     assert int(taken.past_key_values.get_seq_length()) == taken.sequences.shape[1] - 1
 
 
+def test_a_call_can_announce_longer_ones(prompt: torch.Tensor) -> None:
+    settings = {**STATIC, "max_cache_len": SLOTS, "return_dict_in_generate": True}
+    ours = hf_specdiff.generate(make_target(), prompt, assistant_model=make_drafter(), **settings)
+    assert ours.past_key_values.layers[0].max_cache_len == 2 * SLOTS  # a pass of its own behind the longest text
+
+
 def test_passes_are_compiled_once_for_each_width(prompt: torch.Tensor) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -115,6 +121,35 @@ def test_a_compiler_that_is_missing_is_named(prompt: torch.Tensor) -> None:
         ValueError, match=r"`compile_config` must name a compiler that works here.*no such compiler.*disable_compile=True"
     ):
         hf_specdiff.generate(make_target(), prompt, assistant_model=make_drafter(), **STATIC, compile_config=config)
+
+
+def test_a_model_that_breaks_the_graph_is_told_what_to_leave_out(prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    target = make_target()
+    forward = target.model.norm.forward
+
+    def broken(states: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break("a kernel of its own")
+        return forward(states)
+
+    monkeypatch.setattr(target.model.norm, "forward", broken)
+    whole, parts = (CompileConfig(backend="eager", mode=None, fullgraph=fullgraph) for fullgraph in (True, False))
+    whole._compile_all_devices = parts._compile_all_devices = True
+    with pytest.raises(ValueError, match=r"`fullgraph` must be False.*a kernel of its own.*Leave it out, or pass disable_comp"):
+        hf_specdiff.generate(target, prompt, assistant_model=make_drafter(), **STATIC, compile_config=whole)
+    plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
+    ours = hf_specdiff.generate(target, prompt, assistant_model=make_drafter(), **STATIC, compile_config=parts)
+    assert torch.equal(ours, plain)
+
+
+def test_a_filled_static_cache_of_the_callers_is_refused(tiny_target: LlamaForCausalLM, prompt: torch.Tensor) -> None:
+    cache = StaticCache(config=tiny_target.config, max_cache_len=64)
+    tiny_target(prompt, past_key_values=cache)
+    settings = {"assistant_model": make_drafter(), "past_key_values": cache, "max_new_tokens": 4}
+    with pytest.raises(ValueError, match=r"`past_key_values` must be a dynamic cache, got StaticCache. Leave it out"):
+        hf_specdiff.generate(tiny_target, prompt, **settings)
+    with pytest.raises(ValueError, match="past_key_values"):  # the host's own words
+        hf_specdiff.generate(tiny_target, prompt, **settings, cache_implementation="static")
 
 
 def test_models_with_windows_get_a_dynamic_cache_and_are_told(prompt: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:
@@ -162,7 +197,7 @@ def test_texts_longer_than_a_kept_cache_get_a_longer_one(prompt: torch.Tensor) -
 
 
 def test_widths() -> None:
-    assert widths_of(15, is_adaptive=False) == [1, 16]
+    assert widths_of(15, is_adaptive=False) == [16]
     assert widths_of(40, is_adaptive=True) == [1, 8, 16, 32, 41]
     assert StaticTarget.takes_trees_and_batches
 
