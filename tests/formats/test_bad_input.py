@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_specdiff
 from tests.conftest import VOCAB_SIZE
+from tests.conftest import make_drafter
 from tests.conftest import make_target
 from tests.formats.referees import speculators
 from tests.formats.test_dflash import their_drafter as zlab_drafter
@@ -46,7 +48,8 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
 
 
 def refusal(folder: Path, **target_fields: Any) -> str:
-    with pytest.raises(ValueError, match=r"must") as caught:
+    """Return the line that a folder is refused with; no network with memory is made before."""
+    with pytest.raises(ValueError, match=r"must") as caught, patch.object(hf_specdiff.SpecDiffDrafter, "from_pretrained", None):
         hf_specdiff.load_drafter(folder, target=make_target(**target_fields))
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -72,6 +75,8 @@ CONFIGS: list[tuple[Edit, list[str]]] = [
     (lambda c: c.update(architectures=["Qwen3ForCausalLM"]), ["known format", "Qwen3ForCausalLM"]),
     (lambda c: c.update(architectures=["DFlashDraftModel", "MuseGlimmerAssistantModel"]), ["`architectures`", "one format"]),
     (lambda c: c.update(speculators_model_type="dflash"), ["one format", "`dflash_config`"]),
+    (lambda c: c.update(speculators_model_type="dflash", model_type="specdiff"), ["one format", "`model_type`"]),
+    (lambda c: c["dflash_config"].update(target_hidden_size=24), ["`target_hidden_size`", "z-lab DFlash", "24"]),
 ]
 
 
@@ -101,6 +106,8 @@ def test_files_that_are_missing_broken_or_pickled_are_refused(folder: Path) -> N
     assert "one set of weights" in refusal(folder)
     weights.unlink()
     assert "model.safetensors.index.json" in refusal(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"fc.weight": "model-1-of-2.safetensors"}}))
+    assert "must hold model-1-of-2.safetensors, which model.safetensors.index.json names" in refusal(folder)
     (folder / "model.safetensors.index.json").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     assert "pytorch_model.bin" in (message := refusal(folder))
@@ -141,6 +148,24 @@ def test_speculators_files_that_contradict_themselves_are_refused(tmp_path: Path
     assert "`t2d`" in refusal(tmp_path)
 
 
+def test_our_own_files_of_a_newer_version_are_refused(tmp_path: Path) -> None:
+    make_drafter([0, 2]).save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda config: config.update(format_version=99))
+    with pytest.raises(ValueError, match=r"`format_version` must be at most .* got 99"):
+        hf_specdiff.load_drafter(tmp_path, target=make_target())
+
+
+@pytest.mark.parametrize("is_trusted", [None, True])
+def test_code_in_a_folder_is_never_run(folder: Path, is_trusted: bool | None) -> None:
+    """It is not needed: the drafter loads without it, whatever a caller trusts."""
+    witness = folder / "ran"
+    (folder / "modeling.py").write_text(f"open({str(witness)!r}, 'w').close()\nclass Net: pass\n")
+    names = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "modeling.Net")
+    edit_config(folder, lambda config: config.update(auto_map=names))
+    hf_specdiff.load_drafter(folder, target=make_target(), **({} if is_trusted is None else {"trust_remote_code": is_trusted}))
+    assert not witness.exists()
+
+
 def test_the_ordinary_doors_advise_load_drafter(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"hf_specdiff\.load_drafter"):
         hf_specdiff.SpecDiffDrafter.from_pretrained(folder)
@@ -152,13 +177,16 @@ def test_the_ordinary_doors_advise_load_drafter(folder: Path, tmp_path: Path) ->
 
 
 def test_a_speculators_folder_never_fills_memory(tmp_path: Path) -> None:
-    """Read as ours, its nested fields would be Qwen3's defaults: 23 GB."""
-    drafter = speculators_drafter(speculators.DFlashDraftModel, make_target(), {}, {"draft_vocab_size": len(KEPT)})
+    """Its vocabulary is large, and it drafts few tokens. Read as ours, nested fields would be Qwen3's defaults: 23 GB."""
+    size = 151_936
+    target = make_target(vocab_size=size)
+    drafter = speculators_drafter(speculators.DFlashDraftModel, target, {"vocab_size": size}, {"draft_vocab_size": len(KEPT)})
     drafter.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size < 2.7e6
     script = (
         "import resource, sys, hf_specdiff\n"
         "from tests.conftest import make_target\n"
-        "target = make_target()\n"
+        f"target = make_target(vocab_size={size})\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "hf_specdiff.load_drafter(sys.argv[1], target=target)\n"
         "try: hf_specdiff.SpecDiffDrafter.from_pretrained(sys.argv[1])\n"

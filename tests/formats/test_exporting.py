@@ -184,6 +184,15 @@ def test_without_its_heads_a_drafter_goes_where_there_are_none(fields: dict[str,
         hf_specdiff.export_drafter(back, tmp_path / "again", "dflash", without_head=True)
 
 
+def test_a_head_over_few_tokens_is_left_out_too(tmp_path: Path) -> None:
+    drafter = make_drafter([0, 2], draft_vocab_size=4, markov_rank=2, markov_reads_drafted=True)
+    drafter.d2t.copy_(torch.tensor([2, 5, 9, 28]) - torch.arange(4))
+    with pytest.raises(ValueError, match="`markov_rank` must be 0"):
+        hf_specdiff.export_drafter(drafter, tmp_path, "speculators", make_target())
+    hf_specdiff.export_drafter(drafter, tmp_path, "speculators", make_target(), without_head=True)
+    assert hf_specdiff.load_drafter(tmp_path, target=make_target()).config.draft_vocab_size == 4
+
+
 @pytest.mark.parametrize("fields", DEEPSPEC)
 def test_deepspec_comes_back_with_embedding_and_heads(fields: dict[str, Any], tmp_path: Path) -> None:
     target, drafter = make_target(), make_drafter([-1, 2], predicts_from_anchor=True, **fields)

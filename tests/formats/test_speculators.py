@@ -31,7 +31,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def their_config(config_class: Any, body: dict[str, Any], fields: dict[str, Any]) -> Any:
     nested = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -39,7 +38,7 @@ def their_config(config_class: Any, body: dict[str, Any], fields: dict[str, Any]
         num_key_value_heads=1,
         head_dim=8,
         initializer_range=0.3,
-        **body,
+        **{"vocab_size": VOCAB_SIZE, **body},
     )
     nested._attn_implementation = "sdpa"
     fields = {"draft_vocab_size": VOCAB_SIZE, "block_size": 6, "mask_token_id": MASK_TOKEN_ID, **fields}
@@ -72,7 +71,9 @@ def their_drafter(drafter_class: Any, target: Any, body: dict[str, Any], fields:
             drafter.lm_head.weight.copy_(target.lm_head.weight)
         else:
             kept = torch.tensor(KEPT)
-            drafter.load_vocab_mappings(torch.isin(torch.arange(VOCAB_SIZE), kept), kept - torch.arange(len(kept)))
+            drafter.load_vocab_mappings(
+                torch.isin(torch.arange(target.config.vocab_size), kept), kept - torch.arange(len(kept))
+            )
         drafter.verifier_lm_head.weight.zero_()
     return drafter
 
