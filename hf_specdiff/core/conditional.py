@@ -30,8 +30,9 @@ from .tree import merge_drafts
 
 # Ranks of a law that are read back first: a tree seldom has so many siblings.
 FEW_RANKS = 16
-# Laws that are asked for at once, for each node that the tree may have.
+# Laws that are asked for at once: for each node that the tree may have, and at most, since each is as wide as the vocabulary.
 TABLE_SHARE = 2
+MOST_FORESEEN = 24
 
 
 @dataclass
@@ -218,18 +219,19 @@ class _Tables:
         return self._laws[key]
 
     def _ask(self, positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        scores, _ = self.laws.step(positions, rows, tokens, None)
+        scores, ids = self.laws.drafted_scores(positions, rows, tokens)
         law = to_probs(scores / self.temperature)
-        probs, ranked = law.topk(self.num_ranks, dim=-1)
+        probs, ranked = law.topk(min(self.num_ranks, len(ids)), dim=-1)
         trust = self.laws.trust(positions, rows, tokens, law)[:, 0]
-        parts = [positions, rows, tokens, trust, probs.flatten(), ranked.flatten()]
+        parts = [positions, rows, tokens, trust, probs.flatten(), ids[ranked].flatten()]
         if self.copied:
             table = [own + [0] * (self.laws.gamma - len(own)) for own in self.copied]
             following = to_device(table, law.device)[rows, positions]
-            parts.append(law.gather(-1, following[:, None])[:, 0])
+            places = torch.searchsorted(ids, following).clamp(max=len(ids) - 1)
+            parts.append(law.gather(-1, places[:, None])[:, 0] * (ids[places] == following))
         # One device sync. Ids are exact in float32, as far as vocabularies go (2 ** 24).
         numbers = torch.cat([part.to(law.dtype) for part in parts]).tolist()
-        size, width = len(tokens), self.num_ranks
+        size, width = len(tokens), probs.shape[-1]
         for place in range(size):
             position, row, token = (int(numbers[column * size + place]) for column in range(3))
             start, other = 4 * size + place * width, (4 + width) * size + place * width
@@ -247,7 +249,8 @@ def _best_first(
     for num_ranks in sorted({min(FEW_RANKS, most), most}):
         own = [] if copies is None else copies.found
         # A tree has fewer inner nodes than nodes, but not all of them are foreseen.
-        tables = _Tables(laws, speculation.draft_temperature, num_ranks, TABLE_SHARE * speculation.tree_budget, own)
+        num_foreseen = min(TABLE_SHARE * speculation.tree_budget, MOST_FORESEEN)
+        tables = _Tables(laws, speculation.draft_temperature, num_ranks, num_foreseen, own)
         found = [
             _Search(tables, row, copies).run(anchor, speculation.tree_budget, smallest) for row, anchor in enumerate(anchors)
         ]

@@ -126,6 +126,10 @@ class Conditionals:
             of each node, `(n,)` int64, in place of one for all. `None`: a law may hang on all tokens before.
         confidence (`Callable`, *optional*): from a position, the batch rows of n nodes and the tokens before `(n,)` to how
             likely the target is to accept a token that is drawn from this law, `(n,)` float32; `None`: nobody says.
+        drafted_ids (`torch.Tensor` of shape `(m,)`, int64, *optional*): rising; the tokens that alone are drafted, where
+            `drafted_step` knows them apart; `None`: it does not.
+        drafted_step (`Callable`, *optional*): from positions, batch rows and tokens before, each `(n,)`, to the columns
+            `(n, m)` of what `step` returns. All others are minus infinity.
     """
 
     step: Callable[[Any, Any, torch.Tensor, Memory], tuple[torch.Tensor, Memory]]
@@ -133,6 +137,26 @@ class Conditionals:
     gamma: int
     marginals: torch.Tensor | None = None
     confidence: Callable[[Any, Any, torch.Tensor], torch.Tensor] | None = None
+    drafted_ids: torch.Tensor | None = None
+    drafted_step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+    def drafted_scores(
+        self, positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits that can be drafted of many laws, and whose they are: a large vocabulary's others cost time.
+
+        Args:
+            positions (`torch.Tensor` of shape `(n,)`, int64): 0 to G - 1.
+            rows (`torch.Tensor` of shape `(n,)`, int64): of the batch.
+            tokens (`torch.Tensor` of shape `(n,)`, int64): before the positions.
+
+        Returns:
+            `tuple`: logits `(n, m)` float32 and the ids of their columns `(m,)` int64.
+        """
+        if self.drafted_step is None or self.drafted_ids is None:
+            scores, _ = self.step(positions, rows, tokens, None)
+            return scores, torch.arange(scores.shape[-1], device=scores.device)
+        return self.drafted_step(positions, rows, tokens), self.drafted_ids
 
     @property
     def num_rows(self) -> int:

@@ -19,6 +19,7 @@ from .draft import Draft
 from .draft import DraftTree
 from .draft import Outcome
 from .features import Features
+from .sampling import ID_BLIND
 from .sampling import draw
 from .sampling import draw_from_scores
 from .sampling import is_prefix_free
@@ -321,8 +322,13 @@ class DenoisingDrafter:
         known: dict[tuple[int, ...], Any] = {}  # by row, position and token before: a law `(V,)`, or its likeliest token
 
         def ask(positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-            scores, _ = laws.step(positions, rows, tokens, None)
-            found = scores.argmax(dim=-1).tolist() if temperature == 0 else to_probs(scores / temperature).unbind()
+            found: list[Any]
+            if temperature == 0:
+                best, ids = laws.drafted_scores(positions, rows, tokens)
+                found = ids[best.argmax(dim=-1)].tolist()
+            else:
+                scores, _ = laws.step(positions, rows, tokens, None)
+                found = list(to_probs(scores / temperature).unbind())
             keys = torch.stack([rows, positions, tokens], dim=1).tolist()
             known.update((tuple(key), value) for key, value in zip(keys, found, strict=True))
 
@@ -379,7 +385,21 @@ class DenoisingDrafter:
             return self._free_scores(raw[:, None])[:, 0] if is_processed else self._without_mask(raw), memory
 
         marginals, confidence = None if self.has_memory else logits, self.confidence if self.has_confidence else None
-        return Conditionals(step, text.anchors()[:, 0], logits.shape[1], marginals, confidence)
+        ids = self.network.drafted_ids if is_processed and self.has_columns else None
+        if ids is None:
+            return Conditionals(step, text.anchors()[:, 0], logits.shape[1], marginals, confidence)
+        columns = to_float(logits[..., ids]).masked_fill(ids == self.mask_token_id, -torch.inf)
+
+        def drafted_step(positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+            raw, _ = self.step(columns[rows, positions], positions, rows, tokens, None)
+            return _alive(process_without_prefix(self.processors, raw.to(self._home)).to(raw.device))
+
+        return Conditionals(step, text.anchors()[:, 0], logits.shape[1], marginals, confidence, ids, drafted_step)
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether the laws of a reduced vocabulary may be had without its others: no processor tells tokens apart."""
+        return self.knows_token_before and not self.has_memory and all(type(one) in ID_BLIND for one in self.processors)
 
     def step(
         self, logits: torch.Tensor, index: Any, rows: Any, previous: torch.Tensor, memory: torch.Tensor | None

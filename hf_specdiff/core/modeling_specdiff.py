@@ -293,18 +293,21 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         """Return the logits of one slot given the token before it, for drafters whose heads know that token.
 
         Args:
-            logits (`torch.Tensor` of shape `(n, V)`): of the slot by itself, from `window_logits`.
+            logits (`torch.Tensor` of shape `(n, V)`): of the slot by itself, from `window_logits`; or their columns of the
+                `drafted_ids` alone.
             states (`torch.Tensor` of shape `(n, D)`): `last_hidden_state` at the slot.
             previous (`torch.Tensor` of shape `(n,)`, int64): the token before the one that the slot predicts.
             memory (`torch.Tensor` of shape `(n, R)`, *optional*): what this returned for the slot before.
 
         Returns:
-            `tuple`: logits `(n, V)`, minus infinity for tokens that are not drafted; and the memory, if the head has one.
+            `tuple`: logits as wide as those given, minus infinity for tokens that are not drafted; and the memory, if the head
+                has one.
         """
         if self.config.selector_rank:
             return self.candidate_selector(logits, states, previous), None
         bias, memory = self.markov_head(states, self.rows_before(previous), memory)
-        return logits + self._over_the_vocabulary(bias, 0.0).to(logits.dtype), memory
+        bias = bias if bias.shape[-1] == logits.shape[-1] else self._over_the_vocabulary(bias, 0.0)
+        return logits + bias.to(logits.dtype), memory
 
     def rows_before(self, previous: torch.Tensor) -> torch.Tensor:
         """Return the rows of the Markov head's table that belong to tokens.

@@ -69,7 +69,7 @@ def early(output: Any) -> list[list[int]]:
     """Return what rounds accepted before the window met the length limit, where a compiled one stays as wide as it is."""
     rounds: list[list[int]] = []
     written = 1
-    while written + 6 <= 24:
+    while written + 6 <= 24 and len(rounds) < len(output.speculation.num_accepted):
         rounds.append(output.speculation.num_accepted[len(rounds)])
         written += max(rounds[-1]) + 1
     return rounds

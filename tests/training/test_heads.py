@@ -12,6 +12,10 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers import LogitsProcessorList
 from transformers import logging
+from transformers.generation import SuppressTokensLogitsProcessor
+from transformers.generation import TemperatureLogitsWarper
+from transformers.generation import TopKLogitsWarper
+from transformers.generation import TopPLogitsWarper
 
 import hf_specdiff
 from hf_specdiff import SpecDiffDrafter
@@ -119,6 +123,26 @@ def test_a_reduced_head_tells_drafted_tokens_apart_and_no_others() -> None:
     expected = [KEPT.index(token) if token in KEPT else len(KEPT) for token in range(31)]
     assert drafter.rows_before(torch.arange(31)).tolist() == expected
     assert torch.equal(make_drafter([0, 2]).rows_before(torch.arange(31)), torch.arange(31))
+
+
+@pytest.mark.parametrize("warpers", [[], [TemperatureLogitsWarper(0.7), TopKLogitsWarper(5), TopPLogitsWarper(0.9)]])
+def test_laws_of_drafted_tokens_alone_are_columns_of_the_whole_ones(warpers: list[Any]) -> None:
+    target, drafter = make_target(), with_head("gated", is_reduced=True)
+    decoding = put_around(drafter, target, SpeculationConfig(5, draft_temperature=1.0), LogitsProcessorList(warpers))
+    assert decoding.has_columns
+    decoding.states = torch.randn(2, 5, 16)
+    text = Text.of_prompt(torch.tensor([[1, 5, 9], [2, 2, 7]]))
+    logits = torch.full((2, 5, 31), -torch.inf).index_copy_(-1, torch.tensor(KEPT), torch.randn(2, 5, len(KEPT)))
+    laws = decoding._conditionals(text, logits)
+    asked = (torch.tensor([0, 3, 4, 4]), torch.tensor([0, 1, 1, 0]), torch.tensor([9, KEPT[0], 30, KEPT[2]]))
+    whole, _ = laws.step(*asked, None)
+    columns, ids = laws.drafted_scores(*asked)
+    assert ids.tolist() == KEPT
+    torch.testing.assert_close(columns, whole[:, KEPT])
+    others = [token for token in range(31) if token not in KEPT]
+    assert bool((whole[:, others] == -torch.inf).all())
+    forbidding = put_around(drafter, target, SpeculationConfig(5), LogitsProcessorList([SuppressTokensLogitsProcessor([3])]))
+    assert not forbidding.has_columns
 
 
 @pytest.mark.parametrize("fields", [{}, {"markov_rank": 4}, {"draft_vocab_size": 8}])
