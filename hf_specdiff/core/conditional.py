@@ -30,9 +30,10 @@ from .tree import merge_drafts
 
 # Ranks of a law that are read back first: a tree seldom has so many siblings.
 FEW_RANKS = 16
-# Laws that are asked for at once: for each node that the tree may have, and at most, since each is as wide as the vocabulary.
+# Laws that are asked for at once for each node that the tree may have, and numbers in all of them at most: laws of a large
+# vocabulary are asked for as they are needed.
 TABLE_SHARE = 2
-MOST_FORESEEN = 24
+MOST_NUMBERS = 2**20
 
 
 @dataclass
@@ -249,7 +250,7 @@ def _best_first(
     for num_ranks in sorted({min(FEW_RANKS, most), most}):
         own = [] if copies is None else copies.found
         # A tree has fewer inner nodes than nodes, but not all of them are foreseen.
-        num_foreseen = min(TABLE_SHARE * speculation.tree_budget, MOST_FORESEEN)
+        num_foreseen = min(TABLE_SHARE * speculation.tree_budget, MOST_NUMBERS // laws.width)
         tables = _Tables(laws, speculation.draft_temperature, num_ranks, num_foreseen, own)
         found = [
             _Search(tables, row, copies).run(anchor, speculation.tree_budget, smallest) for row, anchor in enumerate(anchors)

@@ -140,6 +140,12 @@ class Conditionals:
     drafted_ids: torch.Tensor | None = None
     drafted_step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
+    @property
+    def width(self) -> int:
+        """Tokens that are told apart: m, or V; with `marginals` only."""
+        assert self.marginals is not None
+        return self.marginals.shape[-1] if self.drafted_ids is None else len(self.drafted_ids)
+
     def drafted_scores(
         self, positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
