@@ -167,7 +167,7 @@ def accept_on_tree(tree: DraftTree, target_probs: torch.Tensor) -> Acceptance:
     # One device sync for all that the host side of the round needs to know.
     tokens, nodes = [], []
     for row, (end, bonus_token, *drafted) in enumerate(
-        torch.cat([ends[:, None], bonus_tokens[:, None], tree.tokens], dim=1).tolist()
+        tree.read(torch.cat([ends[:, None], bonus_tokens[:, None], tree.tokens], dim=1))
     ):
         path = tree.path(row, end)
         tokens.append([*(drafted[node - 1] for node in path[1:]), bonus_token])
@@ -245,6 +245,8 @@ def walk_bonus_law(tree: DraftTree, laws: torch.Tensor, ends: torch.Tensor) -> t
 
 def _parents(tree: DraftTree, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the parents `(B, N)` int64 of all nodes, and which are nodes at all, `(B, N)` bool: filler has none."""
+    if tree.layout is not None:
+        return tree.layout.parents.clamp(min=0), tree.layout.parents >= 0
     rows = [row + [-1] * (tree.num_tokens - len(row)) for row in tree.parents]
     parents = to_device(rows, device).view(len(rows), tree.num_tokens)
     return parents.clamp(min=0), parents >= 0

@@ -134,12 +134,20 @@ class Budget:
         num_rows (`int`): B.
         draws_children (`bool`): whether the last child of each inner node is drawn, as for the ratio rule on trees.
         clock (`Callable`, *optional*): returns seconds; the profile is then corrected by what rounds really take.
+        widths (`list[int]`, *optional*): rising, of the target's passes where they have a few only, the anchor counted.
     """
 
     def __init__(
-        self, profile: Profile, num_rows: int, *, draws_children: bool = False, clock: Callable[[], float] | None = None
+        self,
+        profile: Profile,
+        num_rows: int,
+        *,
+        draws_children: bool = False,
+        clock: Callable[[], float] | None = None,
+        widths: list[int] | None = None,
     ) -> None:
         self.profile = profile
+        self._widths = widths or []
         self.num_rows = num_rows
         self.draws_children = draws_children
         self.calibration = Calibration(profile.factors)
@@ -271,14 +279,18 @@ class Budget:
             return
         earlier, self._last_second = self._last_second, self._clock()
         if earlier is not None:
-            num_tokens = self.num_rows * (self._num_nodes + 1)
+            num_tokens = self.num_rows * self._width(self._num_nodes)
             expected = self.profile.round_cost(num_tokens, is_drafted=self._is_drafted)
             self.pace.observe((self._last_second - earlier) / expected, is_drafted=self._is_drafted)
 
     def _cost(self, count: int, *, is_drafted: bool) -> float:
         """Return the seconds of a round that verifies a number of nodes in each row."""
         ratio = self.pace.ratio(is_drafted=is_drafted)
-        return ratio * self.profile.round_cost(self.num_rows * (count + 1), is_drafted=is_drafted)
+        return ratio * self.profile.round_cost(self.num_rows * self._width(count), is_drafted=is_drafted)
+
+    def _width(self, count: int) -> int:
+        """Return the tokens that a pass over a number of nodes reads in each row: where it has a few widths, filler too."""
+        return next((width for width in self._widths if width > count), count + 1)
 
     def _loss(self, count: int) -> float:
         """Return the plain steps that a drafted round loses if nothing is accepted."""

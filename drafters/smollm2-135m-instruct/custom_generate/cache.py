@@ -17,6 +17,7 @@ from transformers import Cache
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .text import Text
 from .text import to_device
 
 # Under what names models take their cache; the second one is that of models which are all state.
@@ -77,8 +78,54 @@ def roll_back(cache: Cache, num_tokens: int) -> None:
         cache (`transformers.Cache`): changed in place.
         num_tokens (`int`): tokens to remove, not negative. With 0 a sliding layer still shrinks to its window.
     """
+    if is_quantized(cache):
+        for layer in cache.layers:
+            _take_back_quantized(layer, num_tokens)
+        return
     # `crop` takes a non-positive count of tokens to remove (transformers 5.17 and later); a positive one raises.
     cache.crop(-num_tokens)
+
+
+def is_quantized(cache: Cache) -> bool:
+    """Return whether a cache rounds keys and values to few bits, in one of the two ways from which tokens can be taken back.
+
+    Token by token (fp8); or (quanto, hqq) all of them together, whenever as many as `residual_length` stand unrounded.
+    """
+    return any(hasattr(layer, "fp8_dtype") or hasattr(layer, "residual_length") for layer in getattr(cache, "layers", []))
+
+
+def most_drafted(cache: Cache) -> int | None:
+    """Return how many tokens a pass may read behind the anchor so that none is rounded sooner than in plain decoding.
+
+    A pass that fills a quantized layer's unrounded part rounds all that the layer holds. Plain decoding does so at a certain
+    token, and the tokens before it read unrounded keys: a draft has to end in front of that token.
+
+    Args:
+        cache (`transformers.Cache`): as it stands before the pass.
+
+    Returns:
+        `int`, *optional*: `None`: as many as wanted.
+    """
+    limits = []
+    for layer in getattr(cache, "layers", []):
+        if hasattr(layer, "residual_length"):
+            num_unrounded = layer.keys.shape[-2] if layer.keys is not None and layer.keys.dim() == 4 else 0
+            # The anchor counts too.
+            limits.append(max(0, layer.residual_length - num_unrounded - 2))
+    return min(limits, default=None)
+
+
+def _take_back_quantized(layer: Any, num_tokens: int) -> None:
+    """Remove the last tokens of a quantized layer; the host's `crop` knows nothing of its length (transformers 5.23)."""
+    if num_tokens == 0:
+        return
+    if hasattr(layer, "fp8_dtype"):
+        for name in ("_quantized_keys", "_quantized_values"):
+            rounded, scale = getattr(layer, name)
+            setattr(layer, name, (rounded[..., :-num_tokens, :], scale))
+    else:
+        DynamicLayer.crop(layer, -num_tokens)
+    layer.cumulative_length -= num_tokens
 
 
 # Keys and values `(heads, slots, width)` of one row, for each layer that holds some.
@@ -112,9 +159,9 @@ class WindowLayer(DynamicLayer):
         """
         count = end - (self.window - 1) - self.offset
         if count > 0:
-            # Copies: views would keep what is dropped alive.
-            self.keys: torch.Tensor = self.keys[:, :, count:].contiguous()
-            self.values: torch.Tensor = self.values[:, :, count:].contiguous()
+            # Copies, also where a slice is contiguous, as of a single head: views would keep what is dropped alive.
+            self.keys: torch.Tensor = self.keys[:, :, count:].clone(memory_format=torch.contiguous_format)
+            self.values: torch.Tensor = self.values[:, :, count:].clone(memory_format=torch.contiguous_format)
             self.offset += count
 
 
@@ -165,11 +212,23 @@ class RaggedCache:
         """Slots of the longest row."""
         return max(self.ends)
 
-    def is_owned(self, device: torch.device) -> torch.Tensor | None:
-        """Return which of the first `length` slots belong to each row, `(B, length)` bool; `None`: all."""
+    def seen(self, text: Text, start: int) -> torch.Tensor:
+        """Return which of the first `length` slots each row sees: its own, but for padding.
+
+        Args:
+            text (`Text`): committed.
+            start (`int`): which token of the text lies in slot 0; negative where a filled cache was gone on from.
+
+        Returns:
+            `torch.Tensor` of shape `(B, length)`, bool.
+        """
+        device = text.tokens.device
         if min(self.ends) == self.length:
-            return None
-        return torch.arange(self.length, device=device) < to_device(self.ends, device)[:, None]
+            own = torch.ones(len(self.ends), self.length, dtype=torch.bool, device=device)
+        else:
+            own = torch.arange(self.length, device=device) < to_device(self.ends, device)[:, None]
+        is_text = text.is_text(start, self.length)
+        return own if is_text is None else own & is_text.to(device)
 
     def keep(self, kept: list[list[int]]) -> None:
         """Keep some slots of the last pass, in the given order, and forget the rest of it.

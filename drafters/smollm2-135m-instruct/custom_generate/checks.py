@@ -16,6 +16,7 @@ from transformers.generation import GenerationMode
 from transformers.generation import PrefixConstrainedLogitsProcessor
 
 from .cache import cache_of
+from .cache import is_quantized
 from .sampling import check_processors
 from .speculation import MAX_TREE_BUDGET
 from .text import Text
@@ -172,17 +173,23 @@ def check_cache_name(name: str | None) -> None:
         name (`str`, *optional*): the call's `cache_implementation`.
 
     Raises:
-        ValueError: for quantized caches, and for offloaded ones on a machine without an accelerator.
+        ValueError: for paged caches, which the host hands to another loop; for static ones that are offloaded; and for
+            offloaded ones on a machine without an accelerator.
     """
-    if name == "quantized":
+    if name == "paged":
         raise ValueError(
-            "`cache_implementation` must be a cache whose tokens can be taken back, got 'quantized', which rounds them "
-            "together. Leave the argument out, or use plain model.generate."
+            "`cache_implementation` must be a cache of one call, got 'paged', with which the host takes a loop of its own. "
+            "Leave the argument out, or use plain model.generate."
         )
     if name is not None and name.startswith("offloaded") and not torch.accelerator.is_available():
         raise ValueError(
             f"`cache_implementation` must keep the cache where the model is, got {name!r}, and this machine has no "
             "accelerator to offload from. Leave the argument out."
+        )
+    if name == "offloaded_static":
+        raise ValueError(
+            "`cache_implementation` must not be 'offloaded_static', got it: accepted keys are moved within a cache that may "
+            "be on its way to another device. Pass 'offloaded' or 'static'."
         )
 
 
@@ -280,6 +287,25 @@ def check_profile(profile: Any | None, *, is_adaptive: bool) -> None:
         raise ValueError("`profile` must be None unless `gamma` or `tree_budget` is 'auto', got one. Leave it out.")
 
 
+def check_processes(model: Any, profile: Any | None, *, is_adaptive: bool) -> None:
+    """Refuse sizes that follow the clock where several processes run one model, each with a clock of its own.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the target; by tensor parallelism every process runs a part of it.
+        profile (`Profile` or path, *optional*): the caller's, with which no clock is read.
+        is_adaptive (`bool`): whether the size of drafts follows the machine.
+
+    Raises:
+        ValueError: if so: processes would wait for each other in passes of different sizes.
+    """
+    num_processes = getattr(model, "tp_size", None) or 1
+    if num_processes > 1 and is_adaptive and profile is None:
+        raise ValueError(
+            f"`gamma` and `tree_budget` must be numbers for a target that is split over {num_processes} processes, got 'auto', "
+            "with which each would go by its own clock. Pass gamma=, and tree_budget= for trees, or a profile."
+        )
+
+
 def check_can_roll_back(cache: Cache) -> None:
     """Refuse a cache from which rejected tokens cannot be taken back.
 
@@ -287,8 +313,8 @@ def check_can_roll_back(cache: Cache) -> None:
         cache (`transformers.Cache`): the target's cache, as `generate` prepared it.
 
     Raises:
-        ValueError: if the cache is compiled or quantized, or of a class that says so. (What a layer holds is seen after the
-            prefill only.)
+        ValueError: if the cache is compiled, quantized in a way unknown to us, or of a class that says so. (What a layer holds
+            is seen after the prefill only.)
     """
     name = type(cache).__name__
     if getattr(type(cache), "is_croppable", True) is False:
@@ -305,7 +331,7 @@ def check_can_roll_back(cache: Cache) -> None:
         )
     layers = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
     refused = sorted(layer for layer in layers if "Quantized" in layer)
-    if refused or "Quantized" in name:
+    if (refused or "Quantized" in name) and not is_quantized(cache):
         raise ValueError(
             f"`past_key_values` must be a cache whose tokens can be taken back, got {name} with layers "
             f"{refused or sorted(layers)}. Leave the argument out, or pass a DynamicCache."
@@ -353,7 +379,7 @@ def check_batch(
 
     Args:
         text (`Text`): the prompts.
-        obstacle (`str`, *optional*): why the target cannot keep rows apart.
+        obstacle (`str`, *optional*): why the target can neither keep rows apart in one pass nor read them one by one.
         processors (`LogitsProcessorList`): what `generate` built.
         config (`GenerationConfig`): the call's, merged.
         rows_end_apart (`bool`): whether a criterion of the caller's may end one row before another.
@@ -371,7 +397,7 @@ def check_batch(
         return
     if obstacle is not None:
         raise ValueError(
-            f"`input_ids` must be one sequence and `num_return_sequences` 1 for this model, got {text.num_rows} sequences: "
+            f"`input_ids` must be one sequence and `num_return_sequences` 1 for this call, got {text.num_rows} sequences: "
             f"{obstacle}. Call generate once for each prompt."
         )
     for processor in processors:
@@ -460,6 +486,8 @@ def why_call_not_masked(config: Any, model_kwargs: dict[str, Any], own_cache: An
         return "the `past_key_values` that were passed have sliding layers, which drop tokens by count"
     if getattr(cache, "offloading", False):
         return "the cache is offloaded"
+    if is_quantized(cache):
+        return "the cache is quantized"
     # Llama 4 scales its queries by the slot of the cache, in steps (transformers 5.23): a branch stands in later slots than the
     # text it stands for, so no slot of a tree may reach the first step.
     step = getattr(config, "floor_scale", None) if getattr(config, "attn_temperature_tuning", False) else None

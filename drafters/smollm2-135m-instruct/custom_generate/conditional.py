@@ -4,9 +4,12 @@ Letters: B batch, G drafted positions, n nodes, V vocabulary, K drafts. The coun
 marginals serve all nodes of a depth. Draws through `sampling` only.
 """
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
+from itertools import count
+from typing import Any
 
 import torch
 
@@ -24,6 +27,13 @@ from .tree import COPIED
 from .tree import Copied
 from .tree import TreeShape
 from .tree import merge_drafts
+
+# Ranks of a law that are read back first: a tree seldom has so many siblings.
+FEW_RANKS = 16
+# Laws that are asked for at once for each node that the tree may have, and numbers in all of them at most: laws of a large
+# vocabulary are asked for as they are needed.
+TABLE_SHARE = 2
+MOST_NUMBERS = 2**20
 
 
 @dataclass
@@ -87,6 +97,42 @@ def merged_drafts(drawn: list[list[list[int]]], device: torch.device, copies: Co
     return DraftTree.of_rows(tokens, parents, device, paths, copied=None if copies is None else copied)
 
 
+def likeliest_chains(laws: Conditionals) -> list[TreeShape]:
+    """Return each row's likeliest chain as a tree, with the probability that it is right so far, position by position.
+
+    The chain that is drawn may be another one: this one hangs on the committed text alone, as what a chain's length is settled
+    by must.
+
+    Args:
+        laws (`Conditionals`): of one pass.
+
+    Returns:
+        `list[TreeShape]`: G nodes for each row, each the child of the one before it.
+    """
+    rows, previous, memory, probs = list(range(laws.num_rows)), laws.anchors, None, []
+    for index in range(laws.gamma):
+        scores, memory = laws.step(index, rows, previous, memory)
+        law = to_probs(scores)
+        best = law.max(dim=-1)
+        probs.append(best.values * laws.trust(index, rows, previous, law)[:, 0])
+        previous = best.indices
+    return chain_shapes(torch.stack(probs, dim=1))
+
+
+def chain_shapes(probs: torch.Tensor) -> list[TreeShape]:
+    """Return each row's chain as a tree, with the probability that it is right so far, position by position.
+
+    Args:
+        probs (`torch.Tensor` of shape `(B, G)`, float32): of each token to be right where those before it are.
+
+    Returns:
+        `list[TreeShape]`: G nodes for each row, each the child of the one before it.
+    """
+    gamma = probs.shape[1]
+    depths = list(range(1, gamma + 1))
+    return [TreeShape(list(range(gamma)), depths, [0] * gamma, row) for row in probs.cumprod(dim=-1).tolist()]
+
+
 def conditional_tree(
     laws: Conditionals,
     speculation: SpeculationConfig,
@@ -113,17 +159,172 @@ def conditional_tree(
 
     Lossless when: as the trees of `shapes.draft_tree`; a child's law hangs on the path to it and on nothing else.
     """
-    found = _most_probable(laws, speculation, smallest, copies)
-    shapes, tokens = (list(column) for column in zip(*(row.shape(speculation.tree_budget) for row in found), strict=True))
+    if laws.marginals is None:
+        found = [row.shape(speculation.tree_budget) for row in _most_probable(laws, speculation, smallest, copies)]
+    else:
+        found = _best_first(laws, speculation, smallest, copies)
+    shapes, tokens = (list(column) for column in zip(*found, strict=True))
     if choose is not None:
         count = choose(shapes)
         shapes, tokens = [shape.first(count) for shape in shapes], [row[:count] for row in tokens]
     if not any(tokens):
         return Draft.nothing(laws.anchors[:, None])
+    orders = [shape.depth_first_order() for shape in shapes]
+    shapes = [shape.in_order(order) for shape, order in zip(shapes, orders, strict=True)]
+    tokens = [[row[node] for node in order] for row, order in zip(tokens, orders, strict=True)]
     sampled = _filled(shapes, tokens, laws, speculation, temper) if speculation.acceptance == "ratio" else None
     parents, values = [shape.parents for shape in shapes], [shape.values for shape in shapes]
     copied = None if copies is None else [shape.copied() for shape in shapes]
     return DraftTree.of_rows(tokens, parents, laws.anchors.device, sampled=sampled, values=values, copied=copied)
+
+
+@dataclass(frozen=True, slots=True)
+class _Law:
+    """What is read back of the law of a position given the token before it.
+
+    Attributes:
+        probs (`list[float]`): its largest probabilities, falling.
+        tokens (`list[float]`): whose they are.
+        copied (`float`): the probability of the token that the row's copy has at this position.
+        trust (`float`): what they are to be multiplied with; see `Conditionals.trust`.
+    """
+
+    probs: list[float]
+    tokens: list[float]
+    copied: float
+    trust: float
+
+
+class _Tables:
+    """Laws given each likely token before, of all positions in one go; others as they are asked for.
+
+    Args:
+        laws (`Conditionals`): with `marginals`.
+        temperature (`float`): of the laws.
+        num_ranks (`int`): probabilities to read back of each.
+        most (`int`): laws of each row to ask for at once.
+        copies (`list[Copy]`): of each row, or none.
+    """
+
+    def __init__(self, laws: Conditionals, temperature: float, num_ranks: int, most: int, copies: list[Copy]) -> None:
+        self.laws, self.temperature, self.num_ranks = laws, temperature, num_ranks
+        self.copied = [copy.tokens[: laws.gamma] for copy in copies]
+        self._laws: dict[tuple[int, int, int], _Law] = {}
+        self._ask(*laws.likely(self.copied, most))
+
+    def law(self, row: int, position: int, token: int) -> _Law:
+        """Return the law of one position of a row, given the token before it."""
+        key = (row, position, token)
+        if key not in self._laws:
+            self._ask(*to_device([[position], [row], [token]], self.laws.anchors.device))
+        return self._laws[key]
+
+    def _ask(self, positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+        scores, ids = self.laws.drafted_scores(positions, rows, tokens)
+        law = to_probs(scores / self.temperature)
+        probs, ranked = law.topk(min(self.num_ranks, len(ids)), dim=-1)
+        trust = self.laws.trust(positions, rows, tokens, law)[:, 0]
+        parts = [positions, rows, tokens, trust, probs.flatten(), ids[ranked].flatten()]
+        if self.copied:
+            table = [own + [0] * (self.laws.gamma - len(own)) for own in self.copied]
+            following = to_device(table, law.device)[rows, positions]
+            places = torch.searchsorted(ids, following).clamp(max=len(ids) - 1)
+            parts.append(law.gather(-1, places[:, None])[:, 0] * (ids[places] == following))
+        # One device sync. Ids are exact in float32, as far as vocabularies go (2 ** 24).
+        numbers = torch.cat([part.to(law.dtype) for part in parts]).tolist()
+        size, width = len(tokens), probs.shape[-1]
+        for place in range(size):
+            position, row, token = (int(numbers[column * size + place]) for column in range(3))
+            start, other = 4 * size + place * width, (4 + width) * size + place * width
+            copied = numbers[(4 + 2 * width) * size + place] if self.copied else 0.0
+            own = _Law(numbers[start : start + width], numbers[other : other + width], copied, numbers[3 * size + place])
+            self._laws[row, position, token] = own
+
+
+def _best_first(
+    laws: Conditionals, speculation: SpeculationConfig, smallest: float, copies: Copies | None
+) -> list[tuple[TreeShape, list[int]]]:
+    """Return each row's most probable prefixes and their tokens, from tables of the likely laws."""
+    anchors, most = laws.anchors.tolist(), min(speculation.tree_budget, laws.marginals.shape[-1])  # type: ignore[union-attr]
+    found = []
+    for num_ranks in sorted({min(FEW_RANKS, most), most}):
+        own = [] if copies is None else copies.found
+        # A tree has fewer inner nodes than nodes, but not all of them are foreseen.
+        num_foreseen = min(TABLE_SHARE * speculation.tree_budget, MOST_NUMBERS // laws.width)
+        tables = _Tables(laws, speculation.draft_temperature, num_ranks, num_foreseen, own)
+        found = [
+            _Search(tables, row, copies).run(anchor, speculation.tree_budget, smallest) for row, anchor in enumerate(anchors)
+        ]
+        # Where the last rank was not taken, the one after it could not have been.
+        if all(max(shape.ranks, default=0) < num_ranks - 1 for shape, _ in found):
+            break
+    return found
+
+
+class _Search:
+    """A row's best-first tree: `tree.best_first`, each node's law being given its token.
+
+    Args:
+        tables (`_Tables`): the laws.
+        row (`int`): of the batch.
+        copies (`Copies`, *optional*): with the row's copy.
+    """
+
+    def __init__(self, tables: _Tables, row: int, copies: Copies | None) -> None:
+        self.tables, self.row, self.copies = tables, row, copies
+        self.copy = None if copies is None else copies.found[row]
+        # Minus value, tie-break, parent, depth, rank, what siblings are multiplied with, their law, the copied one's rank.
+        self._heap: list[tuple[float, int, int, int, int, float, _Law | None, int | None]] = []
+        self._order = count()
+
+    def run(self, anchor: int, budget: int, smallest: float) -> tuple[TreeShape, list[int]]:
+        """Return at most `budget` nodes, most probable first, all of more than `smallest` probability; and their tokens."""
+        shape = TreeShape([], [], [], [])
+        tokens: list[int] = []
+        self._offer_children(0, 1, anchor, 1.0, is_copied=True)
+        while self._heap and len(tokens) < budget:
+            negative, _, parent, depth, rank, above, law, beside = heapq.heappop(self._heap)
+            if -negative <= smallest:
+                break
+            if rank == COPIED:
+                assert self.copy is not None
+                token = self.copy.tokens[depth - 1]
+            else:
+                assert law is not None
+                token = int(law.tokens[rank])
+                self._offer(parent, depth, rank + 1, above, law, beside)
+            shape.parents.append(parent)
+            shape.depths.append(depth)
+            shape.ranks.append(rank)
+            shape.values.append(-negative)
+            tokens.append(token)
+            self._offer_children(len(tokens), depth + 1, token, -negative, is_copied=rank == COPIED)
+        return shape, tokens
+
+    def _offer(self, parent: int, depth: int, rank: int, above: float, law: _Law, beside: int | None) -> None:
+        """Offer a child by its rank; the copied one has its own place."""
+        rank += rank == beside
+        if rank < len(law.probs):
+            self._push(-above * law.probs[rank], parent, depth, rank, above, law, beside)
+
+    def _offer_children(self, parent: int, depth: int, token: int, value: float, *, is_copied: bool) -> None:
+        """Offer a node's likeliest child, and the copied one where the copy leads through the node."""
+        is_copied = is_copied and self.copy is not None and depth <= len(self.copy.tokens)
+        if depth > self.tables.laws.gamma:
+            if is_copied:  # behind the window, by the text alone
+                assert self.copy is not None
+                self._push(-value * self.copy.alone[depth - 1], parent, depth, COPIED, value, None, None)
+            return
+        law, beside = self.tables.law(self.row, depth - 1, token), None
+        if is_copied:
+            assert self.copies is not None
+            copied = self.copies.weigh(self.row, depth - 1, law.copied, law.probs, [int(token) for token in law.tokens])
+            self._push(-value * copied.rate, parent, depth, COPIED, value, law, copied.rank)
+            value, beside = value * copied.scale, copied.rank
+        self._offer(parent, depth, 0, value * law.trust, law, beside)
+
+    def _push(self, negative: float, *others: Any) -> None:
+        heapq.heappush(self._heap, (negative, next(self._order), *others))
 
 
 def _most_probable(laws: Conditionals, speculation: SpeculationConfig, smallest: float, copies: Copies | None) -> list[_Found]:
@@ -138,6 +339,7 @@ def _most_probable(laws: Conditionals, speculation: SpeculationConfig, smallest:
         law = to_probs(scores / speculation.draft_temperature)
         probs, tokens = law.topk(min(budget, scores.shape[-1]), dim=-1)
         copied = {} if copies is None else _copied_children(copies, found, frontier, law, probs, tokens)
+        probs = probs * laws.trust(depth - 1, rows, previous, law)
         places: dict[tuple[int, int], int] = {}  # from a new node to its parent's place in the frontier
         for row, nodes in enumerate(found):
             own = [place for place, other in enumerate(rows) if other == row]

@@ -34,6 +34,8 @@ class TokenDrafter(DenoisingDrafter):
     Source: arXiv:2408.05636.
     """
 
+    takes_static_cache = True
+
     def __init__(
         self,
         network: Any,
@@ -53,20 +55,18 @@ class TokenDrafter(DenoisingDrafter):
         """Run the network over the uncached context and the window; see `DenoisingDrafter.window_logits`."""
         assert self.rows is not None
         counts = [length - 1 - end for length, end in zip(text.lengths, self.rows.ends, strict=True)]
-        new_context = text.gather(self.rows.ends, max(counts))
+        num_new = self.num_columns(counts)
+        new_context = _filled(text.gather(self.rows.ends, num_new), num_new)
         window_size = window.shape[1]
         position_ids, key_mask = self.layout(text, counts, window_size)
         ids = torch.cat([new_context, window], dim=1)
         if self.num_unknown:
             ids = ids.masked_fill(ids >= self.vocab_size, self.mask_token_id)
-        outputs = self.network(
-            input_ids=ids,
-            attention_mask=key_mask,
-            position_ids=position_ids,
-            past_key_values=self.cache,
-            window_size=window_size,
-            logits_to_keep=window_size - 1,
-        )
+        inputs = {"input_ids": ids, "position_ids": position_ids, "window_size": window_size, "logits_to_keep": window_size - 1}
+        if self.passes is None:
+            outputs = self.network(**inputs, attention_mask=key_mask, past_key_values=self.cache)
+        else:
+            outputs = self.passes.run(inputs, key_mask, ids.shape[1], window_size)
         self.keep_context(counts)
         logits = outputs.logits
         # As wide as the target's, which its processors count on.
@@ -89,6 +89,8 @@ class FeatureDrafter(DenoisingDrafter):
     Source: arXiv:2602.06036, section 3.
     """
 
+    takes_static_cache = True
+
     def __init__(
         self,
         network: Any,
@@ -106,6 +108,8 @@ class FeatureDrafter(DenoisingDrafter):
         self.head = head
         self.dtype = network.dtype
         self.knows_token_before = network.config.knows_token_before
+        self.has_memory = network.config.markov_head_type == "rnn" and network.config.markov_rank > 0
+        self.has_confidence = network.config.enable_confidence_head
         self.states: torch.Tensor | None = None  # of the last pass, which heads read again
 
     def window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
@@ -116,24 +120,33 @@ class FeatureDrafter(DenoisingDrafter):
         is_shifted = self.network.config.predicts_from_anchor
         slots = window[:, :-1] if is_shifted else window
         position_ids, key_mask = self.layout(text, counts, slots.shape[1])
-        outputs = self.network(
-            noise_embeds=self.network.window_embeddings(slots, self.embed),
-            context_hidden_states=None if features is None else features.states.to(device=device, dtype=dtype),
-            attention_mask=key_mask,
-            position_ids=position_ids,
-            past_key_values=self.cache,
-            cached_position_ids=self.cached_positions(text, counts),
-        )
+        num_new, states = self.num_columns(counts), None
+        if features is not None:
+            states = _filled(features.states.to(device=device, dtype=dtype), num_new)
+        elif num_new > 0:
+            states = torch.zeros(text.num_rows, num_new, self.network.fc.in_features, device=device, dtype=dtype)
+        inputs = {"noise_embeds": self.network.window_embeddings(slots, self.embed), "context_hidden_states": states}
+        inputs["position_ids"] = position_ids
+        if self.passes is None:
+            more = {"attention_mask": key_mask, "cached_position_ids": self.cached_positions(text, counts)}
+            outputs = self.network(**inputs, **more, past_key_values=self.cache)
+        else:
+            outputs = self.passes.run(inputs, key_mask, slots.shape[1], slots.shape[1])
         self.keep_context(counts)
         self.states = outputs.last_hidden_state if is_shifted else outputs.last_hidden_state[:, 1:]
         return self.network.window_logits(self.states, self.head).to(device)
 
     def step(
-        self, logits: torch.Tensor, index: int, rows: list[int], previous: torch.Tensor, memory: torch.Tensor | None
+        self, logits: torch.Tensor, index: Any, rows: Any, previous: torch.Tensor, memory: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the law of one position given the token before it; see `DenoisingDrafter.step`."""
+        """Return the laws of positions given the token before each; see `DenoisingDrafter.step`."""
         assert self.states is not None
         return self.network.step_logits(logits, self.states[rows, index], previous, memory)
+
+    def confidence(self, index: Any, rows: Any, previous: torch.Tensor) -> torch.Tensor:
+        """Return how likely a token of one position's law is accepted; see `DenoisingDrafter.confidence`."""
+        assert self.states is not None
+        return self.network.confidence(self.states[rows, index], previous)
 
 
 def make_drafter(
@@ -199,6 +212,12 @@ def lent_head(target: Any, token_ids: torch.Tensor | None) -> Callable[[torch.Te
     ids = token_ids.to(head.weight.device)
     weight, bias = head.weight.detach()[ids], None if head.bias is None else head.bias.detach()[ids]
     return lambda states: torch.nn.functional.linear(_beside(states, weight).to(weight.dtype), weight, bias)
+
+
+def _filled(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """Return `(B, n, ...)` with filler behind it, so that there are `count` columns."""
+    missing = count - tensor.shape[1]
+    return tensor if missing == 0 else torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing))
 
 
 def _columns(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

@@ -95,6 +95,8 @@ class SpecDiffConfig(Qwen3Config):
         target_hidden_size (`int`, *optional*): width of the target, if it differs from `hidden_size`.
         markov_rank (`int`): rank of a head that adds a bias from the token before to each slot's logits; 0: none.
         markov_head_type (`str`): `"vanilla"`, `"gated"` (by the slot's state) or `"rnn"` (with a memory).
+        markov_reads_drafted (`bool`): whether that head tells only the tokens of a reduced vocabulary apart, all others being
+            one: it has as many rows less.
         enable_confidence_head (`bool`): whether a head says how likely each slot's token is to be accepted.
         confidence_head_with_markov (`bool`): whether that head reads the token before too.
         selector_rank (`int`): rank of a selector that chooses among each slot's best tokens by the token before; 0: none.
@@ -134,6 +136,7 @@ class SpecDiffConfig(Qwen3Config):
     rope_interleaved: bool = False
     markov_rank: int = 0
     markov_head_type: str = "vanilla"
+    markov_reads_drafted: bool = False
     enable_confidence_head: bool = False
     confidence_head_with_markov: bool = False
     selector_rank: int = 0
@@ -277,6 +280,13 @@ class SpecDiffConfig(Qwen3Config):
         if self.confidence_head_with_markov and not (self.enable_confidence_head and self.markov_rank):
             raise ValueError(
                 "`confidence_head_with_markov` must be False without `enable_confidence_head` and a `markov_rank`, got True."
+            )
+        if self.markov_reads_drafted and (
+            self.draft_vocab_size is None or not self.markov_rank or self.confidence_head_with_markov
+        ):
+            raise ValueError(
+                "`markov_reads_drafted` must be False without a `markov_rank` and a `draft_vocab_size`, or beside "
+                "`confidence_head_with_markov`, got True."
             )
         if self.selector_rank and (self.selector_top_k > self.vocab_size or self.draft_vocab_size is not None):
             raise ValueError(

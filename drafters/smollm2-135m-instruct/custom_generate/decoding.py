@@ -94,7 +94,7 @@ def decode(
             select_rows(going)
         # Draft: what may follow, in parallel; nothing where only the target's own token still fits.
         draft = drafter.draft(text, features) if target.has_room(text) else Draft.nothing(text.tokens)
-        draft = draft.to(text.tokens.device)
+        draft = target.cut(draft.to(text.tokens.device))
         # Verify: the target's logits after the anchor and after each drafted token, in one pass.
         added, features = settle(draft, target.verify(text, draft))
         observe(added.outcome)

@@ -5,9 +5,12 @@ before children. Knows no model and draws nothing.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
+from typing import Any
 from typing import TypeAlias
 
 import torch
@@ -103,6 +106,8 @@ class Draft:
         return self.dense_probs(vocab_size).log()
 
 
+# Tokens of each position of a chain that laws of the next one are asked for at once; others are asked for one by one.
+NUM_CANDIDATES = 8
 # What a head keeps of the tokens before, `(n, R)`, if it keeps something.
 Memory: TypeAlias = torch.Tensor | None
 
@@ -116,16 +121,113 @@ class Conditionals:
             the nodes before `(n, R)` to processed logits `(n, V)` float32 and the memory for the nodes behind.
         anchors (`torch.Tensor` of shape `(B,)`, int64): the tokens before position 0.
         gamma (`int`): G.
+        marginals (`torch.Tensor` of shape `(B, G, V)`, *optional*): logits of the positions by themselves, where a law hangs on
+            its position and the token before and on nothing else: then `step` may be asked in any order, and for a position
+            of each node, `(n,)` int64, in place of one for all. `None`: a law may hang on all tokens before.
+        confidence (`Callable`, *optional*): from a position, the batch rows of n nodes and the tokens before `(n,)` to how
+            likely the target is to accept a token that is drawn from this law, `(n,)` float32; `None`: nobody says.
+        drafted_ids (`torch.Tensor` of shape `(m,)`, int64, *optional*): rising; the tokens that alone are drafted, where
+            `drafted_step` knows them apart; `None`: it does not.
+        drafted_step (`Callable`, *optional*): from positions, batch rows and tokens before, each `(n,)`, to the columns
+            `(n, m)` of what `step` returns. All others are minus infinity.
     """
 
-    step: Callable[[int, list[int], torch.Tensor, Memory], tuple[torch.Tensor, Memory]]
+    step: Callable[[Any, Any, torch.Tensor, Memory], tuple[torch.Tensor, Memory]]
     anchors: torch.Tensor
     gamma: int
+    marginals: torch.Tensor | None = None
+    confidence: Callable[[Any, Any, torch.Tensor], torch.Tensor] | None = None
+    drafted_ids: torch.Tensor | None = None
+    drafted_step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def width(self) -> int:
+        """Tokens that are told apart: m, or V; with `marginals` only."""
+        assert self.marginals is not None
+        return self.marginals.shape[-1] if self.drafted_ids is None else len(self.drafted_ids)
+
+    def drafted_scores(
+        self, positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits that can be drafted of many laws, and whose they are: a large vocabulary's others cost time.
+
+        Args:
+            positions (`torch.Tensor` of shape `(n,)`, int64): 0 to G - 1.
+            rows (`torch.Tensor` of shape `(n,)`, int64): of the batch.
+            tokens (`torch.Tensor` of shape `(n,)`, int64): before the positions.
+
+        Returns:
+            `tuple`: logits `(n, m)` float32 and the ids of their columns `(m,)` int64.
+        """
+        if self.drafted_step is None or self.drafted_ids is None:
+            scores, _ = self.step(positions, rows, tokens, None)
+            return scores, torch.arange(scores.shape[-1], device=scores.device)
+        return self.drafted_step(positions, rows, tokens), self.drafted_ids
 
     @property
     def num_rows(self) -> int:
         """B."""
         return len(self.anchors)
+
+    def likely(
+        self, copied: list[list[int]] | None = None, most: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what laws are worth asking for at once: given the anchors, and each token that may well stand before.
+
+        Args:
+            copied (`list[list[int]]`, *optional*): for each row, tokens that may stand at its first positions too.
+            most (`int`, *optional*): tokens of each row, over all positions, that are likeliest to be reached and to stand; by
+                default the likeliest few of each position.
+
+        Returns:
+            `tuple`: positions, rows of the batch and tokens before, each `(n,)` int64.
+        """
+        assert self.marginals is not None
+        device, num_rows = self.anchors.device, self.num_rows
+        before, vocab_size = self.marginals[:, : self.gamma - 1], self.marginals.shape[-1]
+        if most is None:
+            tokens = before.topk(min(NUM_CANDIDATES, vocab_size), dim=-1).indices
+            places = (torch.arange(1, self.gamma, device=device)[:, None] * vocab_size + tokens).flatten(1)
+        else:
+            probs = torch.softmax(before.float(), dim=-1)
+            likeliest = probs.amax(dim=-1).cumprod(dim=-1)
+            reached = torch.nn.functional.pad(likeliest[:, :-1], (1, 0), value=1.0)
+            values = (probs * reached[:, :, None]).flatten(1)
+            places = values.topk(min(most, values.shape[1]), dim=-1).indices + vocab_size
+        rows = torch.arange(num_rows, device=device)
+        parts = [
+            (torch.zeros_like(rows), rows, self.anchors),
+            ((places // vocab_size).flatten(), rows[:, None].expand_as(places).flatten(), (places % vocab_size).flatten()),
+        ]
+        more = [
+            (place, row, token) for row, own in enumerate(copied or []) for place, token in enumerate(own[: self.gamma - 1], 1)
+        ]
+        if more:
+            parts.append(tuple(to_device(list(zip(*more, strict=True)), device)))
+        positions, rows, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
+        return positions, rows, tokens
+
+    def trust(self, index: Any, rows: Any, previous: torch.Tensor, law: torch.Tensor) -> torch.Tensor:
+        """Return what a position's probabilities are to be multiplied with, so that they say how often tokens are accepted.
+
+        A law of which the drafter is right to be unsure is accepted as often as two draws from it agree, `sum_x q(x)^2`, where
+        the target is sure. So a law says by itself how often a token of it is accepted, and the head says how often it is;
+        where the head says less, the law promises too much. Where the head says more, the target is unsure too, and the
+        probabilities are right as they are.
+
+        Args:
+            index (`int` or `torch.Tensor` of shape `(n,)`): the position.
+            rows (`list[int]` or `torch.Tensor` of shape `(n,)`): the batch rows of n nodes.
+            previous (`torch.Tensor` of shape `(n,)`, int64): the tokens before.
+            law (`torch.Tensor` of shape `(n, V)`, float): the laws.
+
+        Returns:
+            `torch.Tensor` of shape `(n, 1)`: at most 1; 1 where nobody says how likely they are accepted.
+        """
+        if self.confidence is None:
+            return law.new_ones(len(law), 1)
+        confidence = self.confidence(index, rows, previous).to(law)
+        return (confidence / law.square().sum(dim=-1)).clamp(max=1.0)[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,26 +248,80 @@ class SampledChildren:
     marginals: torch.Tensor | None = None
 
 
+class UnreadParents(Sequence[list[int]]):
+    """Parents of a tree's nodes, row by row, that lie on a device until somebody asks.
+
+    Args:
+        tensor (`torch.Tensor` of shape `(B, N)`, int64): -1 for filler, which stands behind the nodes.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self._rows: list[list[int]] | None = None
+
+    def read(self, rows: list[list[int]]) -> None:
+        """Take in what `tensor` holds, which somebody has read back beside other things."""
+        self._rows = [[parent for parent in row if parent >= 0] for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __getitem__(self, row: Any) -> Any:
+        if self._rows is None:
+            self.read(self.tensor.tolist())
+        assert self._rows is not None
+        return self._rows[row]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([self[row] for row in range(len(self))])
+
+
+@dataclass(frozen=True, slots=True)
+class TreeLayout:
+    """Where a tree's nodes stand, on the device.
+
+    Attributes:
+        parents (`torch.Tensor` of shape `(B, N)`, int64): of nodes 1 to N; -1 for filler.
+        depths (`torch.Tensor` of shape `(B, N + 1)`, int64): 0 for the anchor and for filler.
+        mask (`torch.Tensor` of shape `(B, N + 1, N + 1)`, bool): true at [i, j] if j is i or an ancestor of i.
+    """
+
+    parents: torch.Tensor
+    depths: torch.Tensor
+    mask: torch.Tensor
+
+    def to(self, device: torch.device) -> "TreeLayout":
+        """Return the layout on another device."""
+        return TreeLayout(self.parents.to(device), self.depths.to(device), self.mask.to(device))
+
+
 @dataclass(frozen=True, slots=True)
 class DraftTree:
     """Drafted tokens as a tree for every row of a batch; siblings differ.
 
     Attributes:
         tokens (`torch.Tensor` of shape `(B, N)`, int64): of nodes 1 to N; rows with fewer nodes end in filler.
-        parents (`list[list[int]]`): for each row, the parents of its nodes 1, 2, ...; filler has none.
+        parents (`Sequence[list[int]]`): for each row, the parents of its nodes 1, 2, ...; filler has none.
         drafts (`list[list[list[int]]]`, *optional*): for each row, the nodes of each joint draft, root to leaf.
         sampled (`SampledChildren`, *optional*): `None`: every node is a function of the committed text, or the rule does not
             ask what it was drawn from.
         values (`list[list[float]]`, *optional*): for each row, the path probabilities of its nodes by their ranks.
         copied (`list[list[int]]`, *optional*): for each row, the nodes that were copied from the text, root to leaf.
+        layout (`TreeLayout`, *optional*): of a tree that was built on the device; its parents are read back with the round.
     """
 
     tokens: torch.Tensor
-    parents: list[list[int]]
+    parents: Sequence[list[int]]
     drafts: list[list[list[int]]] | None = None
     sampled: SampledChildren | None = None
     values: list[list[float]] | None = None
     copied: list[list[int]] | None = None
+    layout: TreeLayout | None = None
+
+    @classmethod
+    def planted(cls, tokens: torch.Tensor, layout: TreeLayout) -> "DraftTree":
+        """Return a tree that was built on the device; see `tree.plant`."""
+        return cls(tokens, UnreadParents(layout.parents), layout=layout)
 
     @classmethod
     def of_rows(
@@ -197,7 +353,18 @@ class DraftTree:
         """Return the tree with its tokens on another device."""
         if self.tokens.device == device:
             return self
+        if self.layout is not None:
+            return DraftTree.planted(self.tokens.to(device), self.layout.to(device))
         return replace(self, tokens=self.tokens.to(device))
+
+    def read(self, numbers: torch.Tensor) -> list[list[int]]:
+        """Read numbers of a round `(B, n)` back from the device, in one go with the parents where these still lie there."""
+        if not isinstance(self.parents, UnreadParents):
+            return numbers.tolist()
+        size = self.num_tokens
+        table = torch.cat([numbers, self.parents.tensor], dim=1).tolist()
+        self.parents.read([row[-size:] for row in table])
+        return [row[:-size] for row in table]
 
     def num_drafted(self) -> list[int]:
         """Return the nodes of each row."""
@@ -227,6 +394,8 @@ class DraftTree:
 
     def depths(self) -> torch.Tensor:
         """Return how far behind the anchor each node stands, `(B, N + 1)` int64: 0 for the anchor and for filler."""
+        if self.layout is not None:
+            return self.layout.depths
         size = self.num_tokens + 1
         rows = [row + [0] * (size - len(row)) for row in self._depth_rows()]
         return to_device(rows, self.tokens.device)
@@ -242,6 +411,8 @@ class DraftTree:
 
     def ancestor_mask(self) -> torch.Tensor:
         """Return who sees whom, `(B, N + 1, N + 1)` bool: true at [i, j] if j is i or an ancestor of i; filler sees itself."""
+        if self.layout is not None:
+            return self.layout.mask
         size = self.num_tokens + 1
         table = bytearray()
         for parents in self.parents:

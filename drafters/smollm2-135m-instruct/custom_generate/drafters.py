@@ -19,6 +19,8 @@ from .draft import Draft
 from .draft import DraftTree
 from .draft import Outcome
 from .features import Features
+from .sampling import ID_BLIND
+from .sampling import draw
 from .sampling import draw_from_scores
 from .sampling import is_prefix_free
 from .sampling import prefix_free_part
@@ -69,7 +71,9 @@ class Shaper(Protocol):
         """Begin a round, and return its draft where that needs no pass."""
         ...
 
-    def chain_plan(self, scores: torch.Tensor) -> tuple[int, list[list[float]] | None, list[list[int]] | None]:
+    def chain_plan(
+        self, scores: torch.Tensor, laws: Conditionals | None = None
+    ) -> tuple[int, list[list[float]] | None, list[list[int]] | None]:
         """Return how many tokens of a chain to verify, what the budget goes by, and the copied tokens it begins with."""
         ...
 
@@ -89,8 +93,9 @@ class Shaper(Protocol):
 class DenoisingDrafter:
     """Draft with a masked-diffusion network: a window [anchor, mask x gamma], revealed in T passes.
 
-    Subclasses say how the committed text conditions the window: `window_logits`; and, where `knows_token_before`, how the token
-    before conditions the next: `step`. A drafter serves one generation.
+    Subclasses say how the committed text conditions the window: `window_logits`; where `knows_token_before`, how the token
+    before conditions the next: `step`; and, where `has_confidence`, how likely a token is accepted: `confidence`. A drafter
+    serves one generation.
 
     Args:
         network (`SpecDiffDrafter`): the network.
@@ -122,13 +127,25 @@ class DenoisingDrafter:
         self.mask_token_id = network.config.mask_token_id
         self.cache = context_cache(network.config)
         self.rows: RaggedCache | None = None  # from the first draft on, which tells how many rows there are
+        self.passes: Any = None  # `StaticPasses`, where they are compiled
+        self._is_first = True
         self.knows_token_before = False
+        self.has_memory = False  # whether a law hangs on more tokens than the one before
+        self.has_confidence = False
         self._unseen: list[Features] = []
         self.device = network.device  # read once: the host goes through the weights for it
         self._home = network.device  # where the target's processors hold their tensors
         # A tree's positions have many prefixes, and out of order a prefix is not known yet: nothing for a processor to read.
         reads_prefixes = speculation.draft_shape == "chain" and speculation.reveals_in_order
         self.processors = logits_processor if reads_prefixes else prefix_free_part(logits_processor)
+
+    def compile(self, passes: Any) -> None:
+        """Let a compiled pass of one width do the work; before the first draft.
+
+        Args:
+            passes (`StaticPasses`): of this drafter's network; its cache takes the place of the drafter's own.
+        """
+        self.passes, self.cache, self.rows = passes, passes.cache, passes.rows
 
     @torch.no_grad()
     def draft(self, text: Text, features: Features | None) -> Draft | DraftTree:
@@ -140,15 +157,18 @@ class DenoisingDrafter:
             return settled
         self._home = text.tokens.device
         text = text.to(self.device)
-        is_first = self.rows is None
         if self.rows is None:
             self.rows = RaggedCache(self.cache, text.num_rows)
         gamma = self._window_gamma(min(text.lengths))
-        window = text.tokens.new_full((text.num_rows, gamma + 1), self.mask_token_id)
+        # A compiled pass is as wide at the end of a text as elsewhere.
+        width = gamma if self.passes is None else self.speculation.gamma
+        window = text.tokens.new_full((text.num_rows, width + 1), self.mask_token_id)
         window[:, :1] = text.anchors()
         unseen, self._unseen = self._unseen, []
-        with grouped_heads(self.device.type == "cpu", gamma + 1):
+        with grouped_heads(self.device.type == "cpu", width + 1):
             logits = self.window_logits(window, text, Features.join(unseen) if unseen else None)
+        window, logits = window[:, : gamma + 1], logits[:, :gamma]
+        is_first, self._is_first = self._is_first, False
         if is_first and bool(logits.isnan().any()):
             raise ValueError(
                 "`assistant_model` must give numbers as logits, got nan. Are its weights finite, and is its dtype wide enough?"
@@ -163,16 +183,20 @@ class DenoisingDrafter:
     def _shaped(self, text: Text, window: torch.Tensor, logits: torch.Tensor) -> Draft | DraftTree:
         """Turn the first pass into a draft of the shape that was asked for."""
         shaper, speculation = self.shaper, self.speculation
+        is_in_order = self.knows_token_before or self.has_confidence
         if speculation.draft_shape != "chain":
             assert shaper is not None
-            if self.knows_token_before:
+            if is_in_order:
                 return shaper.draft_in_order(self._conditionals(text, logits))
             return shaper.draft(self._free_scores(logits))
         steps = reveal_counts(window.shape[1] - 1, speculation.num_denoising_steps)
         if len(steps) > 1:
             return self._denoise(text, window, logits, steps)
-        plan = (logits.shape[1], None, None) if shaper is None else shaper.chain_plan(self._without_mask(logits))
-        count, values, copied = plan
+        if shaper is None:
+            count, values, copied = logits.shape[1], None, None
+        else:
+            laws = self._conditionals(text, logits, is_processed=False) if is_in_order else None
+            count, values, copied = shaper.chain_plan(self._without_mask(logits), laws)
         tokens, probs = self._draw_in_order(text, window[:, 1:1], logits, may_stop=True, copied=copied)
         nodes = None if copied is None else [list(range(1, len(row) + 1)) for row in copied]
         return Draft(tokens, probs, speculation.has_prefix_law, values, nodes).first(min(count, tokens.shape[1]))
@@ -256,6 +280,8 @@ class DenoisingDrafter:
         temperature = self.speculation.draft_temperature
         if not self.knows_token_before and is_prefix_free(self.processors):
             return _with_copied(*draw_from_scores(self._free_scores(logits), temperature), copied)
+        if not self.has_memory and is_prefix_free(self.processors):
+            return self._drawn_from_tables(text, logits, copied)
         tokens, probs, memory = prefix, [], None
         is_open = [not self.end_token_ids & set(row) for row in prefix.tolist()]
         for i in range(logits.shape[1]):
@@ -276,6 +302,56 @@ class DenoisingDrafter:
             if may_stop and not any(is_open):
                 break
         return tokens[:, prefix.shape[1] :], None if probs[0] is None else torch.cat(probs, dim=1)
+
+    def _drawn_from_tables(
+        self, text: Text, logits: torch.Tensor, copied: list[list[int]] | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draw, from left to right, the tokens of a drafter that knows the token before and no others.
+
+        The laws behind each likely token are computed at once, and one by one only those behind others.
+
+        Args:
+            text (`Text`): committed.
+            logits (`torch.Tensor` of shape `(B, n, V)`): raw logits of the positions.
+            copied (`list[list[int]]`, *optional*): as `_draw_in_order`.
+
+        Returns:
+            as `_draw_in_order`; fewer tokens where an end token stands in every row.
+        """
+        laws, temperature = self._conditionals(text, logits), self.speculation.draft_temperature
+        known: dict[tuple[int, ...], Any] = {}  # by row, position and token before: a law `(V,)`, or its likeliest token
+
+        def ask(positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+            found: list[Any]
+            if temperature == 0:
+                best, ids = laws.drafted_scores(positions, rows, tokens)
+                found = ids[best.argmax(dim=-1)].tolist()
+            else:
+                scores, _ = laws.step(positions, rows, tokens, None)
+                found = list(to_probs(scores / temperature).unbind())
+            keys = torch.stack([rows, positions, tokens], dim=1).tolist()
+            known.update((tuple(key), value) for key, value in zip(keys, found, strict=True))
+
+        ask(*laws.likely(copied))
+        chains = [[anchor] for anchor in laws.anchors.tolist()]
+        drawn_from: list[torch.Tensor] = []
+        for position in range(laws.gamma):
+            keys = [(row, position, chain[-1]) for row, chain in enumerate(chains)]
+            if missing := [key for key in keys if key not in known]:
+                rows, _, tokens = to_device(list(zip(*missing, strict=True)), logits.device)
+                ask(torch.full_like(rows, position), rows, tokens)
+            drawn = [known[key] for key in keys]
+            if temperature > 0:
+                drawn_from.append(torch.stack(drawn))
+                drawn = draw(drawn_from[-1]).tolist()
+            for row, (chain, token) in enumerate(zip(chains, drawn, strict=True)):
+                own = [] if copied is None else copied[row]
+                chain.append(own[position] if position < len(own) else token)
+            if all(self.end_token_ids & set(chain[1:]) for chain in chains):
+                break
+        written = to_device([chain[1:] for chain in chains], logits.device)
+        known_copies = None if copied is None else [row[: written.shape[1]] for row in copied]
+        return _with_copied(written, torch.stack(drawn_from, dim=1) if drawn_from else None, known_copies)
 
     def _scores_after(
         self, text: Text, drafted: torch.Tensor, logits: torch.Tensor, is_open: list[bool]
@@ -298,31 +374,60 @@ class DenoisingDrafter:
             rows.append(own if scores is None else scores)
         return _alive(torch.cat(rows).to(logits.device)), goes_on
 
-    def _conditionals(self, text: Text, logits: torch.Tensor) -> Conditionals:
-        """Return the laws of a pass with the raw logits `(B, G, V)`, given the token before each."""
+    def _conditionals(self, text: Text, logits: torch.Tensor, *, is_processed: bool = True) -> Conditionals:
+        """Return the laws of a pass with the raw logits `(B, G, V)`, given the token before each; or laws before processors."""
 
         def step(
-            index: int, rows: list[int], previous: torch.Tensor, memory: torch.Tensor | None
+            index: Any, rows: Any, previous: torch.Tensor, memory: torch.Tensor | None
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            raw, memory = self.step(logits[rows, index], index, rows, previous, memory)
-            return self._free_scores(raw[:, None])[:, 0], memory
+            own = logits[rows, index]
+            raw, memory = self.step(own, index, rows, previous, memory) if self.knows_token_before else (own, memory)
+            return self._free_scores(raw[:, None])[:, 0] if is_processed else self._without_mask(raw), memory
 
-        return Conditionals(step, text.anchors()[:, 0], logits.shape[1])
+        marginals, confidence = None if self.has_memory else logits, self.confidence if self.has_confidence else None
+        ids = self.network.drafted_ids if is_processed and self.has_columns else None
+        if ids is None:
+            return Conditionals(step, text.anchors()[:, 0], logits.shape[1], marginals, confidence)
+        columns = to_float(logits[..., ids]).masked_fill(ids == self.mask_token_id, -torch.inf)
+
+        def drafted_step(positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+            raw, _ = self.step(columns[rows, positions], positions, rows, tokens, None)
+            return _alive(process_without_prefix(self.processors, raw.to(self._home)).to(raw.device))
+
+        return Conditionals(step, text.anchors()[:, 0], logits.shape[1], marginals, confidence, ids, drafted_step)
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether the laws of a reduced vocabulary may be had without its others: no processor tells tokens apart."""
+        return self.knows_token_before and not self.has_memory and all(type(one) in ID_BLIND for one in self.processors)
 
     def step(
-        self, logits: torch.Tensor, index: int, rows: list[int], previous: torch.Tensor, memory: torch.Tensor | None
+        self, logits: torch.Tensor, index: Any, rows: Any, previous: torch.Tensor, memory: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the raw logits of one position given the token before it.
+        """Return the raw logits of positions given the token before each.
 
         Args:
-            logits (`torch.Tensor` of shape `(n, V)`): of the position by itself.
-            index (`int`): the position, 0 to G - 1.
-            rows (`list[int]`): which rows of the batch these are; several of them may be the same.
+            logits (`torch.Tensor` of shape `(n, V)`): of the positions by themselves.
+            index (`int` or `torch.Tensor` of shape `(n,)`): the position, 0 to G - 1; one of each, unless `has_memory`.
+            rows (`list[int]` or `torch.Tensor` of shape `(n,)`): which rows of the batch these are; several may be the same.
             previous (`torch.Tensor` of shape `(n,)`, int64): the token before it; at position 0 the anchor.
             memory (`torch.Tensor`, *optional*): what this returned for the position before.
 
         Returns:
             `tuple`: logits `(n, V)`, and the memory for the next position.
+        """
+        raise NotImplementedError
+
+    def confidence(self, index: Any, rows: Any, previous: torch.Tensor) -> torch.Tensor:
+        """Return how likely the target is to accept a token that is drawn from a position's law.
+
+        Args:
+            index (`int` or `torch.Tensor` of shape `(n,)`): the position, 0 to G - 1.
+            rows (`list[int]` or `torch.Tensor` of shape `(n,)`): which rows of the batch these are; several may be the same.
+            previous (`torch.Tensor` of shape `(n,)`, int64): the token before it; at position 0 the anchor.
+
+        Returns:
+            `torch.Tensor` of shape `(n,)`, float32: from 0 to 1.
         """
         raise NotImplementedError
 
@@ -350,6 +455,10 @@ class DenoisingDrafter:
         """
         raise NotImplementedError
 
+    def num_columns(self, counts: list[int]) -> int:
+        """Return how many context tokens a pass reads, filler included, that adds some of them to each row."""
+        return max(counts) if self.passes is None else self.passes.num_columns(counts)
+
     def layout(self, text: Text, counts: list[int], window_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return where a pass stands in the text: positions of its tokens and the mask of its keys.
 
@@ -366,27 +475,22 @@ class DenoisingDrafter:
             `tuple`: positions `(1 or B, new + G + 1)` int64, not counting padding; mask `(B, keys)` bool, or `None`: all seen.
         """
         assert self.rows is not None
-        device, num_new = text.tokens.device, max(counts)
-        if text.num_rows == 1 and text.prompt_mask is None:
+        device, num_new = text.tokens.device, self.num_columns(counts)
+        if text.num_rows == 1 and text.prompt_mask is None and self.passes is None:
             anchor = text.lengths[0] - 1
             return torch.arange(anchor - num_new, anchor + window_size, device=device)[None], None
         anchors = to_device(text.lengths, device)[:, None] - 1
         added = to_device(counts, device)[:, None]
         slots = torch.arange(num_new, device=device)
         positions = torch.cat([anchors - added + slots, anchors + torch.arange(window_size, device=device)], dim=1)
-        is_context = self.rows.is_owned(device)
-        if is_context is None:
-            is_context = torch.ones(text.num_rows, self.rows.length, dtype=torch.bool, device=device)
-        is_new = slots < added
         # Slot j of the context is token `start + j` of the text, in every row.
         start = text.lengths[0] - 1 - counts[0] - self.rows.ends[0]
-        is_text = text.is_text(start, self.rows.length + num_new)
+        is_new, is_text = slots < added, text.is_text(start, self.rows.length + num_new)
         if is_text is not None:
-            ends = to_device(self.rows.ends, device)[:, None]
-            is_context = is_context & is_text[:, : self.rows.length]
-            is_new = is_new & is_text.gather(1, ends + slots)
+            is_new = is_new & is_text.gather(1, to_device(self.rows.ends, device)[:, None] + slots)
         window = torch.ones(text.num_rows, window_size, dtype=torch.bool, device=device)
-        return (positions - text.num_padding()).clamp(min=0), torch.cat([is_context, is_new, window], dim=1)
+        key_mask = torch.cat([self.rows.seen(text, start), is_new, window], dim=1)
+        return (positions - text.num_padding()).clamp(min=0), key_mask
 
     def cached_positions(self, text: Text, counts: list[int]) -> torch.Tensor | None:
         """Return the positions of the cached context, `(B, cached)` int64; `None`: those right before the new ones."""

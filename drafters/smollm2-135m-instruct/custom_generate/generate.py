@@ -29,6 +29,7 @@ from .checks import check_call
 from .checks import check_chains
 from .checks import check_not_offloaded
 from .checks import check_pair
+from .checks import check_processes
 from .checks import check_profile
 from .checks import check_rotary
 from .checks import check_stop_strings
@@ -45,13 +46,17 @@ from .own_drafter import check_own_drafter
 from .own_drafter import is_own_drafter
 from .profiling import learn
 from .profiling import profile_of
+from .rowwise_target import why_not_divided
 from .shapes import DraftShaper
 from .speculation import SPECULATION_ARGUMENTS
 from .speculation import SpeculationConfig
 from .speculation import own_speculation
 from .speculation import resolve_speculation
 from .stateful_target import is_stateful
+from .static_drafter import compile_drafter
+from .static_target import StaticTarget
 from .stopping import StopCheck
+from .target import Target
 from .targets import make_target
 from .targets import wants_passes
 from .text import Text
@@ -88,19 +93,19 @@ def generate(
             `acceptance` (`str`): `"match"`, `"ratio"`, `"block"`, `"self_selection"` or `"auto"` (default: the rule that
             accepts most);
             `prompt_lookup_num_tokens` (`int`, *optional*): most tokens of a copied branch: what followed the last tokens where
-            they stood before in the text is drafted too; by default nothing is copied;
+            they stood before in the text is drafted too; 0, and the default of most drafters: nothing is copied;
             `max_matching_ngram_size` (`int`): the longest runs of last tokens that are looked up for it, by default 2.
 
     Returns:
         What `model.generate` returns. With `return_dict_in_generate=True` the output also has `.speculation`, a
-        `SpeculationStats`. Batches return no `past_key_values`: rows leave the cache when they end. One that
+        `SpeculationStats`. Rows of a batch whose model takes no mask of ours, or keeps a running state, are verified one after
+        another: the log says so once. Batches return no `past_key_values`: rows leave the cache when they end. One that
         you pass in is left as `model.generate` leaves it.
 
     Raises:
         TypeError: if `assistant_model` is no drafter.
-        ValueError: if target and drafter do not fit, or an argument is out of range or would not be lossless; for beams, for
-            models that read drafted tokens otherwise than one by one, and for batches of models that take no mask of ours or
-            keep a running state.
+        ValueError: if target and drafter do not fit, or an argument is out of range or would not be lossless; for beams, and
+            for models that read drafted tokens otherwise than one by one.
 
     Lossless when: always; what is known not to be is refused, and whether a model reads masks of ours is tried. Greedy tokens
     equal `model.generate`'s in float32; in lower precision near-ties can flip, as they do between any two batch shapes.
@@ -141,6 +146,9 @@ class SpeculativeLoop:
         streamer (`BaseStreamer`, *optional*): the caller's.
     """
 
+    # What runs when everything is put together; a benchmark replaces it by one that only looks.
+    run = staticmethod(run)
+
     def __init__(
         self, assistant_model: Any, arguments: dict[str, Any], profile: Any | None, own_cache: Any | None, streamer: Any | None
     ) -> None:
@@ -176,6 +184,9 @@ class SpeculativeLoop:
         speculation = self._speculation(model, generation_config, text, why_no_masks)
         stop = StopCheck(stopping_criteria, text.num_rows, keep_scores=_wants(generation_config, "output_scores"))
         obstacle = why_no_masks() if text.num_rows > 1 else None
+        if obstacle is not None:  # then rows are verified one by one
+            apart = why_not_divided(text_config, model_kwargs, self.own_cache)
+            obstacle = None if apart is None else f"{obstacle}, and {apart}"
         check_batch(
             text, obstacle, logits_processor, generation_config, rows_end_apart=bool(stop.others), pads=stop.has_end_tokens
         )
@@ -183,19 +194,21 @@ class SpeculativeLoop:
         # A greedy target meets every draft by match, so there is nothing to draw for another rule.
         drafting = speculation if generation_config.do_sample else replace(speculation, acceptance="match")
         with self._mode(model, generation_config, [*logits_processor, *stopping_criteria]):
-            budget = self._budget(model, drafting, text)
+            target = self._target(model, generation_config, model_kwargs, speculation, text.num_rows, why_no_masks)
+            static = target if isinstance(target, StaticTarget) else None
+            budget = self._budget(model, drafting, text, static)
             drafter = self._drafter(model, drafting, logits_processor, generation_config, stop, budget)
-            target = make_target(
-                model, generation_config, model_kwargs, drafter.target_layer_ids, speculation, text.num_rows, why_no_masks
-            )
+            passes = compile_drafter(drafter, target, speculation, generation_config, text.num_rows)
             is_kept = self.own_cache is not None or bool(generation_config.return_dict_in_generate)
             if self.own_cache is not None or wants_passes(generation_config):
                 target.keep_rows()
-            output = run(target, drafter, speculation, stop, logits_processor, text, self.streamer, is_kept=is_kept)
-            if not generation_config.return_dict_in_generate:
+            output = self.run(target, drafter, speculation, stop, logits_processor, text, self.streamer, is_kept=is_kept)
+            if not generation_config.return_dict_in_generate or output.past_key_values is None:
                 target.release()
+            if passes is not None:
+                passes.release()
         if budget is not None and self.profile is None:
-            learn(model, self.assistant_model, input_ids.device, budget)
+            learn(model, self.assistant_model, input_ids.device, budget, static)
         output = ordinary(output)
         return output if generation_config.return_dict_in_generate else output.sequences
 
@@ -212,6 +225,7 @@ class SpeculativeLoop:
                 self.arguments, self.assistant_model, do_sample=do_sample, why_no_tree=why_no_masks
             )
         check_profile(self.profile, is_adaptive=speculation.is_adaptive)
+        check_processes(model, self.profile, is_adaptive=speculation.is_adaptive)
         return speculation
 
     def _mode(self, model: Any, generation_config: GenerationConfig, callbacks: list[Any]) -> AbstractContextManager[None]:
@@ -222,15 +236,30 @@ class SpeculativeLoop:
         more = [self.streamer, *([self.assistant_model] if self.is_own else [])]
         return inference(models, [*callbacks, *more], self.own_cache)
 
-    def _budget(self, model: Any, speculation: SpeculationConfig, text: Text) -> Budget | None:
+    def _target(
+        self,
+        model: Any,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        speculation: SpeculationConfig,
+        num_rows: int,
+        why_no_masks: Callable[[], str | None],
+    ) -> Target:
+        """Return the target, which hands back what the drafter reads."""
+        layer_ids = (self.assistant_model if self.is_own else self.assistant_model.config).target_layer_ids
+        layer_ids = None if layer_ids is None else list(layer_ids)
+        return make_target(model, generation_config, model_kwargs, layer_ids, speculation, num_rows, why_no_masks)
+
+    def _budget(self, model: Any, speculation: SpeculationConfig, text: Text, static: StaticTarget | None) -> Budget | None:
         """Return what settles the size of each draft, if it is to follow the machine."""
         if not speculation.is_adaptive:
             return None
-        measured = profile_of(model, self.assistant_model, speculation, text.tokens.device, self.profile)
+        measured = profile_of(model, self.assistant_model, speculation, text.tokens.device, self.profile, static)
         draws_children = speculation.draft_shape == "tree" and speculation.acceptance == "ratio"
         # With a given profile nothing depends on a clock, so that a run can be repeated.
         clock = time.perf_counter if self.profile is None else None
-        return Budget(measured, text.num_rows, draws_children=draws_children, clock=clock)
+        widths = None if static is None else static.widths
+        return Budget(measured, text.num_rows, draws_children=draws_children, clock=clock, widths=widths)
 
     def _drafter(
         self,

@@ -86,8 +86,8 @@ def make_ordinary(cache: Cache) -> None:
 def _make_ordinary_in(values: dict[Any, Any], names: Iterable[Any]) -> None:
     for name in names:
         value = values[name]
-        if isinstance(value, torch.Tensor):
-            values[name] = _ordinary_tensor(value)
+        if isinstance(value, torch.Tensor | tuple):  # quantized layers keep a tensor and its scale
+            values[name] = tree_map_only(torch.Tensor, _ordinary_tensor, value)
 
 
 def _modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:

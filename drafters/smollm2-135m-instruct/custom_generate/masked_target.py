@@ -68,7 +68,6 @@ class MaskedTarget(Target):
         self.dtype = model.dtype
         self.masks_windows = self.kinds == [FULL] or masks_its_windows(model)
         self.rows: RaggedCache | None = None
-        self.prompt_mask: torch.Tensor | None = None  # (B, prompt slots) bool, False on padding
         self.num_leading: torch.Tensor | int = 0  # (B, 1) or 0: padding in front of each row
         self.lag: torch.Tensor | int = 0  # (B, 1), (planes, B, 1) or the same for all: place less position
         self.num_cached = 0  # tokens in the cache before the text begins
@@ -83,15 +82,14 @@ class MaskedTarget(Target):
         self.rows = self.make_rows(text)
         self.num_cached = self.rows.length - text.prompt_length
         if text.prompt_mask is not None:
-            self.prompt_mask = text.prompt_mask.bool()
-            self.num_leading = (self.prompt_mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
+            self.num_leading = (text.prompt_mask.bool().cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
         # None: the model counts slots itself.
         if inputs.get("position_ids") is not None:
             self.lag = lag_of(inputs["position_ids"].to(text.tokens.device), self.rows.length - 1, text.num_rows)
         if self._keeps_rows and text.num_rows > 1:
             self.rows.keep_parted()
             token_types = {name: self.model_kwargs[name] for name in TOKEN_TYPE_NAMES if name in self.model_kwargs}
-            self._whole = (text, self.prompt_mask, self.num_leading, self.lag, token_types)
+            self._whole = (text, self.num_leading, self.lag, token_types)
         return logits
 
     def make_rows(self, text: Text) -> RaggedCache:
@@ -147,8 +145,6 @@ class MaskedTarget(Target):
         """Forget all but some rows of the batch."""
         assert self.rows is not None
         self.rows.select(rows)
-        if self.prompt_mask is not None:
-            self.prompt_mask = self.prompt_mask[rows]
         if isinstance(self.num_leading, torch.Tensor):
             self.num_leading = self.num_leading[rows]
         if isinstance(self.lag, torch.Tensor):
@@ -169,7 +165,7 @@ class MaskedTarget(Target):
         """
         if self.rows is None or not self.rows.keeps_parted:
             return None
-        text, self.prompt_mask, self.num_leading, self.lag, token_types = self._whole
+        text, self.num_leading, self.lag, token_types = self._whole
         self.model_kwargs |= token_types
         self.rows.rejoin()
         missing = [self.num_cached + tokens.shape[1] - 1 - end for end in self.rows.ends]
@@ -196,7 +192,7 @@ class MaskedTarget(Target):
                 mask[..., self.rows.length :].masked_fill_(~draft.ancestor_mask(), torch.finfo(self.dtype).min)
                 return places - self.lag, mask
         places = self._places(draft, device)
-        return places - self.lag, self._masks(self._visible(draft, device), places)
+        return places - self.lag, self._masks(self._visible(text, draft), places)
 
     def _places(self, draft: Draft | DraftTree, device: torch.device) -> torch.Tensor:
         """Return places of the nodes, `(B, N + 1)`."""
@@ -208,18 +204,14 @@ class MaskedTarget(Target):
             places = places.clamp(max=self.num_cached + max_length - 1)
         return places
 
-    def _visible(self, draft: Draft | DraftTree, device: torch.device) -> torch.Tensor:
+    def _visible(self, text: Text, draft: Draft | DraftTree) -> torch.Tensor:
         """Return which keys each node may see under full attention, `(B, N + 1, C + N + 1)` bool."""
         assert self.rows is not None
-        num_rows, size, length = len(self.rows.ends), draft.num_tokens + 1, self.rows.length
-        cached = self.rows.is_owned(device)
-        if cached is None:
-            cached = torch.ones(num_rows, length, dtype=torch.bool, device=device)
-        if self.prompt_mask is not None:
-            mask = self.prompt_mask.to(device)
-            cached[:, : mask.shape[1]] &= mask
-        nodes = draft.ancestor_mask().expand(num_rows, -1, -1)
-        return torch.cat([cached[:, None].expand(-1, size, -1), nodes], dim=2)
+        # The prompt's mask begins where the cache does.
+        start = 0 if text.prompt_mask is None else text.prompt_length - text.prompt_mask.shape[1]
+        cached = self.rows.seen(text, start)
+        nodes = draft.ancestor_mask().expand(len(cached), -1, -1)
+        return torch.cat([cached[:, None].expand(-1, draft.num_tokens + 1, -1), nodes], dim=2)
 
     def _masks(self, visible: torch.Tensor, places: torch.Tensor) -> Any:
         """Return the mask that the model reads, added to its scores: one, or one for each kind of layer."""

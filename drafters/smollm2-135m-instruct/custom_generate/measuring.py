@@ -9,7 +9,6 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +23,9 @@ from .masked_target import MaskedTarget
 from .shapes import DraftShaper
 from .speculation import SpeculationConfig
 from .stateful_target import chain_target_class
+from .static_drafter import compile_drafter
+from .static_target import StaticTarget
+from .target import Target
 from .target import fresh_kwargs
 from .text import Text
 
@@ -40,7 +42,9 @@ CONTEXT_LENGTH = 64
 NOISE = 1.25
 
 
-def measure_profile(model: Any, network: Any, speculation: SpeculationConfig, device: torch.device) -> Profile:
+def measure_profile(
+    model: Any, network: Any, speculation: SpeculationConfig, device: torch.device, static: StaticTarget | None = None
+) -> Profile:
     """Measure target passes over 1 to 256 tokens and the drafter's pass, each with all that the loop does around it.
 
     It takes at most 2 seconds, or 20 plain steps where that is more: what does not fit is left out.
@@ -50,6 +54,8 @@ def measure_profile(model: Any, network: Any, speculation: SpeculationConfig, de
         network (`SpecDiffDrafter`): the drafter's.
         speculation (`SpeculationConfig`): what rounds look like.
         device (`torch.device`): of the call's inputs.
+        static (`StaticTarget`, *optional*): the call's target, where its cache is static: then passes of its widths are
+            measured, compiled as its are. What is not compiled yet is compiled before, which takes longer than measuring.
 
     Returns:
         `Profile`: the least that each pass took; `is_doubtful` where something else was running. torch's generators are left
@@ -61,10 +67,16 @@ def measure_profile(model: Any, network: Any, speculation: SpeculationConfig, de
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    start = clock()
+    start, most = clock(), _room(model) - _text_length(model)
     with torch.no_grad(), torch.random.fork_rng():
-        draft_pass, target_pass = _passes(model, network, speculation, device)
-        seconds = least_seconds(draft_pass, target_pass, _room(model) - _text_length(model), clock, start)
+        draft_pass, target_pass, release = _passes(model, network, speculation, device, static)
+        if static is not None:
+            for width in static.widths:
+                target_pass(width)
+            draft_pass()
+            start, most = clock(), min(most, static.widths[-1])
+        seconds = least_seconds(draft_pass, target_pass, most, clock, start)
+        release()
     return profile_from(seconds, machine_of(device))
 
 
@@ -136,16 +148,22 @@ def least_seconds(
 
 
 def _passes(
-    model: Any, network: Any, speculation: SpeculationConfig, device: torch.device
-) -> tuple[Callable[[], Any], Callable[[int], Any]]:
-    """Return a drafter pass, and a target pass over a number of tokens, behind a short text."""
+    model: Any, network: Any, speculation: SpeculationConfig, device: torch.device, static: StaticTarget | None
+) -> tuple[Callable[[], Any], Callable[[int], Any], Callable[[], Any]]:
+    """Return a drafter pass, and a target pass over a number of tokens, behind a short text; and what ends measuring."""
     config = model.config.get_text_config()
     ids = torch.arange(_text_length(model), device=device)[None] * 7 % config.vocab_size
     ids = torch.where(ids == network.config.mask_token_id, (ids + 1) % config.vocab_size, ids)
     drafter = make_drafter(network, model, speculation, LogitsProcessorList(), shaper=DraftShaper(speculation))
     is_tree = speculation.draft_shape != "chain"
-    target_class = MaskedTarget if is_tree else chain_target_class(model)
-    target = target_class(model, GenerationConfig(), fresh_kwargs(model, ids), drafter.target_layer_ids)
+    kwargs, passes = fresh_kwargs(model, ids), None
+    target: Target
+    if static is None:
+        target_class = MaskedTarget if is_tree else chain_target_class(model)
+        target = target_class(model, GenerationConfig(), kwargs, drafter.target_layer_ids)
+    else:
+        target = static.like(kwargs, drafter.target_layer_ids, 2 * CONTEXT_LENGTH)
+        passes = compile_drafter(drafter, target, speculation, target.generation_config, 1)
     text = Text.of_prompt(ids)
     target.prefill(text)
     features = target.commit([[0]], 0)
@@ -158,7 +176,15 @@ def _passes(
         target.verify(text, DraftTree(tokens, path) if is_tree else Draft(tokens, None, has_prefix_law=True))
         target.forget(size)  # the next pass stands where this one stood
 
-    return partial(drafter.draft, text, None), target_pass
+    def draft_pass() -> None:
+        drafter.draft(text, None)
+
+    def release() -> None:
+        target.release()
+        if passes is not None:
+            passes.release()
+
+    return draft_pass, target_pass, release
 
 
 def _room(model: Any) -> float:

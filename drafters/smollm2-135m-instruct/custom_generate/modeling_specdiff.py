@@ -212,7 +212,8 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         self.rotary_emb = _rotary(config)
         size, num_tokens = config.hidden_size, config.draft_vocab_size or config.vocab_size
         if config.markov_rank:
-            self.markov_head = MarkovHead(config.vocab_size, num_tokens, config.markov_rank, size, config.markov_head_type)
+            num_before = num_tokens + 1 if config.markov_reads_drafted else config.vocab_size
+            self.markov_head = MarkovHead(num_before, num_tokens, config.markov_rank, size, config.markov_head_type)
         if config.selector_rank:
             self.candidate_selector = CandidateSelector(config.vocab_size, size, config.selector_rank, config.selector_top_k)
         if config.enable_confidence_head:
@@ -292,18 +293,53 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         """Return the logits of one slot given the token before it, for drafters whose heads know that token.
 
         Args:
-            logits (`torch.Tensor` of shape `(n, V)`): of the slot by itself, from `window_logits`.
+            logits (`torch.Tensor` of shape `(n, V)`): of the slot by itself, from `window_logits`; or their columns of the
+                `drafted_ids` alone.
             states (`torch.Tensor` of shape `(n, D)`): `last_hidden_state` at the slot.
             previous (`torch.Tensor` of shape `(n,)`, int64): the token before the one that the slot predicts.
             memory (`torch.Tensor` of shape `(n, R)`, *optional*): what this returned for the slot before.
 
         Returns:
-            `tuple`: logits `(n, V)`, minus infinity for tokens that are not drafted; and the memory, if the head has one.
+            `tuple`: logits as wide as those given, minus infinity for tokens that are not drafted; and the memory, if the head
+                has one.
         """
         if self.config.selector_rank:
             return self.candidate_selector(logits, states, previous), None
-        bias, memory = self.markov_head(states, previous, memory)
-        return logits + self._over_the_vocabulary(bias, 0.0).to(logits.dtype), memory
+        bias, memory = self.markov_head(states, self.rows_before(previous), memory)
+        bias = bias if bias.shape[-1] == logits.shape[-1] else self._over_the_vocabulary(bias, 0.0)
+        return logits + bias.to(logits.dtype), memory
+
+    def rows_before(self, previous: torch.Tensor) -> torch.Tensor:
+        """Return the rows of the Markov head's table that belong to tokens.
+
+        Args:
+            previous (`torch.Tensor`, int64): the tokens before.
+
+        Returns:
+            `torch.Tensor` of the same shape, int64: the ids themselves, or places in `drafted_ids` and, for tokens that are not
+                drafted, the last row.
+        """
+        if not self.config.markov_reads_drafted:
+            return previous
+        drafted = self.drafted_ids
+        assert drafted is not None  # else nothing would be reduced
+        places = torch.searchsorted(drafted, previous.contiguous()).clamp(max=len(drafted) - 1)
+        return torch.where(drafted[places] == previous, places, len(drafted))
+
+    def confidence(self, states: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """Return how likely the target is to accept a token that is drawn from a slot's law, by the confidence head.
+
+        Args:
+            states (`torch.Tensor` of shape `(n, D)`): `last_hidden_state` at the slot.
+            previous (`torch.Tensor` of shape `(n,)`, int64): the token before the one that the slot predicts.
+
+        Returns:
+            `torch.Tensor` of shape `(n,)`, float32: from 0 to 1.
+        """
+        features = states
+        if self.config.confidence_head_with_markov:
+            features = torch.cat([states, self.markov_head.markov_w1(self.rows_before(previous))], dim=-1)
+        return torch.sigmoid(self.confidence_head(features).float())
 
     def _over_the_vocabulary(self, logits: torch.Tensor, other: float) -> torch.Tensor:
         """Put what a reduced vocabulary's rows say at their tokens' places, `(..., V)`; the other tokens get one value."""

@@ -30,6 +30,7 @@ from .measuring import MOST_STEPS
 from .measuring import machine_of
 from .measuring import measure_profile
 from .speculation import SpeculationConfig
+from .static_target import StaticTarget
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +57,12 @@ _CONFIGS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple[Any, ...], st
 
 
 def profile_of(
-    model: Any, network: Any, speculation: SpeculationConfig, device: torch.device, given: Profile | str | Path | None = None
+    model: Any,
+    network: Any,
+    speculation: SpeculationConfig,
+    device: torch.device,
+    given: Profile | str | Path | None = None,
+    static: StaticTarget | None = None,
 ) -> Profile:
     """Return what rounds cost: as given, as stored, or measured now and stored.
 
@@ -69,6 +75,7 @@ def profile_of(
         speculation (`SpeculationConfig`): how passes are prepared, where there is something to measure.
         device (`torch.device`): of the call's inputs.
         given (`Profile` or path, *optional*): to be used as it is, so that a run can be repeated.
+        static (`StaticTarget`, *optional*): the call's target, where its cache is static, which has a profile of its own.
 
     Returns:
         `Profile`: of this machine, unless one was given.
@@ -82,18 +89,18 @@ def profile_of(
         if not isinstance(given, str | Path):
             raise ValueError(f"`profile` must be a Profile or a file that holds one, got {type(given).__name__}.")
         return _read(Path(given))
-    key = _pair_key(model, network, device)
+    key = _pair_key(model, network, device, static)
     path = cache_folder() / f"{key}.json"
     known = _KNOWN.setdefault(key, _Known(_stored(path)))
     if known.profile is None or (known.profile.is_doubtful and known.calls_left == 0):
-        known.profile = known.written = _measured(path, known.profile, model, network, speculation, device)
+        known.profile = known.written = _measured(path, known.profile, model, network, speculation, device, static)
         known.calls_left, known.interval = known.interval, 2 * known.interval
     elif known.profile.is_doubtful:
         known.calls_left -= 1
     return known.profile
 
 
-def learn(model: Any, network: Any, device: torch.device, budget: Budget) -> None:
+def learn(model: Any, network: Any, device: torch.device, budget: Budget, static: StaticTarget | None = None) -> None:
     """Let the next call with this pair start from what this one has learnt.
 
     Args:
@@ -101,8 +108,9 @@ def learn(model: Any, network: Any, device: torch.device, budget: Budget) -> Non
         network (`SpecDiffDrafter`): the drafter's.
         device (`torch.device`): of the call's inputs.
         budget (`Budget`): of the call, at its end.
+        static (`StaticTarget`, *optional*): as for `profile_of`.
     """
-    key = _pair_key(model, network, device)
+    key = _pair_key(model, network, device, static)
     known = _KNOWN[key]
     assert known.profile is not None
     old, factors = known.profile, budget.calibration.factors
@@ -169,7 +177,13 @@ def _stored(path: Path) -> Profile | None:
 
 
 def _measured(
-    path: Path, earlier: Profile | None, model: Any, network: Any, speculation: SpeculationConfig, device: torch.device
+    path: Path,
+    earlier: Profile | None,
+    model: Any,
+    network: Any,
+    speculation: SpeculationConfig,
+    device: torch.device,
+    static: StaticTarget | None,
 ) -> Profile:
     """Measure, say so, and keep the result, or the least of it and of an earlier profile."""
     reason = "" if earlier is None else " again, since rounds did not agree with it or other programs were running"
@@ -177,7 +191,7 @@ def _measured(
         f"Measuring what passes of this pair cost{reason}, for at most {MOST_SECONDS:.0f} seconds or {MOST_STEPS} plain steps. "
         f"It is kept in {path}; with `profile=` nothing is measured."
     )
-    profile = measure_profile(model, network, speculation, device)
+    profile = measure_profile(model, network, speculation, device, static)
     if earlier is not None:
         profile = profile.least(earlier)
     try:
@@ -200,9 +214,12 @@ def _read(path: Path) -> Profile:
         raise ValueError(f"`profile` must be a Profile or a file that holds one, got {str(path)!r}: {error}") from error
 
 
-def _pair_key(model: Any, network: Any, device: torch.device) -> str:
+def _pair_key(model: Any, network: Any, device: torch.device, static: StaticTarget | None) -> str:
     """Return a name for the machine and for everything about a pair that decides what its rounds cost and bring."""
     parts = [machine_of(device), transformers.__version__, str(FINE_SIZES)]
+    if static is not None:
+        compiled = static.generation_config.compile_config if static.is_compiled else None
+        parts += [str(static.widths), str(static.num_slots), str(static.is_compiled), str(compiled)]
     for one in (model, network):
         placement = getattr(one, "hf_device_map", None) or one.device.type
         config = one.config.get_text_config()

@@ -43,7 +43,7 @@ def make_rule(acceptance: str, *, do_sample: bool, end_token_ids: Set[int] = fro
     def accept(draft: Draft | DraftTree, scores: Scores) -> Acceptance:
         if isinstance(draft, DraftTree):
             is_selected = acceptance == "self_selection"
-            tree = _selected(draft, scores, end_token_ids, do_sample=do_sample) if is_selected else draft
+            tree = selected_draft(draft, scores, end_token_ids, do_sample=do_sample) if is_selected else draft
             # The match asks nobody what a token was drawn from.
             return on_tree(replace(tree, sampled=None) if acceptance == "match" and tree.sampled is not None else tree, scores)
         name = ("block" if draft.has_prefix_law else "match") if acceptance == "auto" else acceptance
@@ -69,7 +69,7 @@ def make_rule(acceptance: str, *, do_sample: bool, end_token_ids: Set[int] = fro
             return accept_on_tree(tree, to_probs(scores.window()))
         if scores.is_prefix_free:
             # One device sync: the drafted tokens, and the target's own after the anchor and after each of them.
-            table = torch.cat([tree.tokens, scores.window().argmax(dim=-1)], dim=1).tolist()
+            table = tree.read(torch.cat([tree.tokens, scores.window().argmax(dim=-1)], dim=1))
             size = tree.num_tokens
             return accept_by_walk(tree.children([row[:size] for row in table]), lambda row, path: table[row][size + path[-1]])
         # Processors that read the text are asked node by node, and only where the walk comes.
@@ -160,8 +160,18 @@ def next_token_at(
     return next_token
 
 
-def _selected(tree: DraftTree, scores: Scores, end_token_ids: Set[int], *, do_sample: bool) -> DraftTree:
-    """Return the tree with each row's best draft only, by `select_draft`; the other nodes have no parent any more."""
+def selected_draft(tree: DraftTree, scores: Scores, end_token_ids: Set[int], *, do_sample: bool) -> DraftTree:
+    """Return the tree with each row's best draft only; the other nodes have no parent any more.
+
+    Args:
+        tree (`DraftTree`): with `drafts`.
+        scores (`Scores`): of the target's pass over it.
+        end_token_ids (`set[int]`): with one of them the text ends.
+        do_sample (`bool`): false: the target's law is a point mass.
+
+    Returns:
+        `DraftTree`: for `select_draft`'s choice.
+    """
     parents = []
     for row, drafts in enumerate(tree.drafts or []):
         path_probs: dict[int, float] = {0: 1.0}

@@ -39,6 +39,8 @@ PREFIX_FREE_PROCESSORS = {
 }
 # They carry a state from call to call that rejected tokens would spoil.
 STATEFUL_PROCESSORS = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+# They make the same of a token whichever it is, and nothing of those that are minus infinity.
+ID_BLIND = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 
 
 def check_processors(processors: LogitsProcessorList) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from .budget import Budget
+from .conditional import chain_shapes
 from .conditional import conditional_tree
+from .conditional import likeliest_chains
 from .conditional import merged_drafts
 from .conditional import sample_drafts
 from .copies import Copies
@@ -29,9 +31,11 @@ from .speculation import SpeculationConfig
 from .text import Text
 from .text import to_device
 from .tree import COPIED
+from .tree import MOST_NODES
 from .tree import Copied
 from .tree import TreeShape
 from .tree import best_first
+from .tree import plant
 
 # Of drawn children, and how fast earlier rounds are forgotten.
 TEMPERATURES = (1.0, 0.7, 0.4, 0.2)
@@ -138,7 +142,9 @@ class DraftShaper:
             return copied_draft(copies, count, text.tokens, self.speculation.draft_shape)
         return None if is_wanted else Draft.nothing(text.tokens)
 
-    def chain_plan(self, scores: torch.Tensor) -> tuple[int, list[list[float]] | None, list[list[int]] | None]:
+    def chain_plan(
+        self, scores: torch.Tensor, laws: Conditionals | None = None
+    ) -> tuple[int, list[list[float]] | None, list[list[int]] | None]:
         """Return how much of a chain to verify, and which of its tokens are copied.
 
         It reads the marginals and the text alone, not the tokens that are drawn: a draft that is cut, or given up for a copy,
@@ -146,6 +152,8 @@ class DraftShaper:
 
         Args:
             scores (`torch.Tensor` of shape `(B, G, V)`, float32): logits of one pass.
+            laws (`Conditionals`, *optional*): of the same pass, where the drafter's heads know the token before or how likely
+                tokens are accepted.
 
         Returns:
             `tuple`: tokens, 0 to G; `Draft.values`, where a budget reads them; and, where copies take part, the tokens that
@@ -153,7 +161,8 @@ class DraftShaper:
         """
         if self.budget is None and self.copies is None:
             return scores.shape[1], None, None
-        shapes, copied = chain_shapes(scores), None
+        shapes = chain_shapes(to_probs(scores).amax(dim=-1)) if laws is None else likeliest_chains(laws)
+        copied = None
         if self.copies is not None:
             gains = self.budget.gains if self.budget is not None else lambda shape: shape.values
             with_copies = copied_chains(scores, shapes, self.copies)
@@ -264,11 +273,15 @@ def draft_tree(
         copies (`Copies`, *optional*): what each row copies is one more branch, merged where it begins as drafted ones do.
 
     Returns:
-        `DraftTree`: with `sampled` for the ratio rule; or a `Draft` of nothing, where no node is worth it.
+        `DraftTree`: with `sampled` for the ratio rule; or a `Draft` of nothing, where no node is worth it. On a GPU a tree of
+            a fixed size is built there, unless it has drawn or copied nodes, which the host places.
 
     Source: arXiv:2604.12989; drawn children arXiv:2502.18779.
     """
     marginals = to_probs(scores / speculation.draft_temperature)
+    is_fixed = choose is None and copies is None and speculation.acceptance != "ratio"
+    if is_fixed and speculation.tree_budget <= MOST_NODES and builds_trees(scores.device):
+        return DraftTree.planted(*plant(marginals, speculation.tree_budget))
     shapes, ranked_tokens = _most_probable(marginals, speculation.tree_budget, smallest, temperature, copies)
     if choose is not None:
         count = choose(shapes)
@@ -288,6 +301,14 @@ def draft_tree(
     nodes = None if copies is None else [shape.copied() for shape in shapes]
     tree = DraftTree.of_rows(tokens, parents, scores.device, values=values, copied=nodes)
     return draw_last_children(tree, shapes, marginals, temperature) if speculation.acceptance == "ratio" else tree
+
+
+def builds_trees(device: torch.device) -> bool:
+    """Return whether trees are built on a device rather than on the host: on GPUs, which would be waited for.
+
+    A CPU has nothing to wait for, and builds a tree on the host in a fraction of the time.
+    """
+    return device.type == "cuda"
 
 
 def _most_probable(
@@ -351,21 +372,6 @@ def _copied_places(
         of_row = [copies.weigh(row, depth, prob, probs[row][depth], tokens[row][depth]) for depth, prob in enumerate(own)]
         places.append(of_row + [Copied(rate, None, 0.0) for rate in copy.alone[len(seen) :]])
     return places
-
-
-def chain_shapes(scores: torch.Tensor) -> list[TreeShape]:
-    """Return each row's chain as a tree, with the probability that it is right so far, position by position.
-
-    Args:
-        scores (`torch.Tensor` of shape `(B, G, V)`, float32): processed logits of one pass.
-
-    Returns:
-        `list[TreeShape]`: G nodes for each row, each the child of the one before it.
-    """
-    gamma = scores.shape[1]
-    depths = list(range(1, gamma + 1))
-    values = to_probs(scores).amax(dim=-1).cumprod(dim=-1).tolist()
-    return [TreeShape(list(range(gamma)), depths, [0] * gamma, row) for row in values]
 
 
 def copied_chains(scores: torch.Tensor, drafted: list[TreeShape], copies: Copies) -> list[TreeShape]:

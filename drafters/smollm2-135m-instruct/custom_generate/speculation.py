@@ -221,7 +221,9 @@ def _num_copied(arguments: dict[str, Any], value: Any, steps: int) -> int | None
     """Return how many tokens a copied branch may have, and refuse one beside a window that is revealed in several steps."""
     if value is None:
         return None
-    value = _integer("prompt_lookup_num_tokens", value, 1, MAX_NUM_COPIED)
+    value = _integer("prompt_lookup_num_tokens", value, 0, MAX_NUM_COPIED)
+    if value == 0:
+        return None  # also where the drafter's own default copies
     if steps > 1 and arguments.get("prompt_lookup_num_tokens") is not None:
         raise ValueError(
             f"`prompt_lookup_num_tokens` must be left out with `num_denoising_steps` {steps}, got {value}: what is copied is "

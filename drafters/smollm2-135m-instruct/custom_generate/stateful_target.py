@@ -5,6 +5,7 @@ several tokens; knows no drafter and no rule.
 """
 
 import math
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -120,6 +121,7 @@ class StatefulTarget(Target):
         self.snapshot: Snapshot | None = None
         self.num_pending = 0  # committed tokens that the cache has not seen, the anchor left out
         self._limited = [module for module in model.modules() if getattr(module, "time_step_limit", None) is not None]
+        self._stepped = [module for module in model.modules() if _forgets_in_a_pass(module)]
 
     def _start_keeping(self) -> None:
         """Nothing is recorded: snapshots keep what is needed."""
@@ -145,7 +147,7 @@ class StatefulTarget(Target):
             self.snapshot = Snapshot(self.cache)
         tokens, num_new = torch.cat([text.tokens, draft.tokens], dim=1), draft.num_tokens + 1
         inputs = self._inputs_of_last(tokens, self.num_pending + num_new, draft.num_tokens)
-        with unlimited_steps(self._limited):
+        with unlimited_steps(self._limited), one_by_one(self._stepped):
             logits = self._run(inputs, num_new, tokens.device)
         self._drop_states_of_replayed(num_new)
         return logits
@@ -178,7 +180,7 @@ class StatefulTarget(Target):
         if self.num_pending == 0:
             return None
         inputs = self._inputs_of_last(tokens[:, :-1], self.num_pending, -1)
-        with unlimited_steps(self._limited):
+        with unlimited_steps(self._limited), one_by_one(self._stepped):
             self._run(inputs, 1, tokens.device)
         self.num_pending = 0
         return None
@@ -205,6 +207,50 @@ def unlimited_steps(modules: list[Any]) -> Iterator[None]:
     finally:
         for module, limit in zip(modules, limits, strict=True):
             module.time_step_limit = limit
+
+
+@contextmanager
+def one_by_one(modules: list[Any]) -> Iterator[None]:
+    """Let layers inside `with` read the tokens of a pass one after another, as in plain decoding.
+
+    Mamba 1's begin every pass of several tokens with an empty state: their kernels take none (transformers 5.23: mamba,
+    falcon_mamba, jamba, zamba). What stands around them, attention, experts and head, still reads all tokens at once.
+
+    Args:
+        modules (`list[torch.nn.Module]`): layers that take hidden states `(1, n, D)` and a mask `(1, at least n)`.
+
+    Yields:
+        Nothing.
+    """
+    own = [vars(module).get("forward") for module in modules]  # one that a hook has put there
+    try:
+        for module in modules:
+            module.forward = _stepping(module.forward)
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _stepping(whole: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return a layer's pass as one over each token."""
+
+    def step_by_step(
+        hidden_states: torch.Tensor, *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        size = hidden_states.shape[1]
+        masks = [None] * size if attention_mask is None else attention_mask[:, -size:].split(1, dim=1)
+        steps = zip(hidden_states.split(1, dim=1), masks, strict=True)
+        return torch.cat([whole(state, *args, attention_mask=mask, **kwargs) for state, mask in steps], dim=1)
+
+    return step_by_step
+
+
+def _forgets_in_a_pass(module: Any) -> bool:
+    """Return whether a layer is Mamba 1's: it has a decay for each channel, and steps that are projected from its inputs."""
+    return hasattr(module, "A_log") and (hasattr(module, "x_proj") or hasattr(module, "x_proj_weight"))
 
 
 def is_stateful(model: Any) -> bool:

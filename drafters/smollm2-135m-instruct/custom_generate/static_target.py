@@ -5,19 +5,24 @@ when it compiles; knows no drafter and no rule.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import Unsupported
 from transformers import Cache
+from transformers import CompileConfig
 from transformers import GenerationConfig
 from transformers import StaticCache
 
 from .cache import RaggedCache
+from .cache import grouped_heads
 from .draft import Draft
 from .draft import DraftTree
 from .masked_target import MaskedTarget
@@ -89,7 +94,7 @@ class StaticTarget(MaskedTarget):
         widths: list[int],
         num_rows: int,
     ) -> None:
-        model_kwargs["past_key_values"] = _take_cache(model, num_rows, generation_config.max_length + widths[-1])
+        model_kwargs["past_key_values"] = take_cache(model, num_rows, longest_text(generation_config) + widths[-1])
         super().__init__(model, generation_config, model_kwargs, layer_ids)
         self.widths = widths
         self.num_rows = num_rows
@@ -97,6 +102,13 @@ class StaticTarget(MaskedTarget):
         self.is_compiled = model._valid_auto_compile_criteria(model_kwargs, generation_config)
         self._buffers: dict[int, dict[str, torch.Tensor]] = {}
         self._width = 0  # of the last pass
+
+    def like(self, model_kwargs: dict[str, Any], layer_ids: list[int] | None, max_length: int) -> "StaticTarget":
+        """Return one for a single text, of at least some length, whose passes are the same as these, to measure them."""
+        own = self.generation_config
+        config = GenerationConfig(max_length=max(own.max_length, max_length), compile_config=own.compile_config)
+        config.disable_compile = own.disable_compile
+        return StaticTarget(self.model, config, model_kwargs, layer_ids, self.widths, 1)
 
     def _start_keeping(self) -> None:
         """Need nothing: a static layer of the whole text goes back by its length alone; see `Target.prefill`."""
@@ -112,7 +124,7 @@ class StaticTarget(MaskedTarget):
         width = next(width for width in self.widths if width >= size)
         inputs = self._filled(text, draft, width)
         self._width = width
-        with compilation_explained():
+        with compilation_explained(), grouped_heads(self._is_on_cpu, width):
             self._outputs = self._forward()(**inputs, return_dict=True)
         self._is_prompt = False
         logits = self._outputs.logits[places, :size] if len(places) < self.num_rows else self._outputs.logits[:, :size]
@@ -148,6 +160,9 @@ class StaticTarget(MaskedTarget):
         positions = places - self.lag  # (B, N + 1) or (planes, B, N + 1)
         if width not in self._buffers:
             self._buffers[width] = self._make_buffers(width, positions.shape[:-2], device)
+            if self.is_compiled and len(self.widths) == 1:
+                inputs = [*self._buffers[width].values(), *states_of(self.cache)]
+                fix_shapes(inputs, self.generation_config.compile_config)
         buffers, rows, start = self._buffers[width], self._own_places(device), self.rows.length
         size, end = draft.num_tokens + 1, start + draft.num_tokens + 1
         buffers["input_ids"][rows, :size] = torch.cat([text.anchors(), draft.tokens], dim=1)
@@ -157,7 +172,7 @@ class StaticTarget(MaskedTarget):
         mask.fill_(torch.finfo(self.dtype).min)
         # Everybody sees itself, filler too: nothing at all to look at would be a softmax over nothing.
         mask[:, 0].diagonal(offset=start, dim1=1, dim2=2).fill_(0.0)
-        mask[rows, 0, :size, :end] = additive(self._visible(draft, device), self.dtype)[:, 0]
+        mask[rows, 0, :size, :end] = additive(self._visible(text, draft), self.dtype)[:, 0]
         kept = {name: value for name, value in self.model_kwargs.items() if name not in (*buffers, "logits_to_keep")}
         return kept | buffers | {"past_key_values": self.cache}
 
@@ -182,22 +197,56 @@ class StaticTarget(MaskedTarget):
 
     def release(self) -> None:
         """Give the cache to the next call with this model."""
-        with _LOCK:
-            _FREE.setdefault(self.model, []).append(self.cache)
+        give_back(self.model, self.cache)
 
 
-def _take_cache(model: Any, num_rows: int, num_slots: int) -> Cache:
-    """Return an empty static cache of at least so many slots, a used one where it fits."""
+def longest_text(config: GenerationConfig) -> int:
+    """Return the tokens that caches shall have room for: of this call, and of those that `max_cache_len` announces."""
+    announced = getattr(config, "max_cache_len", None)  # transformers 5.23 knows it
+    return max(config.max_length, announced or 0)
+
+
+def take_cache(model: Any, num_rows: int, num_slots: int) -> Cache:
+    """Return an empty static cache of at least so many slots for a model, a used one where it fits."""
     num_slots = -(-num_slots // SLOTS) * SLOTS
     with _LOCK:
         free = _FREE.setdefault(model, [])
         for cache in free:
             first = cache.layers[0]
-            if first.max_cache_len >= num_slots and first.batch_size == num_rows and first.keys.device == model.device:
+            fits = first.max_cache_len >= num_slots and first.batch_size == num_rows
+            if fits and (first.keys.device, first.keys.dtype) == (model.device, model.dtype):
                 free.remove(cache)
                 cache.reset()
                 return cache
     return StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=num_slots)
+
+
+def give_back(model: Any, cache: Cache) -> None:
+    """Let the next call with a model have a cache, if a pass has filled it."""
+    if cache.layers[0].is_initialized:
+        with _LOCK:
+            _FREE.setdefault(model, []).append(cache)
+
+
+def fix_shapes(values: Iterable[Any], config: CompileConfig | None) -> None:
+    """Have a pass compiled for the very shapes of its inputs, whatever was compiled before for others.
+
+    The compiler would take shapes that it sees change for changing ones: slower code, for a pass that never changes. A
+    `compile_config` that asks for dynamic shapes gets them.
+
+    Args:
+        values (`Iterable`): the inputs; what is no tensor has no shape.
+        config (`CompileConfig`, *optional*): the call's.
+    """
+    if config is None or not config.dynamic:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                torch._dynamo.mark_static(value)
+
+
+def states_of(cache: Cache) -> list[torch.Tensor]:
+    """Return the keys and values of a cache."""
+    return [states for layer in cache.layers for states in (layer.keys, layer.values)]
 
 
 @contextmanager
@@ -205,8 +254,14 @@ def compilation_explained() -> Iterator[None]:
     """Say in one line what the compiler could not do: a missing compiler, or a model that breaks the graph."""
     try:
         yield
+    except Unsupported as error:
+        said = shorten(str(error), 300, placeholder=" ...")
+        raise ValueError(
+            f"`fullgraph` must be False in `compile_config` for a model whose pass is no single graph, got True: {said} Leave "
+            "it out, or pass disable_compile=True."
+        ) from error
     except TorchDynamoException as error:
-        said = " ".join(str(error).split())[:300]
+        said = shorten(str(error), 300, placeholder=" ...")
         raise ValueError(
             f"`compile_config` must name a compiler that works here, got an error of it: {said} Install what it asks for, or "
             "pass disable_compile=True to go on without it."
@@ -214,14 +269,15 @@ def compilation_explained() -> Iterator[None]:
 
 
 def widths_of(num_nodes: int, *, is_adaptive: bool) -> list[int]:
-    """Return the widths of a call's passes, the anchor counted: the anchor alone, and the whole draft.
+    """Return the widths of a call's passes, the anchor counted.
 
     Args:
         num_nodes (`int`): most drafted nodes of a round.
-        is_adaptive (`bool`): whether rounds take as many nodes as pay: then there are widths between.
+        is_adaptive (`bool`): whether rounds take as many nodes as pay. If not, all passes are as wide as the whole draft: a
+            narrower one, for the last token of a text, would cost more to compile than it saves.
 
     Returns:
         `list[int]`: rising.
     """
-    between = [width for width in (8, 16, 32, 64) if width <= num_nodes] if is_adaptive else []
-    return [1, *between, num_nodes + 1]
+    narrower = [width for width in (1, 8, 16, 32, 64) if width <= num_nodes] if is_adaptive else []
+    return [*narrower, num_nodes + 1]

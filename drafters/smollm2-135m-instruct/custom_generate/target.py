@@ -18,6 +18,7 @@ from .cache import cache_of
 from .cache import check_takes_back
 from .cache import grouped_heads
 from .cache import is_on_cpu
+from .cache import most_drafted
 from .cache import roll_back
 from .cache import start_recording
 from .draft import Draft
@@ -101,6 +102,13 @@ class Target:
         """Return whether, in some row, a drafted token and the target's own both fit under the length limit."""
         max_length = self.generation_config.max_length
         return max_length is None or min(text.lengths) + 1 < max_length
+
+    def cut(self, draft: Draft | DraftTree) -> Draft | DraftTree:
+        """Return as much of a draft as one pass may read; of a chain over a quantized cache that may be a part."""
+        if isinstance(draft, DraftTree):
+            return draft
+        most = most_drafted(self.cache)
+        return draft if most is None or draft.num_tokens <= most else draft.first(most)
 
     def prefill(self, text: Text) -> torch.Tensor:
         """Run the prompt.

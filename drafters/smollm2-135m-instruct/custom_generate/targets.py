@@ -1,4 +1,4 @@
-"""Which kind of target a call needs: one text, many, a running state, or a static cache.
+"""Which kind of target a call needs: one text, many, many one by one, a running state, or a static cache.
 
 Knows what calls ask for and what models can; knows no drafter and no rule.
 """
@@ -17,6 +17,7 @@ from .masked_target import FULL
 from .masked_target import MaskedTarget
 from .masked_target import layer_kinds
 from .masked_target import unmasked_window
+from .rowwise_target import RowwiseTarget
 from .speculation import SpeculationConfig
 from .stateful_target import chain_target_class
 from .stateful_target import is_stateful
@@ -61,9 +62,14 @@ def make_target(
         logger.warning_once(f"A dynamic cache takes the place of the static one that was asked for: {obstacle}.")
         name = next(name for name in CACHE_NAMES if model_kwargs.get(name) is not None)
         model_kwargs[name] = DynamicCache(config=model.config.get_text_config(decoder=True))
-    needs_masks = num_rows > 1 or speculation.draft_shape != "chain"
+    obstacle = why_no_masks() if num_rows > 1 else None
+    if obstacle is not None:
+        logger.warning_once(f"The rows of this batch are verified one after another: {obstacle}.")
+    needs_masks = obstacle is None and (num_rows > 1 or speculation.draft_shape != "chain")
     if not needs_masks and not is_stateful(model):
         needs_masks = _needs_masks_for_window(model, cache_of(model_kwargs), why_no_masks, generation_config.max_length)
+    if obstacle is not None:
+        return RowwiseTarget(model, generation_config, model_kwargs, layer_ids, num_rows)
     target_class = MaskedTarget if needs_masks else chain_target_class(model)
     return target_class(model, generation_config, model_kwargs, layer_ids)
 

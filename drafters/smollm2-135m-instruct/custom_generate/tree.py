@@ -1,6 +1,7 @@
 """Which nodes a draft tree has: the most probable prefixes under some marginals, or joint drafts merged into a trie.
 
-Letters: K drafts. Node 0 is the anchor; parents come before children. Knows plain numbers; draws nothing.
+Letters: B batch, G drafted positions, R ranks of a position, N nodes, K drafts, V vocabulary. Node 0 is the anchor; parents
+come before children. Knows plain numbers, and for `plant`, which builds the same trees on a device, tensors; draws nothing.
 """
 
 import heapq
@@ -10,8 +11,14 @@ from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
 
+import torch
+
+from .draft import TreeLayout
+
 # In the place of a rank: the token was copied (see `copies.py`).
 COPIED = -1
+# Levels are sorted whole, which takes too long for larger trees.
+MOST_NODES = 128
 
 
 class Copied(NamedTuple):
@@ -53,8 +60,8 @@ class TreeShape:
         """Return the nodes of the copied branch, root to leaf."""
         return [node for node, rank in enumerate(self.ranks, 1) if rank == COPIED]
 
-    def depth_first(self) -> "TreeShape":
-        """Return the same tree with its nodes in depth-first order, the more probable child first.
+    def depth_first_order(self) -> list[int]:
+        """Return the nodes, counted from 0, in depth-first order, the more probable child first.
 
         The most probable path then has nodes 1, 2, 3, ...: where it is accepted, its keys and values already lie where they
         belong.
@@ -62,18 +69,26 @@ class TreeShape:
         children: dict[int, list[int]] = {}
         for node, parent in enumerate(self.parents, 1):
             children.setdefault(parent, []).append(node)
-        order, place, stack = [], {0: 0}, children.get(0, [])[::-1]
+        order, stack = [], children.get(0, [])[::-1]
         while stack:
             node = stack.pop()
             order.append(node - 1)
-            place[node] = len(order)
             stack += children.get(node, [])[::-1]
+        return order
+
+    def in_order(self, order: list[int]) -> "TreeShape":
+        """Return the same tree with its nodes, counted from 0, in another order; parents must stay before children."""
+        place = {0: 0} | {node + 1: number for number, node in enumerate(order, 1)}
         return TreeShape(
-            [place[self.parents[i]] for i in order],
-            [self.depths[i] for i in order],
-            [self.ranks[i] for i in order],
-            [self.values[i] for i in order],
+            [place[self.parents[node]] for node in order],
+            [self.depths[node] for node in order],
+            [self.ranks[node] for node in order],
+            [self.values[node] for node in order],
         )
+
+    def depth_first(self) -> "TreeShape":
+        """Return the same tree with its nodes in depth-first order; see `depth_first_order`."""
+        return self.in_order(self.depth_first_order())
 
 
 def best_first(ranked_probs: list[list[float]], budget: int, smallest: float = 0.0, copied: Sequence[Copied] = ()) -> TreeShape:
@@ -167,3 +182,102 @@ def last_children(parents: list[int], copied: Collection[int] = ()) -> list[bool
     """
     last_under = {parent: node for node, parent in enumerate(parents, 1) if node not in copied}
     return [last_under.get(parent) == node for node, parent in enumerate(parents, 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Nodes:
+    """Prefixes, `(B, n)` each: probability, index of the parent among all (0: the anchor), window position, rank."""
+
+    values: torch.Tensor
+    parents: torch.Tensor
+    depths: torch.Tensor
+    ranks: torch.Tensor
+
+    def pick(self, index: torch.Tensor) -> "_Nodes":
+        return _Nodes(*(part.gather(1, index) for part in (self.values, self.parents, self.depths, self.ranks)))
+
+
+def plant(marginals: torch.Tensor, budget: int) -> tuple[torch.Tensor, TreeLayout]:
+    """Return the `budget` most probable prefixes under a product of marginals as a tree, in depth-first order.
+
+    Where prefixes are exactly as probable, it may take another one of them than `best_first` does.
+
+    Args:
+        marginals (`torch.Tensor` of shape `(B, G, V)`, float32): of one pass, on a device that knows float64.
+        budget (`int`): most nodes, at most `MOST_NODES`.
+
+    Returns:
+        `tuple`: tokens `(B, N)` int64 and their layout; N is the budget, or all prefixes if there are not as many.
+    """
+    probs, tokens = marginals.topk(min(budget, marginals.shape[-1]), dim=-1)
+    nodes = _best(_levels(probs.double(), budget), budget)  # the products that the host would compute
+    mask, order, place = _depth_first(nodes.parents)
+    parents = place.gather(1, nodes.parents.clamp(min=0)).masked_fill(nodes.parents < 0, -1)
+    index = order[:, 1:] - 1
+    depths = nodes.depths.gather(1, index)
+    ids = tokens.flatten(1).gather(1, (depths - 1).clamp(min=0) * tokens.shape[-1] + nodes.ranks.gather(1, index))
+    depths = torch.nn.functional.pad(depths, (1, 0))
+    mask = mask.gather(1, order[:, :, None].expand_as(mask)).gather(2, order[:, None].expand_as(mask))
+    return ids, TreeLayout(parents.gather(1, index), depths, mask)
+
+
+def _levels(probs: torch.Tensor, budget: int) -> _Nodes:
+    """Return the most probable prefixes of each length, at most `budget` of each, shorter ones first.
+
+    No prefix is more probable than the one that it goes on from, so among the most probable of all there are no others.
+    """
+    num_rows, gamma, num_ranks = probs.shape
+    values, first = probs.new_ones(num_rows, 1), 0  # of the level before, and the index of its first node
+    levels = []
+    for depth in range(1, gamma + 1):
+        products = (values[:, :, None] * probs[:, depth - 1, None]).flatten(1)
+        # Stable: of equally probable siblings the ones of the lower ranks.
+        values, found = products.sort(dim=1, descending=True, stable=True)
+        values, found = values[:, :budget], found[:, :budget]
+        levels.append(_Nodes(values, first + found // num_ranks, torch.full_like(found, depth), found % num_ranks))
+        first += 1 if depth == 1 else levels[-2].values.shape[1]
+    return _Nodes(*(torch.cat(parts, dim=1) for parts in zip(*map(_parts, levels), strict=True)))
+
+
+def _parts(nodes: _Nodes) -> tuple[torch.Tensor, ...]:
+    return nodes.values, nodes.parents, nodes.depths, nodes.ranks
+
+
+def _best(nodes: _Nodes, budget: int) -> _Nodes:
+    """Return the most probable nodes, most probable first, their parents counted among themselves; -1 for filler."""
+    order = nodes.values.sort(dim=1, descending=True, stable=True).indices[:, :budget]  # stable: parents before children
+    count = torch.arange(1, order.shape[1] + 1, device=order.device).expand_as(order)
+    place = torch.zeros_like(nodes.parents).scatter(1, order, count)
+    place = torch.nn.functional.pad(place, (1, 0))  # the anchor
+    best = nodes.pick(order)
+    is_node = best.values > 0
+    parents = place.gather(1, best.parents).masked_fill(~is_node, -1)
+    return _Nodes(best.values, parents, best.depths * is_node, best.ranks)
+
+
+def _depth_first(parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return who is whose ancestor, and the order that visits the more probable child first.
+
+    Args:
+        parents (`torch.Tensor` of shape `(B, N)`, int64): of nodes 1 to N; -1 for filler.
+
+    Returns:
+        `tuple`: mask `(B, N + 1, N + 1)` bool, nodes by place and place by node `(B, N + 1)` int64.
+    """
+    num_rows, size = parents.shape[0], parents.shape[1] + 1
+    above = torch.nn.functional.pad(parents, (1, 0), value=-1)  # (B, N + 1)
+    nodes = torch.arange(size, device=parents.device)
+    is_parent = (above[:, :, None] == nodes).float()
+    mask, jump = is_parent + torch.eye(size, device=parents.device), is_parent
+    # Powers of "is parent of": ancestors one, two, four, ... levels up.
+    for _ in range((size - 1).bit_length()):
+        jump = jump @ jump
+        mask = mask + mask @ jump
+    num_below = mask.sum(dim=1)  # itself included
+    is_earlier = (above[:, :, None] == above[:, None]) & (nodes < nodes[:, None]) & (above >= 0)[:, :, None]
+    # A node comes one behind its parent, and behind all that its earlier siblings hold.
+    steps = (1 + (is_earlier * num_below[:, None]).sum(dim=2)).masked_fill(above < 0, 0.0)
+    place = (mask @ steps[:, :, None]).squeeze(2).long()
+    is_filler = (above < 0) & (nodes > 0)
+    place = torch.where(is_filler, nodes, place)
+    return mask > 0, torch.zeros_like(place).scatter(1, place, nodes.expand(num_rows, -1)), place

@@ -220,7 +220,7 @@ def _decode_plainly(model: Any, prompt: torch.Tensor, mask: torch.Tensor | None,
         text = torch.cat([prompt, tokens[:, :end]], dim=1)
         inputs = model.prepare_inputs_for_generation(text, next_sequence_length=1, is_first_iteration=False, **kwargs)
         outputs = model(**inputs, return_dict=True)
-        rows.append(outputs.logits[:, -1])
+        rows.append(outputs.logits[:, -1].to(prompt.device))  # a target's head may lie apart
     return torch.stack(rows, dim=1)
 
 
