@@ -7,10 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
 # The part of config.json that says how the body is read.
 SECTION = "diffusion_drafter"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Which of its own ids stands for each of the target's tokens, where words are shared and ids are not.
+OWN_IDS = "own_ids.safetensors"
 # Of the drafter's configuration, what is no setting of `DiffusionDrafter`.
 NOTES = ("target_model", "target_revision", "training")
 
@@ -53,18 +57,21 @@ def save_drafter(drafter: Any, folder: str | os.PathLike) -> None:
         if own_defaults is not None:
             native.generation_config = own_defaults
     drafter.generation_config.save_pretrained(folder)
+    if drafter.is_translated:
+        save_file({"own_ids": drafter.own_ids.cpu()}, folder / OWN_IDS)
 
 
 def _section(drafter: Any) -> dict[str, Any]:
     """Return what a folder must say beside the body's own configuration."""
-    config = drafter.config
-    foreign = drafter.is_foreign[: drafter.num_rows].nonzero()[:, 0].tolist()
+    config, mask = drafter.config, drafter.own_mask_token_id
+    foreign = [] if drafter.is_translated else (drafter.own_ids < 0).nonzero()[:, 0].tolist()
     return {
-        "mask_token_id": config.mask_token_id,
+        "mask_token_id": mask,
         "block_size": config.block_size,
         "logit_offset": drafter.logit_offset,
         "attention": "full" if drafter.block_length is None else "block_causal",
         "block_length": drafter.block_length,
-        "foreign_ids": [token_id for token_id in foreign if token_id != config.mask_token_id],
+        "foreign_ids": [token_id for token_id in foreign if token_id != mask],
+        "is_translated": drafter.is_translated,
         **{name: getattr(config, name) for name in NOTES},
     }

@@ -67,7 +67,7 @@ def best_reading(body: Any, text: torch.Tensor, mask_token_id: int, readings: li
 
     Args:
         body (`transformers.PreTrainedModel`): the language model.
-        text (`torch.Tensor` of shape `(1, L)`, int64): with at least 2 tokens.
+        text (`torch.Tensor` of shape `(1, L)`, int64): in the body's ids.
         mask_token_id (`int`): of the body.
         readings (`list[Reading]`): to choose among.
 
@@ -75,9 +75,14 @@ def best_reading(body: Any, text: torch.Tensor, mask_token_id: int, readings: li
         `Reading`: one of them.
 
     Raises:
-        ValueError: if the text does not tell them apart, or is predicted best as a causal language model would: such a model
-            says nothing of a masked word that the words before it do not.
+        ValueError: if the text is too short or does not tell them apart, or is predicted best as a causal language model would:
+            such a model says nothing of a masked word that the words before it do not.
     """
+    if text.shape[1] < 2:
+        raise ValueError(
+            "`logit_offset`, `attention` and `block_length` must be given, got a target's text without words that the language "
+            "model knows, by which readings could be compared."
+        )
     causal = Reading(-1, "causal")
     losses = {reading: masked_losses(body, text, mask_token_id, reading) for reading in [*readings, causal]}
     means = {reading: float(loss.mean()) for reading, loss in losses.items()}
@@ -140,8 +145,8 @@ def check_sees_later_tokens(drafter: Any) -> None:
     Raises:
         ValueError: if so.
     """
-    ids = torch.full((3, 5), drafter.config.mask_token_id, device=drafter.device)
-    known = (~drafter.is_foreign).nonzero().flatten()[:4].tolist()
+    ids = torch.full((3, 5), drafter.own_mask_token_id, device=drafter.device)
+    known = drafter.own_ids[drafter.own_ids >= 0][:4].tolist()
     ids[:, :2] = torch.tensor((known * 2)[:2], device=drafter.device)
     ids[:, 4] = torch.tensor((known * 3)[:3], device=drafter.device)
     body, name = drafter.body, type(drafter.body).__name__

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import GenerationConfig
 from transformers.utils import logging
 
@@ -20,6 +21,7 @@ from hf_specdiff.core.files import check_weight_files
 from hf_specdiff.diffusion.drafter import DiffusionDrafter
 from hf_specdiff.diffusion.saving import ADAPTER_CONFIG
 from hf_specdiff.diffusion.saving import ADAPTER_WEIGHTS
+from hf_specdiff.diffusion.saving import OWN_IDS
 from hf_specdiff.diffusion.saving import SECTION
 from hf_specdiff.diffusion.trials import Reading
 from hf_specdiff.diffusion.trials import best_reading
@@ -28,13 +30,13 @@ from hf_specdiff.formats.language_models import LanguageModel
 from hf_specdiff.formats.record import match_tensors
 from hf_specdiff.formats.source import Source
 from hf_specdiff.formats.vocabulary import Vocabulary
-from hf_specdiff.formats.vocabulary import foreign_ids
+from hf_specdiff.formats.vocabulary import own_ids
 from hf_specdiff.formats.vocabulary import read_vocabulary
 
 logger = logging.get_logger(__name__)
 
 # Of `DiffusionDrafter`: what a user may settle instead of the family.
-SETTINGS = ("mask_token_id", "block_size", "logit_offset", "attention", "block_length", "context_cache")
+SETTINGS = ("mask_token_id", "block_size", "logit_offset", "attention", "block_length", "context_cache", "own_ids")
 # Of the arguments of `from_pretrained`, those that hold for a target's repository too.
 SHARED_ARGUMENTS = ("token", "cache_dir", "local_files_only", "proxies")
 
@@ -67,7 +69,8 @@ def load_language_model(
             f"`mask_token_id` must be given for {source.name!r}, got none: neither its config.json nor its tokenizer names a "
             "mask. Pass mask_token_id=."
         )
-    foreign = model.foreign_ids + _foreign_ids(source, own, target, arguments)
+    if settings.get("own_ids") is None:
+        settings["own_ids"] = _own_ids(source, own, target, arguments, model.config.vocab_size)
     body = _load_body(source, model, arguments)
     reading = _reading(source, model, body, mask_token_id, target, settings)
     if model.block_size is not None:
@@ -79,7 +82,7 @@ def load_language_model(
         attention=reading.attention,
         block_length=reading.block_length,
         target=target,
-        foreign_ids=foreign,
+        foreign_ids=model.foreign_ids,
         **settings,
     )
     _take_over(drafter, source, model.notes)
@@ -113,6 +116,8 @@ def load_adapter(source: Source, load: Callable[..., Any], target: Any, argument
             f"trained on, got {base!r}. Is the folder whole?"
         )
     named = {name: section[name] for name in SETTINGS if name in section}
+    if section.get("is_translated"):
+        named["own_ids"] = _own_ids(source, read_vocabulary(source), target, arguments, 0)
     of_base = {name: value for name, value in arguments.items() if name != "revision"}
     of_base |= {"revision": adapter["revision"]} if adapter.get("revision") else {}
     drafter = load(base, target=target, **{**named, **of_base})
@@ -129,7 +134,7 @@ def load_adapter(source: Source, load: Callable[..., Any], target: Any, argument
             ) from error
     drafter.body = adapted.merge_and_unload().eval().requires_grad_(True)
     check_finite(drafter.body, source.name)
-    drafter.is_foreign[section["foreign_ids"]] = True
+    drafter.own_ids[section["foreign_ids"]] = -1
     _take_over(drafter, source, section)
     return drafter
 
@@ -192,10 +197,35 @@ def _load_body(source: Source, model: LanguageModel, arguments: dict[str, Any]) 
     return body
 
 
-def _foreign_ids(source: Source, own: Vocabulary | None, target: Any, arguments: dict[str, Any]) -> list[int]:
-    """Return the ids that mean something else to the target; refuse another tokenizer."""
-    if target is None:
-        return []
+def _own_ids(source: Source, own: Vocabulary | None, target: Any, arguments: dict[str, Any], num_rows: int) -> list[int] | None:
+    """Return the drafter's id for each of the target's tokens, -1 for none; `None` where nothing says that they differ."""
+    saved = _saved_ids(source)
+    if saved is not None:
+        num_rows = len(saved)  # its tokenizer is that of the target it was saved with
+    found = None if target is None else _compared_ids(source, own, target, arguments, num_rows)
+    if saved is None or found is None:
+        return saved if found is None else found
+    return [-1 if i < 0 else saved[i] for i in found]
+
+
+def _saved_ids(source: Source) -> list[int] | None:
+    """Return what `DiffusionDrafter.save_pretrained` wrote of other ids for the same words."""
+    if not source.config.get(SECTION, {}).get("is_translated"):
+        return None
+    path = source.file(OWN_IDS)
+    try:
+        saved: list[int] | None = None if path is None else load_file(path)["own_ids"].tolist()
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{OWN_IDS} of {source.name!r} must hold the tensor `own_ids`, got {error}. Save it anew.") from error
+    if saved is None:
+        raise ValueError(f"{source.name!r} must hold {OWN_IDS}, got none: its ids are not its target's. Is the folder whole?")
+    return saved
+
+
+def _compared_ids(
+    source: Source, own: Vocabulary | None, target: Any, arguments: dict[str, Any], num_rows: int
+) -> list[int] | None:
+    """Return which ids stand for the target's words by the tokenizers' files, where there are any; refuse few common words."""
     name = target.config.name_or_path
     hub = {key: value for key, value in arguments.items() if key in SHARED_ARGUMENTS}
     theirs = None
@@ -210,9 +240,8 @@ def _foreign_ids(source: Source, own: Vocabulary | None, target: Any, arguments:
             f"Whether ids mean the same to {source.name!r} and to the target could not be checked: {lacking!r} has no "
             "tokenizer files. With another tokenizer next to nothing would be accepted; the text stays right."
         )
-        return []
-    size = target.config.get_text_config().vocab_size
-    return foreign_ids(own, theirs, size, source.name)
+        return None
+    return own_ids(own, theirs, num_rows, target.config.get_text_config().vocab_size, source.name)
 
 
 def _reading(
@@ -232,4 +261,11 @@ def _reading(
             f"`target` or `attention` must be given for {source.name!r}, got neither: its files do not say who sees whom. Pass "
             f"the target, on whose text that is found out, or {ways}."
         )
-    return best_reading(body, text_of(target), mask_token_id, readings)
+    return best_reading(body, _own_text(body, target, settings["own_ids"]), mask_token_id, readings)
+
+
+def _own_text(body: Any, target: Any, own: list[int] | None) -> torch.Tensor:
+    """Return a text of the target in the body's ids, `(1, L)`, without what it has no word for."""
+    text = text_of(target)[0].cpu()
+    text = text if own is None else torch.tensor(own)[text]
+    return text[(text >= 0) & (text < body.config.vocab_size)][None]

@@ -33,13 +33,16 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"hf_specdiff.core.{module}.to_float", lambda logits: logits.double())
 
 
-def small_drafter(offset: int = 0, **settings: Any) -> hf_specdiff.DiffusionDrafter:
-    """Return a drafter in float64 for the tables' 3 tokens; its mask is a fourth."""
-    body = make_body(vocab_size=4, initializer_range=0.7).double()
+# Of the tables' 3 tokens the second is no word of the body's; what the body has for a mask is the target's third token.
+OWN_IDS = [3, -1, 0]
+
+
+def small_drafter(offset: int = 0, own_ids: list[int] | None = None) -> hf_specdiff.DiffusionDrafter:
+    """Return a drafter in float64 for the tables' 3 tokens; its mask is a fourth, or with ids of its own the third of five."""
+    body = make_body(vocab_size=4 if own_ids is None else 5, initializer_range=0.7).double()
+    settings: dict[str, Any] = {"block_size": tables.G + 1, "logit_offset": offset, "own_ids": own_ids}
     target = make_target(vocab_size=tables.V)
-    return hf_specdiff.DiffusionDrafter(
-        body, mask_token_id=3, block_size=tables.G + 1, logit_offset=offset, target=target, **settings
-    )
+    return hf_specdiff.DiffusionDrafter(body, mask_token_id=3 if own_ids is None else 2, target=target, **settings)
 
 
 def draft_of(network: Any, speculation: SpeculationConfig) -> Draft | DraftTree:
@@ -48,19 +51,23 @@ def draft_of(network: Any, speculation: SpeculationConfig) -> Draft | DraftTree:
 
 
 @pytest.mark.usefixtures("in_float64")
-@pytest.mark.parametrize("offset", [0, -1])
 @pytest.mark.parametrize(
-    ("shape", "acceptance"),
+    ("shape", "acceptance", "offset", "own_ids"),
     [
-        ("samples", "self_selection"),
-        ("samples", "match"),
-        ("chain", "ratio"),
-        ("chain", "block"),
-        ("tree", "ratio"),
+        ("samples", "self_selection", 0, None),
+        ("chain", "ratio", 0, None),
+        # Fewer drafted words, fewer drafts to enumerate.
+        ("samples", "self_selection", -1, OWN_IDS),
+        ("samples", "match", -1, OWN_IDS),
+        ("chain", "ratio", -1, OWN_IDS),
+        ("chain", "block", -1, OWN_IDS),
+        ("tree", "ratio", -1, OWN_IDS),
     ],
 )
-def test_sampled_text_has_the_targets_law(shape: str, acceptance: str, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = small_drafter(offset)
+def test_sampled_text_has_the_targets_law(
+    shape: str, acceptance: str, offset: int, own_ids: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = small_drafter(offset, own_ids)
     speculation = SpeculationConfig(tables.G, draft_shape=shape, num_drafts=2, tree_budget=4, acceptance=acceptance)
     law = tables.output_law(lambda: draft_of(network, speculation), acceptance, monkeypatch)
     assert tables.total_variation(law) < EXACT
@@ -93,6 +100,53 @@ def test_control_the_best_of_several_drafts_under_the_ratio_test_breaks_the_law(
     monkeypatch.setattr(tables, "make_rule", lambda *args, **kwargs: wrong)
     law = tables.output_law(lambda: draft_of(network, speculation), "self_selection", monkeypatch)
     assert tables.total_variation(law) > 1e-2
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("acceptance", ["ratio", "block"])
+def test_control_a_law_that_counts_words_which_cannot_be_drafted_breaks_the_targets(
+    acceptance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The body's own law of the drafted words, not made to sum to 1 over those that the target has too."""
+    network, shares = small_drafter(-1, OWN_IDS), []
+    network.body.register_forward_hook(
+        lambda module, args, output: shares.append(output.logits[:, :-1].softmax(-1)[..., [0, 3]].sum(-1, keepdim=True))
+    )
+
+    def wrong() -> Draft:
+        draft = draft_of(network, SpeculationConfig(tables.G, draft_shape="chain", acceptance=acceptance))
+        assert isinstance(draft, Draft)
+        assert bool((draft.tokens != 1).all())
+        assert draft.probs is not None
+        return Draft(draft.tokens, draft.probs * shares[-1], has_prefix_law=True)
+
+    law = tables.output_law(wrong, acceptance, monkeypatch)
+    assert tables.total_variation(law) > 1e-2
+
+
+def test_a_body_with_the_same_words_under_other_ids_drafts_the_same() -> None:
+    """Its rows are turned round, its mask among the ids of words; two of the words it does not have."""
+    body, target, rows = make_body(), make_target(), torch.arange(31, -1, -1)
+    settings: dict[str, Any] = {"block_size": 6, "context_cache": "exact", "target": target}
+    straight = hf_specdiff.DiffusionDrafter(body, mask_token_id=MASK, foreign_ids=[4, 9], **settings)
+    turned = make_body()
+    for layer in (turned.get_input_embeddings(), turned.get_output_embeddings()):
+        layer.weight.data = layer.weight.data[rows]
+    own = [-1 if token in (4, 9) else int(rows[token]) for token in range(31)]
+    drafter = hf_specdiff.DiffusionDrafter(turned, mask_token_id=int(rows[MASK]), own_ids=own, **settings)
+    assert drafter.own_mask_token_id == 0
+    assert drafter.drafted_ids is not None
+    assert torch.equal(drafter.drafted_ids, torch.tensor([token for token in range(31) if token not in (4, 9)]))
+    windows = [torch.tensor([[*PROMPT[0].tolist(), 6, 0, mask, 11, mask]]) for mask in (31, MASK)]
+    with torch.no_grad():
+        found, wanted = (one(ids, window_size=5).logits for one, ids in zip((drafter, straight), windows, strict=True))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    inputs: dict[str, Any] = {"inputs": PROMPT.repeat(2, 1), "return_dict_in_generate": True, "max_new_tokens": 16}
+    inputs["attention_mask"] = torch.tensor([[0, 0, *[1] * 5], [1] * 7])
+    for scheme in ({"draft_shape": "chain", "gamma": 5, "num_denoising_steps": 3}, {"draft_shape": "tree", "tree_budget": 9}):
+        outputs = [hf_specdiff.generate(target, **inputs, assistant_model=one, **scheme) for one in (drafter, straight)]
+        assert torch.equal(outputs[0].sequences, target.generate(**{**inputs, "return_dict_in_generate": False}))
+        assert outputs[0].speculation.num_accepted == outputs[1].speculation.num_accepted
 
 
 @pytest.mark.parametrize("way", ["generate", "attach", "pipeline"])
@@ -149,6 +203,13 @@ def test_a_target_with_more_rows_than_the_body_is_followed() -> None:
         ({"context_cache": "none"}, "`context_cache` must be one of auto, exact, prefix"),
         ({"block_size": 1}, "`block_size`"),
         ({"target": make_target(vocab_size=2000)}, "must have the target's vocabulary of 2000 tokens"),
+        (
+            {"target": make_target(), "own_ids": [1, 2]},
+            "`own_ids` must hold an id for each of the target's 31 tokens, got 2 ids",
+        ),
+        ({"own_ids": [1, 32]}, "`own_ids` must hold rows of the body's embedding, 0 to 31, or -1 for none, got 1 to 32"),
+        ({"own_ids": [-1, -1]}, "`own_ids` must hold rows"),
+        ({"own_ids": [-2, 1]}, "`own_ids` must hold rows"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict, message: str) -> None:
@@ -175,6 +236,7 @@ def test_a_body_as_large_as_its_target_is_warned_of(caplog: pytest.LogCaptureFix
     try:
         hf_specdiff.DiffusionDrafter(make_body(), mask_token_id=MASK, target=target)
         assert "0.7 times the target's weights" in caplog.text
+        assert "with 4 tokens a round expect 2.3 times plain" in caplog.text
         caplog.clear()
         hf_specdiff.DiffusionDrafter(make_body(), mask_token_id=MASK, target=make_target(num_hidden_layers=12))
         assert not caplog.text

@@ -18,7 +18,7 @@ def test_each_family_is_saved_and_read_as_it_was(name: str, tmp_path: Path) -> N
     family = FAMILIES[name]
     family.write(tmp_path / "theirs")
     drafter = hf_specdiff.load_drafter(tmp_path / "theirs", block_size=7, **family.settings)
-    drafter.is_foreign[5] = True
+    drafter.own_ids[5] = -1
     drafter.generation_config.tree_budget = 12
     drafter.save_pretrained(tmp_path / "ours")
     again = hf_specdiff.load_drafter(tmp_path / "ours")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaForCausalLM
+from transformers.utils import logging
 
 import hf_specdiff
 from hf_specdiff.diffusion.drafter import DiffusionDrafter
@@ -136,13 +137,44 @@ def test_ids_that_mean_something_else_are_never_drafted_and_another_tokenizer_is
     write_words(theirs, words, {28: "<a>", 29: "<other>"})  # 30: a row of padding
     target.config.name_or_path = target.name_or_path = str(theirs)
     drafter = load(own, "dream", target)
-    assert drafter.is_foreign.nonzero().flatten().tolist() == [29, 30, 33]
+    assert (drafter.own_ids < 0).nonzero().flatten().tolist() == [29, 30]
     logits = drafter(torch.tensor([[*TEXT, 33, 33]]), window_size=3).logits
     assert logits.shape[-1] == 31
     assert (logits == -torch.inf).any(dim=1)[0].nonzero().flatten().tolist() == [29, 30]
-    write_words(theirs, words[::-1], {})
-    with pytest.raises(ValueError, match="must have the target's tokenizer, got another one"):
+    write_words(theirs, [*words[:2], *(f"v{i}" for i in range(26))], {})
+    with pytest.raises(ValueError, match=r"got 2 words in common: 7.1% of the target's 28 and 7.1% of its own 28"):
         load(own, "dream", target)
+
+
+def test_shared_words_under_other_ids_are_translated(
+    tmp_path: Path, target: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, theirs = tmp_path / "own", tmp_path / "theirs"
+    FAMILIES["dream"].write(own)
+    write_words(own, [f"w{i}" for i in range(33)], {34: "<end>"})
+    write_words(theirs, ["only here", *(f"w{i}" for i in range(32, 5, -1))], {28: "<end>", 29: "<other>"})
+    target.config.name_or_path = target.name_or_path = str(theirs)
+    logger = logging.get_logger("hf_specdiff.formats.vocabulary")
+    logger.addHandler(caplog.handler)
+    try:
+        drafter = load(own, "dream", target)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "translated through the 27 words that they share, 96% of the target's and 82% of its own" in caplog.text
+    assert drafter.own_ids.tolist() == [-1, *range(32, 5, -1), 34, -1, -1]
+    prompt = torch.tensor([TEXT])
+    written = hf_specdiff.generate(target, prompt, assistant_model=drafter, draft_shape="tree", tree_budget=9, **GREEDY)
+    assert torch.equal(written, plain_text(target, prompt, max_new_tokens=16))
+    # Saved, and read again beside the tokenizer that its ids now belong to; also for a target with yet other ids.
+    drafter.save_pretrained(tmp_path / "saved")
+    assert load(tmp_path / "saved", "dream").own_ids.tolist() == drafter.own_ids.tolist()
+    (tmp_path / "saved" / "tokenizer.json").write_bytes((theirs / "tokenizer.json").read_bytes())
+    assert load(tmp_path / "saved", "dream", target).own_ids.tolist() == drafter.own_ids.tolist()
+    write_words(theirs, [f"w{i}" for i in range(5, 33)], {})
+    assert load(tmp_path / "saved", "dream", target).own_ids.tolist() == [-1, *range(6, 33), -1, -1, -1]
+    (tmp_path / "saved" / "own_ids.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"must hold own_ids.safetensors, got none"):
+        load(tmp_path / "saved", "dream")
 
 
 def test_tokenizers_in_other_files_are_read(tmp_path: Path, target: LlamaForCausalLM) -> None:
@@ -157,4 +189,4 @@ def test_tokenizers_in_other_files_are_read(tmp_path: Path, target: LlamaForCaus
     entries = [{"id": 28, "content": "<theirs>"}, {"id": 29, "content": "<b>"}]
     (theirs / "tokenizer.json").write_text(json.dumps({"model": {"vocab": listed}, "added_tokens": entries}))
     target.config.name_or_path = target.name_or_path = str(theirs)
-    assert load(own, "dream", target).is_foreign.nonzero().flatten().tolist() == [28, 33]
+    assert (load(own, "dream", target).own_ids < 0).nonzero().flatten().tolist() == [28]

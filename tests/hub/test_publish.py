@@ -340,7 +340,8 @@ def test_an_adapter_is_published_with_the_model_that_it_belongs_to(hub_here: Hub
     mask = tokenizer.mask_token_id
     body = make_body(vocab_size=len(tokenizer))
     DiffusionDrafter(body, mask_token_id=mask, logit_offset=-1).save_pretrained(tmp_path / "base")
-    drafter = load_drafter(tmp_path / "base", target=target, block_size=5)
+    turned = list(range(len(tokenizer)))[::-1]  # the same words under other ids
+    drafter = load_drafter(tmp_path / "base", target=target, block_size=5, own_ids=turned)
     drafter.config.training = {"data": "12 sequences", "objective": "streak"}
     add_adapter(drafter, 2, None, 0)
     for name, weight in drafter.body.named_parameters():
@@ -349,7 +350,7 @@ def test_an_adapter_is_published_with_the_model_that_it_belongs_to(hub_here: Hub
     drafter.save_pretrained(tmp_path / "mine")
     with hub.staged(tmp_path / "mine", "org/aligned", target=str(PAIR / "target")) as ready:
         names = {name for name, _ in ready.files}
-        assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= names
+        assert {"model.safetensors", "own_ids.safetensors", "config.json", "tokenizer.json", "README.md"} <= names
         assert not {name for name in names if "adapter" in name or name.endswith(".py")}
         assert str(tmp_path) not in (ready.folder / "config.json").read_text()
         card = (ready.folder / "README.md").read_text()
