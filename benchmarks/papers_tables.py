@@ -1,5 +1,6 @@
 """The papers' experiment as tables and a picture, beside what the papers report. Measures nothing."""
 
+import math
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -9,11 +10,19 @@ from hf_specdiff.benchmarks.tables import markdown
 from hf_specdiff.benchmarks.tables import times
 
 UNALIGNED = "unaligned"
+STREAK = "+ streak"
 CENTRE = {"gamma": 16, "num_denoising_steps": 1, "num_drafts": 0, "draft_temperature": 0.0}
-# What arXiv:2511.00606 reports of its parts, with targets of 13 to 72 billion weights; read in digests of the paper, not in it.
+TEMPERATURES = (0.0, 1.0)
+# A gain of less than this is "little".
+LITTLE = 0.05
+# What arXiv:2511.00606 and arXiv:2408.05636 report, with targets of 13 to 72 billion weights; read in digests of the papers,
+# not in them. The last word: whether it is a gain, or none to speak of.
 PAPER = {
-    "unaligned": "1",
-    "+ streak": "about 1.3x aligned, 1.4x to 1.5x with self-selection",
+    "streak": ("streak-distillation, to unaligned", "about 1.3x", "gain"),
+    "objective": ("streak instead of cross-entropy", "about 1.5x: without the product 35 % slower", "gain"),
+    "selection": ("self-selection among 8 joint samples, to 1", "about 1.15x, up to 1.2x", "gain"),
+    "both": ("streak and self-selection, to unaligned", "1.4x to 1.5x", "gain"),
+    "steps": ("4 denoising steps, to 1", "little", "none"),
 }
 
 
@@ -23,15 +32,27 @@ def find(rows: list[dict[str, Any]], **fields: Any) -> dict[str, Any] | None:
     return next((row for row in rows if all(row[name] == value for name, value in wanted.items())), None)
 
 
+def best_samples(
+    rows: list[dict[str, Any]], drafter: str, temperature: float, num_drafts: int | None = None
+) -> dict[str, Any] | None:
+    """Return the setting of K joint samples with the most tokens per round, of those of 16 tokens; of any K by default."""
+    own = [row for row in rows if (row["drafter"], row["temperature"], row["gamma"]) == (drafter, temperature, CENTRE["gamma"])]
+    found = [row for row in own if row["num_drafts"] and num_drafts in (None, row["num_drafts"])]
+    return max(found, key=lambda row: row["tokens_per_round"], default=None)
+
+
 def cell(row: dict[str, Any] | None) -> str:
     """Return tokens per round with its interval."""
     return "" if row is None else f"{row['tokens_per_round']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
 
 
-def best_samples(rows: list[dict[str, Any]], drafter: str, temperature: float) -> dict[str, Any] | None:
-    """Return the setting of joint samples with the most tokens per round, of those of 16 tokens."""
-    own = [row for row in rows if (row["drafter"], row["temperature"], row["gamma"]) == (drafter, temperature, CENTRE["gamma"])]
-    return max((row for row in own if row["num_drafts"]), key=lambda row: row["tokens_per_round"], default=None)
+def gain(row: dict[str, Any] | None, base: dict[str, Any] | None) -> tuple[float, float, float] | None:
+    """Return how many times one row's tokens per round are another's, with an interval as if the two were independent."""
+    if row is None or base is None:
+        return None
+    value = row["tokens_per_round"] / base["tokens_per_round"]
+    spread = math.hypot(*((one["high"] - one["low"]) / 2 / one["tokens_per_round"] for one in (row, base)))
+    return value, value * math.exp(-spread), value * math.exp(spread)
 
 
 def papers_tables(record: dict[str, Any]) -> str:
@@ -41,44 +62,89 @@ def papers_tables(record: dict[str, Any]) -> str:
         record (`dict`): of `benchmarks.specdiff_papers`.
 
     Returns:
-        `str`: several tables.
+        `str`: several tables, each without the columns of which nothing was decoded.
     """
-    conditions, rows = record["conditions"], record["rows"]
+    rows = record["rows"]
     drafters = list(dict.fromkeys(row["drafter"] for row in rows))
+    parts = [_conditions(record), _beside_the_papers(rows), _alignment(rows, drafters), _samples(rows, drafters[-1])]
+    parts += [_steps(rows, drafters), _lengths(rows, drafters)]
+    parts += [_speed(record["speed"])] if record["speed"] else []
+    picture = "![Tokens per round, K and draft temperature](../benchmarks/results/specdiff_papers.png)"
+    return "\n\n".join([part for part in parts if part] + [picture])
+
+
+def _conditions(record: dict[str, Any]) -> str:
+    """Return how large the experiment was, and whether the text stayed right."""
+    conditions, rows = record["conditions"], record["rows"]
     drafter, target = (conditions["parameters"][name] / 1e6 for name in ("drafter", "target"))
+    greedy = [row for row in rows if "num_identical" in row]
+    identical, total = (sum(row[name] for row in greedy) for name in ("num_identical", "num_prompts"))
+    num_batches = -(-conditions["num_prompts"] // conditions["prompts_together"])
     lines = [
         f"A masked diffusion language model of {drafter:.1f} million weights ({conditions['num_layers']} layers of Qwen2, rows "
         f"shifted) for the bundled target of {target:.1f} million: {conditions['language_model_steps']:,} steps of "
         f"{conditions['batch_size']} texts as a language model, then {conditions['alignment_steps']:,} steps of "
         f"{conditions['batch_size']} texts of {conditions['num_anchors']} windows for each objective and each of "
-        f"{conditions['num_seeds']} seeds.",
+        f"{conditions['num_seeds']} seeds; {conditions['num_texts']:,} texts of at most {conditions['max_length']} tokens for "
+        "either. (SpecDiff-2 aligns models of 7 billion weights for 30,000 to 60,000 steps.)",
         f"Decoded are {conditions['num_prompts']} held-out word problems, {conditions['num_tokens']} tokens each, by the real "
-        f"loop: {conditions['num_settings']} of {conditions['num_settings_planned']} settings so far.",
-        "Tokens per round, with 95 % intervals over prompts and seeds; written by",
+        f"loop, in {conditions['num_settings']} settings of {conditions['num_settings_planned']} that the command has. At "
+        f"temperature 0 {identical} of {total} texts are plain `generate`'s, token by token.",
+        f"Tokens per round, with 95 % intervals (resampled: {num_batches} batches of prompts for each seed); written by",
         f"`{conditions['command']}` ([`specdiff_papers.json`](../benchmarks/results/specdiff_papers.json)).",
-        "",
-        _alignment(rows, drafters),
-        "",
-        _samples(rows, drafters[-1]),
-        "",
-        _chains(rows, drafters),
     ]
-    if record["speed"]:
-        lines += ["", _speed(record["speed"])]
-    return "\n".join([*lines, "", "![Tokens per round, K and draft temperature](../benchmarks/results/specdiff_papers.png)"])
+    return "\n".join(lines)
+
+
+def _beside_the_papers(rows: list[dict[str, Any]]) -> str:
+    """Return what the papers report, and whether it goes the same way here."""
+    lines = []
+    for key, (what, theirs, kind) in PAPER.items():
+        found = [_claim(rows, key, temperature) for temperature in TEMPERATURES]
+        if any(found):
+            verdicts = [_verdict(one, kind) for one in found]
+            lines.append([what, theirs, *("" if one is None else times(*one) for one in found), ", ".join(verdicts)])
+    titles = ["tokens per round", "SpecDiff-2, speed", "here, T = 0", "here, T = 1", "the same way?"]
+    note = (
+        "Likeliest tokens are drafted where no joint samples are named; of joint samples the best draft temperature counts. "
+        "Intervals take the two settings as independent."
+    )
+    return f"{markdown(titles, lines)}\n\n{note}" if lines else ""
+
+
+def _claim(rows: list[dict[str, Any]], key: str, temperature: float) -> tuple[float, float, float] | None:
+    """Return what is measured here of one of `PAPER`, at a temperature of the target."""
+    likeliest = {name: find(rows, drafter=name, temperature=temperature) for name in (UNALIGNED, "+ CE", STREAK)}
+    if key == "selection":
+        return gain(*(best_samples(rows, STREAK, temperature, count) for count in (8, 1)))
+    row = {
+        "both": best_samples(rows, STREAK, temperature),
+        "steps": find(rows, drafter=STREAK, temperature=temperature, num_denoising_steps=4),
+    }.get(key, likeliest[STREAK])
+    return gain(row, likeliest[{"steps": STREAK, "objective": "+ CE"}.get(key, UNALIGNED)])
+
+
+def _verdict(found: tuple[float, float, float] | None, kind: str) -> str:
+    """Return whether an interval agrees with a gain, or with none to speak of."""
+    if found is None:
+        return "not decoded"
+    value, low, high = found
+    if kind == "none":
+        return "yes" if abs(value - 1) < LITTLE else "not told apart" if low < 1 < high else "no"
+    return "yes" if low > 1 else "no" if high < 1 else "not told apart"
 
 
 def _alignment(rows: list[dict[str, Any]], drafters: list[str]) -> str:
-    """Return what each objective brings, at both temperatures of the target."""
-    titles = ["drafter", "likeliest tokens, T = 0", "best K, T = 0", "likeliest tokens, T = 1", "best K, T = 1"]
+    """Return what each objective brings with each number of joint samples, at both temperatures of the target."""
+    counts = sorted({row["num_drafts"] for row in rows if row["num_drafts"] and row["gamma"] == CENTRE["gamma"]})
     lines = []
-    base = best_samples(rows, UNALIGNED, 0.0)
-    for name in drafters:
-        best = [best_samples(rows, name, heat) for heat in (0.0, 1.0)]
-        chains = [find(rows, drafter=name, temperature=heat) for heat in (0.0, 1.0)]
-        gain = "" if base is None or best[0] is None else f"{best[0]['tokens_per_round'] / base['tokens_per_round']:.2f}x"
-        lines.append([name, cell(chains[0]), cell(best[0]), cell(chains[1]), cell(best[1]), gain, PAPER.get(name, "")])
-    return markdown([*titles, "to unaligned, best K, T = 0", "SpecDiff-2"], lines)
+    for temperature, name in ((temperature, name) for temperature in TEMPERATURES for name in drafters):
+        found = [find(rows, drafter=name, temperature=temperature)]
+        found += [best_samples(rows, name, temperature, count) for count in counts]
+        ratio = gain(*(best_samples(rows, one, temperature) for one in (name, UNALIGNED)))
+        aligned = "" if ratio is None or name == UNALIGNED else times(*ratio)
+        lines.append([f"{temperature:g}", name, *map(cell, found), aligned])
+    return markdown(["T", "drafter", "likeliest tokens", *(f"K = {count}" for count in counts), "best K, to unaligned"], lines)
 
 
 def _samples(rows: list[dict[str, Any]], name: str) -> str:
@@ -86,30 +152,47 @@ def _samples(rows: list[dict[str, Any]], name: str) -> str:
     own = [row for row in rows if row["drafter"] == name and row["num_drafts"] and row["gamma"] == CENTRE["gamma"]]
     counts, heats = (sorted({row[key] for row in own}) for key in ("num_drafts", "draft_temperature"))
     lines = []
-    for temperature, count in ((temperature, count) for temperature in (0.0, 1.0) for count in counts):
+    for temperature, count in ((temperature, count) for temperature in TEMPERATURES for count in counts):
         found = [find(own, temperature=temperature, num_drafts=count, draft_temperature=heat, drafter=name) for heat in heats]
         lines.append([f"{temperature:g}", str(count), *map(cell, found)])
+    if len(own) <= 4:  # the table before holds them all
+        return ""
     titles = ["T", f"K, drafter {name}", *(f"draft temperature {heat:g}" for heat in heats)]
-    note = "SpecDiff-2 reports about +15 % from self-selection, +20 % at K = 8, most of it from hot drafts (2)."
-    return f"{markdown(titles, lines)}\n\n{note}"
+    return f"{markdown(titles, lines)}\n\nSpecDiff-2 finds that more samples help only if they are drawn hot: at 2 with K = 8."
 
 
-def _chains(rows: list[dict[str, Any]], drafters: list[str]) -> str:
-    """Return what more denoising steps and longer drafts bring."""
-    columns: dict[str, dict[str, Any]] = {"16 tokens, 1 step": {}}
-    columns |= {f"{steps} steps": {"num_denoising_steps": steps} for steps in (2, 4)}
-    columns |= {f"{gamma} tokens": {"gamma": gamma} for gamma in (8, 32)}
+def _steps(rows: list[dict[str, Any]], drafters: list[str]) -> str:
+    """Return what more denoising steps bring."""
+    columns = {f"{steps} step{'s' if steps > 1 else ''}": {"num_denoising_steps": steps} for steps in (1, 2, 4)}
+    note = "The papers report that more steps cost in proportion, a pass of the drafter each, and bring little."
+    return _table(rows, drafters, columns, note)
+
+
+def _lengths(rows: list[dict[str, Any]], drafters: list[str]) -> str:
+    """Return what longer drafts bring."""
     hot = {"num_drafts": 8, "draft_temperature": 2.0}
+    columns = {f"{gamma} tokens": {"gamma": gamma} for gamma in (8, 16, 32)}
     columns |= {f"{gamma} tokens, K = 8": {"gamma": gamma, **hot} for gamma in (8, 16, 32)}
-    lines = []
-    for temperature, name in ((temperature, name) for temperature in (0.0, 1.0) for name in drafters):
-        found = [find(rows, drafter=name, temperature=temperature, **fields) for fields in columns.values()]
-        lines.append([f"{temperature:g}", name, *map(cell, found)])
-    note = "The papers report that more steps cost in proportion and bring little, and that drafts can be too long."
-    return f"{markdown(['T', 'drafter', *columns], lines)}\n\n{note}"
+    return _table(rows, drafters, columns, "SpecDiff-2 drafts 16 or 32 tokens, and reports that drafts can be too long to pay.")
+
+
+def _table(rows: list[dict[str, Any]], drafters: list[str], columns: dict[str, dict[str, Any]], note: str) -> str:
+    """Return a row for each drafter and temperature, with the columns that were decoded; nothing where none can be compared."""
+    pairs = [(temperature, name) for temperature in TEMPERATURES for name in drafters]
+    found = {
+        title: [find(rows, drafter=name, temperature=temperature, **fields) for temperature, name in pairs]
+        for title, fields in columns.items()
+    }
+    found = {title: cells for title, cells in found.items() if any(cells)}
+    varied = {(columns[title].get("gamma"), columns[title].get("num_denoising_steps")) for title in found}
+    if len(varied) < 2:
+        return ""
+    lines = [[f"{pair[0]:g}", pair[1], *(cell(cells[i]) for cells in found.values())] for i, pair in enumerate(pairs)]
+    return f"{markdown(['T', 'drafter', *found], lines)}\n\n{note}"
 
 
 def _speed(rows: list[dict[str, Any]]) -> str:
+    """Return the speed of whole calls, timed one prompt at a time on an idle machine."""
     lines = [
         [f"{row['temperature']:g}", row["method"], times(row["ratio_to_plain"], row["ratio_low"], row["ratio_high"])]
         for row in rows
@@ -127,7 +210,7 @@ def plot_papers(record: dict[str, Any]) -> Figure:
     rows = record["rows"]
     drafters = list(dict.fromkeys(row["drafter"] for row in rows))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for shift, temperature in ((-0.2, 0.0), (0.2, 1.0)):
+    for shift, temperature in zip((-0.2, 0.2), TEMPERATURES, strict=True):
         found = [(i, best_samples(rows, name, temperature)) for i, name in enumerate(drafters)]
         bars = [(i + shift, row) for i, row in found if row is not None]
         values = [row["tokens_per_round"] for _, row in bars]

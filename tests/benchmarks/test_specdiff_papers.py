@@ -1,6 +1,7 @@
 """The papers' experiment at its smallest: finished phases are skipped, a run out of time goes on, tables show what there is."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from benchmarks import context_cache
 from benchmarks import specdiff_papers
 from benchmarks.papers_tables import papers_tables
 from benchmarks.papers_tables import plot_papers
+from benchmarks.report import RESULTS
+from benchmarks.report import section_of
 from benchmarks.specdiff_papers import Setting
 from hf_specdiff.training.losses import IGNORED
 from recipes.diffusion_language_models import mask_texts
@@ -53,9 +56,62 @@ def test_a_broken_run_goes_on_and_finished_phases_are_not_done_again(tmp_path: P
     assert all(row["num_identical"] == row["num_prompts"] for row in record["rows"] if row["temperature"] == 0)
     assert all(1 <= row["low"] <= row["tokens_per_round"] <= row["high"] for row in record["rows"])
     assert "| + CE + streak |" in papers_tables(record)
+    assert "temperature 0 16 of 16 texts are plain" in papers_tables(record)
     assert plot_papers(record).axes[0].get_ylabel() == "tokens per round, best K"
     other = run(specdiff_papers, *command, "--num-seeds", "2")
     assert isinstance(other.exception, ValueError)
+
+
+def made_up_record(scale: specdiff_papers.Scale, rates: dict[str, float], **kept: Any) -> dict[str, Any]:
+    """Return a record in which each drafter's rounds bring what is said, and 8 samples a third more accepted tokens than 1."""
+    notes = []
+    for setting, name, seed in specdiff_papers.todo(scale.num_seeds):
+        if any(getattr(setting, key) not in values for key, values in kept.items()):
+            continue
+        accepted = (rates[name] - 1) * (4 / 3 if setting.num_drafts == 8 else 1)
+        for number in range(2):
+            note: dict[str, Any] = {"num_rounds": 900, "num_accepted": int(accepted * 900) + number, "num_rows": 2}
+            note |= {} if setting.temperature else {"num_identical": 2}
+            notes.append({**asdict(setting), "drafter": name, "seed": seed, "batch": number, **note})
+    rows = specdiff_papers.rows_of_notes(notes, scale.num_seeds, 2)
+    conditions = {**asdict(scale), "command": "x", "parameters": {"drafter": 4e6, "target": 9e6}}
+    conditions |= {"num_settings": len(rows), "num_settings_planned": 152}
+    return {"conditions": conditions, "rows": rows, "speed": []}
+
+
+def test_the_page_says_what_is_as_in_the_papers_and_what_is_not(tmp_path: Path) -> None:
+    scale = specdiff_papers.Scale(8, 1200, 100, 64, 160, 16, 2, 2, 4, 64, 2)
+    rates = {"unaligned": 2.0, "+ CE": 3.0, "+ streak": 2.5, "+ CE + streak": 3.0}
+    record = made_up_record(scale, rates)
+    (tmp_path / RESULTS).mkdir(parents=True)
+    (tmp_path / RESULTS / "specdiff_papers.json").write_text(json.dumps(record))
+    page = section_of(tmp_path, "docs/results.md", "specdiff_papers")
+    assert "1,200 steps of 16 texts as a language model, then 100 steps" in page
+    assert "152 settings of 152" in page
+    assert "temperature 0 608 of 608 texts are plain" in page
+    for line in (
+        "| streak-distillation, to unaligned | about 1.3x | 1.25x (1.25 to 1.25) | 1.25x (1.25 to 1.25) | yes, yes |",
+        "| streak instead of cross-entropy | about 1.5x: without the product 35 % slower | 0.83x (0.83 to 0.83) | "
+        "0.83x (0.83 to 0.83) | no, no |",
+        "| 4 denoising steps, to 1 | little | 1.00x (1.00 to 1.00) | 1.00x (1.00 to 1.00) | yes, yes |",
+        "| T | drafter | likeliest tokens | K = 1 | K = 2 | K = 4 | K = 8 | best K, to unaligned |",
+        f"| 0 | + CE |{' 3.00 (3.00 to 3.00) |' * 4} 3.67 (3.67 to 3.67) | 1.57x (1.57 to 1.57) |",
+        "| T | drafter | 1 step | 2 steps | 4 steps |",
+        "| T | drafter | 8 tokens | 16 tokens | 32 tokens | 8 tokens, K = 8 | 16 tokens, K = 8 | 32 tokens, K = 8 |",
+    ):
+        assert line in page
+    assert "speed to plain" not in page
+    speed = [{"temperature": 0.0, "method": "x", "ratio_to_plain": 2.0, "ratio_low": 1.5, "ratio_high": 2.5}]
+    assert "| 0 | x | 2.00x (1.50 to 2.50) |" in papers_tables({**record, "speed": speed})
+
+
+def test_what_was_not_decoded_has_no_table() -> None:
+    scale = specdiff_papers.Scale(8, 1200, 100, 64, 160, 16, 2, 2, 4, 64, 2)
+    rates = dict.fromkeys(("unaligned", *specdiff_papers.OBJECTIVES), 2.0)
+    page = papers_tables(made_up_record(scale, rates, gamma=(16,), num_denoising_steps=(1,), draft_temperature=(0.0, 1.0)))
+    assert "4 denoising steps" not in page
+    assert "| T | drafter | 1" not in page
+    assert "| not told apart, not told apart |" in page
 
 
 def test_time_that_is_up_ends_training_as_ctrl_c_does(tmp_path: Path) -> None:
