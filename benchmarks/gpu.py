@@ -133,7 +133,7 @@ def main(
         command += f" --num-prompts {num_prompts}"
     size = TINY if dry_run else FULL
     transformers.logging.set_verbosity_error()
-    job = Job(output, size, minutes, device, Journal(output, {"size": asdict(size), "minutes": minutes}))
+    job = Job(output, Journal(output, {"size": asdict(size), "minutes": minutes}), size, minutes, device)
     make_pair(job)
     record = measure(job, num_prompts, command)
     pair, num_near_ties = record["pair"], sum(row.get("num_near_ties", 0) for row in record["rows"])

@@ -156,21 +156,15 @@ Train = Callable[[int, Path, Sequence[TrainerCallback]], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What all stages share.
+class Stages:
+    """Where stages leave their results, and which are finished.
 
     Attributes:
-        output (`pathlib.Path`): gets `target`, `texts` and `drafter`.
-        size (`Size`): what is made.
-        minutes (`dict[str, float]`): of each stage.
-        device (`torch.device`): where everything runs.
+        output (`pathlib.Path`): gets a folder for each stage.
         journal (`Journal`): which stages are finished, and what was settled in them.
     """
 
     output: Path
-    size: Size
-    minutes: dict[str, float]
-    device: torch.device
     journal: Journal
 
     def is_finished(self, stage: str) -> bool:
@@ -203,6 +197,21 @@ class Job:
             yield
         finally:
             self.journal.append([{"kind": PART, "stage": stage, "seconds": time.perf_counter() - start}])
+
+
+@dataclass(frozen=True, slots=True)
+class Job(Stages):
+    """What all stages share: the folder gets `target`, `texts` and `drafter`.
+
+    Attributes:
+        size (`Size`): what is made.
+        minutes (`dict[str, float]`): of each stage.
+        device (`torch.device`): where everything runs.
+    """
+
+    size: Size
+    minutes: dict[str, float]
+    device: torch.device
 
 
 def make_pair(job: Job) -> None:

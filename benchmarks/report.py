@@ -33,6 +33,7 @@ from hf_specdiff.benchmarks.tables import times
 from hf_specdiff.benchmarks.time_budget import gains
 
 RESULTS = Path("benchmarks") / "results"
+PASS_TITLES = ["drafted tokens", "accepted", "tokens per round", "target passes per round"]
 TASKS = {
     "math": "word problems",
     "code": "code",
@@ -153,6 +154,32 @@ def papers_section(record: dict[str, Any] | None) -> str:
     if record is None:
         return "Not measured yet; `python -m benchmarks.specdiff_papers` does it."
     return papers_tables(record)
+
+
+def hybrid_section(record: dict[str, Any] | None) -> str:
+    """Return how fast a hybrid target is, and how many of its passes a round takes."""
+    if record is None:
+        return "Not measured yet; `python -m benchmarks.hybrid` does it."
+    conditions, pair = record["conditions"], record["pair"]
+    kinds, sizes = pair["layers"], [pair[f"{name}_parameters"] / 1e6 for name in ("target", "drafter")]
+    lines = [
+        f"An {pair['target_type']} of {sizes[0]:.1f}M parameters, {kinds.count('conv')} of its {len(kinds)} layers "
+        f"convolutions, with a drafter of {sizes[1]:.1f}M;",
+        f"{conditions['dtype']}, {conditions['machine']}, transformers {conditions['transformers']}. Written by "
+        f"`{conditions['command']}` ([`hybrid.json`](../benchmarks/results/hybrid.json)).",
+        "",
+        speed_table(record["rows"]),
+        "",
+        "Passes of the target that chains of several lengths take:",
+        "",
+        markdown(PASS_TITLES, [_pass_cells(found) for found in record["passes"]]),
+    ]
+    return "\n".join(lines)
+
+
+def _pass_cells(found: dict[str, Any]) -> list[str]:
+    share, rates = f"{100 * found['acceptance_rate']:.0f} %", (found["tokens_per_round"], found["passes_per_round"])
+    return [str(found["gamma"]), share, *(f"{rate:.2f}" for rate in rates)]
 
 
 def mean_of(rows: list[dict[str, Any]], name: str) -> float:
@@ -293,13 +320,14 @@ PAGES: dict[str, dict[str, tuple[tuple[str, ...], Callable[..., str]]]] = {
         "standard": (("standard",), standard_section),
         "time_budget": (("time_budget",), time_budget_section),
         "smollm2": (("smollm2",), smollm2_section),
+        "hybrid": (("hybrid",), hybrid_section),
         "specdiff_papers": (("specdiff_papers",), papers_section),
     },
     "docs/training.md": {"alignment": (("alignment",), alignment_section)},
     "docs/your-model.md": {"growth": (("growth",), growth_section)},
 }
 # What a machine may not have measured yet.
-OPTIONAL = ("smollm2", "growth", "specdiff_papers")
+OPTIONAL = ("smollm2", "hybrid", "growth", "specdiff_papers")
 
 
 def read_record(root: Path, name: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -17,8 +18,8 @@ from tokenizers import pre_tokenizers
 from tokenizers import processors
 from tokenizers import trainers
 from torch.utils.data import Dataset
-from transformers import LlamaConfig
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
+from transformers import PreTrainedConfig
 from transformers import PreTrainedTokenizerFast
 from transformers import Trainer
 from transformers import TrainerCallback
@@ -108,13 +109,14 @@ def make_corpus(num_problems: int, code_epochs: int) -> list[str]:
 def train_language_model(
     folder: Path,
     work: Path,
-    config: LlamaConfig,
+    config: PreTrainedConfig,
     dataset: PackedDocuments,
     *,
     learning_rate: float,
     batch_size: int = 16,
     max_steps: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    arguments: dict[str, Any] | None = None,
 ) -> None:
     """Train a causal language model for one pass over the corpus and save it in bfloat16.
 
@@ -123,33 +125,34 @@ def train_language_model(
     Args:
         folder (`pathlib.Path`): where the model goes.
         work (`pathlib.Path`): where the checkpoints go.
-        config (`LlamaConfig`): the model's shape.
+        config (`PreTrainedConfig`): the model's type and shape.
         dataset (`PackedDocuments`): the corpus.
         learning_rate (`float`): peak of the cosine schedule.
         batch_size (`int`): blocks of a step.
         max_steps (`int`, *optional*): steps in place of one pass; more than a pass begins it again.
         callbacks (`Sequence[TrainerCallback]`): of the host's trainer.
+        arguments (`dict`, *optional*): other `TrainingArguments` than the usual ones.
     """
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    arguments = TrainingArguments(
-        output_dir=str(work),
-        num_train_epochs=1,
-        max_steps=-1 if max_steps is None else max_steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=100,
-        weight_decay=0.05,
-        adam_beta2=0.98,
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-        save_steps=500,
-        save_total_limit=1,
-        logging_steps=50,
-        report_to="none",
-        dataloader_pin_memory=False,
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=list(callbacks))
+    model = AutoModelForCausalLM.from_config(config)
+    usual: dict[str, Any] = {
+        "num_train_epochs": 1,
+        "max_steps": -1 if max_steps is None else max_steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 100,
+        "weight_decay": 0.05,
+        "adam_beta2": 0.98,
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "save_steps": 500,
+        "save_total_limit": 1,
+        "logging_steps": 50,
+        "report_to": "none",
+        "dataloader_pin_memory": False,
+    }
+    settings = TrainingArguments(output_dir=str(work), **usual | (arguments or {}))
+    trainer = Trainer(model=model, args=settings, train_dataset=dataset, callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -175,7 +175,7 @@ def test_the_timer_times_the_steps_after_the_first_and_keeps_nothing() -> None:
 
 
 def test_as_many_steps_are_trained_as_fit_into_the_minutes(tmp_path: Path) -> None:
-    job = pair.Job(tmp_path, pair.FULL, {pair.TARGET: 2.0}, CPU, pair.Journal(tmp_path / "journal", {}))
+    job = pair.Job(tmp_path, pair.Journal(tmp_path / "journal", {}), pair.FULL, {pair.TARGET: 2.0}, CPU)
     calls = []
 
     def train(num_steps: int, folder: Path, callbacks: list[pair.StepTimer]) -> None:
