@@ -95,8 +95,15 @@ class Size:
     def config(self) -> Lfm2Config:
         """The target's configuration: the bundled target's, but for its layers."""
         base = model_config(self.num_layers, self.hidden_size, self.num_heads)
-        names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
-        names += "tie_word_embeddings max_position_embeddings pad_token_id bos_token_id eos_token_id".split()
+        names = [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+        ]
+        names += ["tie_word_embeddings", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"]
         kinds = ["full_attention" if i % 3 == 2 else "conv" for i in range(self.num_layers)]
         same = {name: getattr(base, name) for name in names}
         return Lfm2Config(**same, layer_types=kinds, block_auto_adjust_ff_dim=False)
