@@ -38,7 +38,7 @@ def test_a_dry_run_makes_and_measures_a_pair_and_goes_on_where_it_was_stopped(
     assert str(tmp_path) not in json.dumps(record)
     assert not (folder / "features").exists()
     monkeypatch.setattr(hybrid, "make_drafter", never)
-    monkeypatch.setattr(runner, "_calls", never)
+    monkeypatch.setattr(runner, "run_step", never)
     hybrid.main(folder, num_prompts=2, dry_run=True)
     section = hybrid_section(json.loads((folder / "hybrid.json").read_text()))
     assert "| math | 0 | 1 | drafter, chain |" in section
