@@ -33,11 +33,11 @@ from hf_specdiff.demo.bundle import load_prompts
 from hf_specdiff.demo.word_problems import iter_problems
 from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import sequences_of_texts
+from hf_specdiff.training.drafter_config import spread_layers
 from hf_specdiff.training.evaluation import decode_held_out
-from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import fit_drafter
+from hf_specdiff.training.plan import TrainingPlan
 from hf_specdiff.training.regeneration import regenerate
-from hf_specdiff.training.trainer import spread_layers
 from recipes.bundled import MAX_LENGTH
 
 CONDITIONINGS = ("features", "tokens")

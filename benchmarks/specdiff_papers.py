@@ -44,8 +44,8 @@ from hf_specdiff.demo.word_problems import iter_problems
 from hf_specdiff.formats.loading import load_drafter
 from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import sequences_of_texts
-from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import fit_drafter
+from hf_specdiff.training.plan import TrainingPlan
 from hf_specdiff.training.regeneration import regenerate
 from recipes.diffusion_language_models import body_config
 from recipes.diffusion_language_models import train_diffusion_language_model

@@ -29,13 +29,13 @@ from hf_specdiff.benchmarks.standard import write_record
 from hf_specdiff.demo.bundle import load_demo
 from hf_specdiff.demo.word_problems import iter_problems
 from hf_specdiff.training.data import SequenceDataset
-from hf_specdiff.training.data import Windows
-from hf_specdiff.training.data import sample_windows
 from hf_specdiff.training.data import sequences_of_texts
-from hf_specdiff.training.data import window_attention_mask
 from hf_specdiff.training.footprint import peak_memory
+from hf_specdiff.training.plan import TrainingPlan
 from hf_specdiff.training.trainer import SpecDiffTrainer
-from hf_specdiff.training.trainer import SpecDiffTrainingArguments
+from hf_specdiff.training.windows import Windows
+from hf_specdiff.training.windows import sample_windows
+from hf_specdiff.training.windows import window_attention_mask
 from recipes.bundled import MAX_LENGTH
 
 CONDITIONINGS = ("features", "tokens")
@@ -108,11 +108,10 @@ def make_trainer(conditioning: str, folder: Path, *, batch_size: int, num_anchor
     target, drafter, tokenizer = load_demo(conditioning)
     problems = itertools.islice(iter_problems(2, held_out=False), NUM_DOCUMENTS)
     texts = [problem.prompt + problem.solution for problem in problems]
-    arguments = SpecDiffTrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=num_steps,
         per_device_train_batch_size=batch_size,
-        num_anchors=num_anchors,
         use_cpu=True,
         save_strategy="no",
         logging_strategy="no",
@@ -121,7 +120,8 @@ def make_trainer(conditioning: str, folder: Path, *, batch_size: int, num_anchor
         dataloader_pin_memory=False,
     )
     dataset = SequenceDataset(sequences_of_texts(tokenizer, texts, MAX_LENGTH), MAX_LENGTH)
-    trainer = TimedTrainer(target, model=drafter, args=arguments, train_dataset=dataset)
+    plan = TrainingPlan(drafter.config.target_layer_ids, num_anchors=num_anchors)
+    trainer = TimedTrainer(target, plan, model=drafter, args=arguments, train_dataset=dataset)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -138,7 +138,7 @@ def only_passes(trainer: SpecDiffTrainer, batch: dict[str, torch.Tensor]) -> Cal
     """
     config, ids = trainer.model.config, batch["input_ids"]
     generator = torch.Generator().manual_seed(trainer._window_seed(batch["indices"]))
-    windows = sample_windows(batch, trainer.args.num_anchors, config.block_size, config.mask_token_id, generator)
+    windows = sample_windows(batch, trainer.plan.num_anchors, config.block_size, config.mask_token_id, generator)
     run = _feature_pass if config.is_feature_conditioned else _token_pass
     forward = run(trainer, ids, windows)
 

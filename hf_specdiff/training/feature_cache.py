@@ -20,8 +20,8 @@ from hf_specdiff.core.features import target_features
 from hf_specdiff.core.files import write_whole
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import collate
-from hf_specdiff.training.data import processes
 from hf_specdiff.training.disk import room_in
+from hf_specdiff.training.processes import processes
 from hf_specdiff.training.progress import Speedometer
 from hf_specdiff.training.provenance import claim
 from hf_specdiff.training.provenance import identity_of

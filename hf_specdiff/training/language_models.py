@@ -13,9 +13,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_specdiff.formats.loading_language_models import import_peft
-from hf_specdiff.training.data import Windows
+from hf_specdiff.training.plan import FIELDS
+from hf_specdiff.training.plan import TrainingPlan
+from hf_specdiff.training.settings import default_of
+from hf_specdiff.training.windows import Windows
 
 DROPOUT = 0.05
+# Settings that say nothing about a language model.
+OF_OUR_DRAFTERS = ["target_layer_ids", "draft_vocab_size", "head", "trained", "context_weight", "from_target"]
+OF_OUR_DRAFTERS += ["predicts_from_anchor", "has_mask_embedding"]
 
 
 def window_logits(drafter: Any, body: Any, input_ids: torch.Tensor, windows: Windows) -> torch.Tensor:
@@ -98,7 +104,7 @@ def _ends_with(full: str, name: str) -> bool:
     return full == name or full.endswith(f".{name}")
 
 
-def check_plan(plan: Any) -> None:
+def check_plan(plan: TrainingPlan) -> None:
     """Refuse settings that say nothing about a language model, which comes with a shape of its own.
 
     Args:
@@ -107,15 +113,11 @@ def check_plan(plan: Any) -> None:
     Raises:
         ValueError: if so.
     """
-    usual: dict[str, Any] = {"target_layer_ids": None, "draft_vocab_size": None, "head": None, "trained": "all"}
-    usual |= {"context_weight": 0.0, "from_target": False, "predicts_from_anchor": False, "has_mask_embedding": False}
-    for name, value in usual.items():
-        if getattr(plan, name) != value:
+    for name in OF_OUR_DRAFTERS:
+        if getattr(plan, name) != default_of(FIELDS[name]):
             raise ValueError(
                 f"`{name}` must be left out for a diffusion language model, got {getattr(plan, name)!r}: its shape is its own, "
                 "and it reads the text alone."
             )
-    if plan.lora_rank is not None and plan.lora_rank < 1:
-        raise ValueError(f"`lora_rank` must be at least 1, got {plan.lora_rank}. Take 32, or leave it out for all weights.")
     if plan.lora_layers is not None and plan.lora_rank is None:
         raise ValueError(f"`lora_rank` must be given with `lora_layers`, got None with {list(plan.lora_layers)}.")

@@ -20,8 +20,8 @@ from hf_specdiff.training.continuation import Continued
 from hf_specdiff.training.continuation import Prompted
 from hf_specdiff.training.continuation import continue_prompts
 from hf_specdiff.training.data import Sequences
-from hf_specdiff.training.data import processes
 from hf_specdiff.training.disk import room_in
+from hf_specdiff.training.processes import processes
 from hf_specdiff.training.progress import Speedometer
 from hf_specdiff.training.prompts import Prompt
 from hf_specdiff.training.prompts import encode

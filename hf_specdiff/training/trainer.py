@@ -4,21 +4,14 @@ Letters: B batch, S sequence length, A windows per sequence, W block size, G = W
 """
 
 import os
-import signal
-from dataclasses import dataclass
-from dataclasses import field
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 from transformers import Trainer
-from transformers import TrainerCallback
 from transformers import TrainerControl
-from transformers import TrainerState
-from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_specdiff.core.conditioning import lent_head
@@ -26,11 +19,7 @@ from hf_specdiff.core.conditioning import raw_embeddings
 from hf_specdiff.core.configuration_specdiff import SpecDiffConfig
 from hf_specdiff.core.features import layer_output_indices
 from hf_specdiff.core.features import target_features
-from hf_specdiff.core.repository import cached_revision
-from hf_specdiff.training.data import Windows
 from hf_specdiff.training.data import collate
-from hf_specdiff.training.data import sample_windows
-from hf_specdiff.training.data import window_attention_mask
 from hf_specdiff.training.draft_vocabulary import labels_among
 from hf_specdiff.training.evaluation import Streaks
 from hf_specdiff.training.evaluation import calibration_error
@@ -40,49 +29,13 @@ from hf_specdiff.training.feature_cache import law_of
 from hf_specdiff.training.footprint import Footprint
 from hf_specdiff.training.heads import given_tokens_before
 from hf_specdiff.training.language_models import window_logits
-from hf_specdiff.training.losses import DISTILLATION
 from hf_specdiff.training.losses import IGNORED
-from hf_specdiff.training.losses import LOSSES
 from hf_specdiff.training.losses import combined_loss
 from hf_specdiff.training.losses import next_token_cross_entropy
-
-
-@dataclass
-class SpecDiffTrainingArguments(TrainingArguments):
-    """The host's training arguments and the drafter's own.
-
-    Attributes:
-        num_anchors (`int`): windows cut from each sequence and step.
-        loss_weights (`dict[str, float]`): the weight of each objective, by its name in
-            `hf_specdiff.training.losses.LOSSES`.
-        loss_decay (`float`): positions after which a position's weight in `decayed_ce` and `focal` has fallen by e.
-        context_weight (`float`): weight of next-token prediction on the context, for token-conditioned drafters: what a window
-            reads of the text before it is learnt from every token, not only through windows.
-        eval_tokens (`int`): tokens to write after each held-out prompt when evaluating.
-    """
-
-    num_anchors: int = 8
-    loss_weights: dict[str, float] = field(default_factory=lambda: {"decayed_ce": 1.0})
-    loss_decay: float = 7.0
-    context_weight: float = 0.0
-    eval_tokens: int = 128
-
-    def __post_init__(self) -> None:
-        """Check the drafter's own arguments, then let the host check its own."""
-        if self.num_anchors < 1:
-            raise ValueError(f"`num_anchors` must be at least 1, got {self.num_anchors}.")
-        if not self.loss_decay > 0:
-            raise ValueError(f"`loss_decay` must be positive, got {self.loss_decay}.")
-        if not self.context_weight >= 0:
-            raise ValueError(f"`context_weight` must be at least 0, got {self.context_weight}.")
-        unknown = sorted(set(self.loss_weights) - set(LOSSES))
-        if unknown or not self.loss_weights or not all(weight > 0 for weight in self.loss_weights.values()):
-            raise ValueError(
-                f"`loss_weights` must give some of {', '.join(LOSSES)} a positive weight, got {self.loss_weights!r}."
-            )
-        # Batches carry more than the model's own arguments.
-        self.remove_unused_columns = False
-        super().__post_init__()
+from hf_specdiff.training.plan import TrainingPlan
+from hf_specdiff.training.windows import Windows
+from hf_specdiff.training.windows import sample_windows
+from hf_specdiff.training.windows import window_attention_mask
 
 
 class SpecDiffTrainer(Trainer):
@@ -94,6 +47,7 @@ class SpecDiffTrainer(Trainer):
 
     Args:
         target (`transformers.PreTrainedModel`): frozen; runs once per batch, for the features or the law that are wanted.
+        plan (`TrainingPlan`): windows, objectives and evaluation; what the host's arguments know stands in `args` alone.
         eval_prompts (`list[list[int]]`, *optional*): token ids of held-out prompts; `evaluate` decodes them with the real loop.
         language_model (`DiffusionDrafter`, *optional*): the drafter, where `model` is its body.
         **kwargs: of `transformers.Trainer`: `model` (the drafter), `args`, `train_dataset`, `eval_dataset`, ...
@@ -102,11 +56,14 @@ class SpecDiffTrainer(Trainer):
     def __init__(
         self,
         target: PreTrainedModel,
+        plan: TrainingPlan,
         eval_prompts: list[list[int]] | None = None,
         language_model: Any = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(data_collator=collate, **kwargs)
+        self.args.remove_unused_columns = False  # batches carry more than the model's own arguments
+        self.plan = plan
         self.language_model = None if language_model is None else language_model.to(self.args.device)
         self.target = target.eval().requires_grad_(False)
         self._head: Any = None  # the target's, as far as it is lent, from the first step on
@@ -209,7 +166,7 @@ class SpecDiffTrainer(Trainer):
         """
         drafter = self.drafter_of(self.model)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        own = decode_held_out(self.target, drafter, self.eval_prompts[rank::world], self.args.eval_tokens)
+        own = decode_held_out(self.target, drafter, self.eval_prompts[rank::world], self.plan.eval_tokens)
         streaks = Streaks(gather_object(own.num_drafted), gather_object(own.num_accepted), own.max_gamma)
         acceptance = {f"acceptance_{i}": share for i, share in enumerate(streaks.acceptance_per_position, 1)}
         return {"tokens_per_round": streaks.tokens_per_round, **acceptance}
@@ -221,7 +178,7 @@ class SpecDiffTrainer(Trainer):
         config: SpecDiffConfig = self.drafter_of(model).config
         generator = torch.Generator().manual_seed(self._window_seed(inputs["indices"]))
         assert config.mask_token_id is not None  # a drafter without one cannot be trained
-        shape = (self.args.num_anchors, config.block_size, config.mask_token_id)
+        shape = (self.plan.num_anchors, config.block_size, config.mask_token_id)
         windows = sample_windows(inputs, *shape, generator, config.max_gamma)
         # The host puts autocast around the model that it trains only; the target's pass is the larger part of a step.
         with self.accelerator.autocast():
@@ -236,9 +193,9 @@ class SpecDiffTrainer(Trainer):
         labels, drafted = windows.labels, self._drafted_ids(model)
         if drafted is not None:
             labels = labels_among(labels, drafted, config.vocab_size)
-        loss = combined_loss(log_probs, labels, self.args.loss_weights, self.args.loss_decay, target_log_probs)
+        loss = combined_loss(log_probs, labels, self.plan.loss_weights, self.plan.loss_decay, target_log_probs)
         if context_loss is not None:
-            loss = loss + self.args.context_weight * context_loss
+            loss = loss + self.plan.context_weight * context_loss
         return (loss, {"log_probs": log_probs, "labels": labels}) if return_outputs else loss
 
     def drafter_of(self, model: Any) -> Any:
@@ -263,10 +220,9 @@ class SpecDiffTrainer(Trainer):
             `tuple`: the features `(B, S, K * D)` that a drafter reads, and the target's log-probabilities `(B * A, G, V)` at
             the windows' positions, of a reduced vocabulary those of the tokens it has; each `None` if nobody asks for it.
         """
-        needs_law = not DISTILLATION.keys().isdisjoint(self.args.loss_weights)
         layer_ids = config.target_layer_ids
         input_ids, cached = inputs["input_ids"], inputs.get("features")
-        if not needs_law and (layer_ids is None or cached is not None):
+        if not self.plan.needs_law and (layer_ids is None or cached is not None):
             return None if cached is None else cached.to(self.target.dtype), None
         # The state at the anchor tells the first drafted token's law, and so on.
         places = windows.anchors[:, :, None] + torch.arange(config.max_gamma, device=input_ids.device)
@@ -276,7 +232,7 @@ class SpecDiffTrainer(Trainer):
             if cached is not None and "states" in inputs:
                 law = law_of(self._lent_head(), inputs["states"][chosen], inputs["log_normalizers"][chosen])
                 return cached.to(self.target.dtype), law.unflatten(1, (-1, config.max_gamma)).flatten(0, 1)
-            if layer_ids is not None and not needs_law:
+            if layer_ids is not None and not self.plan.needs_law:
                 return features_of(self.target, input_ids, layer_ids), None
             # Padding is on the right and attention causal, so the states of real tokens need no mask.
             indices = False if layer_ids is None else layer_output_indices(layer_ids)
@@ -306,7 +262,7 @@ class SpecDiffTrainer(Trainer):
         input_ids = inputs["input_ids"]
         length, num_slots = input_ids.shape[1], windows.input_ids.shape[1]
         positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-        learns_context = self.args.context_weight > 0
+        learns_context = self.plan.context_weight > 0
         logits = model(
             input_ids=torch.cat([input_ids, windows.input_ids], dim=1),
             position_ids=torch.cat([positions, windows.position_ids], dim=1),
@@ -338,121 +294,3 @@ class SpecDiffTrainer(Trainer):
         states = states.unflatten(1, (-1, config.block_size)).flatten(0, 1)[:, not config.predicts_from_anchor :]
         logits = network.drafted_logits(states, self._lent_head())
         return given_tokens_before(network, logits, states, windows.previous)
-
-
-class EvaluateAtEnd(TrainerCallback):
-    """Evaluate and save after the last step too, wherever it falls."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for both at the end."""
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = True
-
-
-class StopOnInterrupt(TrainerCallback):
-    """Inside `with`, Ctrl-C finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.was_interrupted = False
-        self._previous: Any = None
-
-    def __enter__(self) -> "StopOnInterrupt":
-        self._previous = signal.signal(signal.SIGINT, self._interrupt)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop if the signal came."""
-        if self.was_interrupted:
-            control.should_save = control.should_training_stop = True
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self.was_interrupted = True
-        signal.signal(signal.SIGINT, self._previous)
-
-
-def make_drafter_config(
-    target: PreTrainedModel,
-    *,
-    mask_token_id: int | None,
-    block_size: int = 16,
-    num_layers: int = 3,
-    target_layer_ids: list[int] | None = None,
-    has_mask_embedding: bool = False,
-    draft_vocab_size: int | None = None,
-    predicts_from_anchor: bool = False,
-) -> SpecDiffConfig:
-    """Return the configuration of a drafter that fits a target: its widths, its vocabulary, its special ids.
-
-    Args:
-        target (`transformers.PreTrainedModel`): the target.
-        mask_token_id (`int`): an id that the target never writes.
-        block_size (`int`): anchor and drafted tokens.
-        num_layers (`int`): layers of the drafter.
-        target_layer_ids (`list[int]`, *optional*): layers to read; `None` for a token-conditioned drafter.
-        has_mask_embedding (`bool`): see `SpecDiffConfig`.
-        draft_vocab_size (`int`, *optional*): see `SpecDiffConfig`.
-        predicts_from_anchor (`bool`): see `SpecDiffConfig`.
-
-    Returns:
-        `SpecDiffConfig`: of a fresh drafter.
-    """
-    config = target.config.get_text_config()
-    num_heads = config.num_attention_heads
-    # What its layers count with, so that they can be borrowed; "default": the angles of the target's own long-text scaling,
-    # if it has one, are left out.
-    rope = getattr(config, "rope_parameters", None) or {}
-    alike = {"rope_parameters": {"rope_type": "default", "rope_theta": rope["rope_theta"]}} if "rope_theta" in rope else {}
-    if getattr(config, "rms_norm_eps", None):
-        alike["rms_norm_eps"] = config.rms_norm_eps
-    return SpecDiffConfig(
-        **alike,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        max_position_embeddings=config.max_position_embeddings,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-        tie_word_embeddings=target_layer_ids is None,
-        block_size=block_size,
-        mask_token_id=mask_token_id,
-        target_layer_ids=target_layer_ids,
-        has_mask_embedding=has_mask_embedding,
-        draft_vocab_size=draft_vocab_size,
-        predicts_from_anchor=predicts_from_anchor,
-        num_target_layers=config.num_hidden_layers if target_layer_ids is not None else None,
-        target_model=target.name_or_path or None,
-        target_revision=cached_revision(target.name_or_path),
-    )
-
-
-def spread_layers(num_target_layers: int, count: int) -> list[int]:
-    """Return `count` layers spread evenly from the second to the third-last, as published drafters read them.
-
-    Args:
-        num_target_layers (`int`): layers of the target.
-        count (`int`): layers to read, at most the target's.
-
-    Returns:
-        `list[int]`: 0-based, ascending, all different.
-
-    Raises:
-        ValueError: if there are not so many layers.
-
-    Source: arXiv:2602.06036, section 3.
-    """
-    if not 1 <= count <= num_target_layers:
-        raise ValueError(f"`count` must be from 1 to the target's {num_target_layers} layers, got {count}.")
-    last, first = max(num_target_layers - 3, 0), min(1, num_target_layers - 1)
-    spread = {round(first + (last - first) * i / max(count - 1, 1)) for i in range(count)}
-    others = (i for i in range(num_target_layers) if i not in spread)
-    while len(spread) < count:
-        spread.add(next(others))
-    return sorted(spread)

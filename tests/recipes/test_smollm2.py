@@ -8,7 +8,7 @@ import torch
 
 import hf_specdiff
 from hf_specdiff import SpecDiffDrafter
-from hf_specdiff.training.pipeline import TrainingPlan
+from hf_specdiff.training.plan import TrainingPlan
 from recipes import smollm2
 from recipes.smollm2 import Size
 from recipes.smollm2 import make_drafter

@@ -17,8 +17,8 @@ from hf_specdiff.training.data import collate
 from hf_specdiff.training.draft_vocabulary import restrict
 from hf_specdiff.training.feature_cache import FeatureCache
 from hf_specdiff.training.feature_cache import features_of
-from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import fit_drafter
+from hf_specdiff.training.plan import TrainingPlan
 from tests.conftest import MASK_TOKEN_ID
 from tests.conftest import make_drafter
 from tests.conftest import make_target

@@ -12,10 +12,10 @@ from transformers import PretrainedConfig
 
 from hf_specdiff.core.modeling_specdiff import SpecDiffDrafter
 from hf_specdiff.training.data import Sequences
+from hf_specdiff.training.drafter_config import make_drafter_config
 from hf_specdiff.training.first_weights import new_drafter
-from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import fit_drafter
-from hf_specdiff.training.trainer import make_drafter_config
+from hf_specdiff.training.plan import TrainingPlan
 
 SHAPE = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
 SHAPE |= {"num_key_value_heads": 1, "head_dim": 8}
@@ -28,7 +28,7 @@ def made(config: PretrainedConfig, seed: int = 0) -> tuple[AutoModelForCausalLM,
     for name, weight in target.named_parameters():
         if name.endswith("norm.weight"):
             torch.nn.init.uniform_(weight, 0.5, 1.5)
-    fitting = make_drafter_config(target, mask_token_id=31, block_size=4, num_layers=2, target_layer_ids=[0, 1])
+    fitting = make_drafter_config(target, TrainingPlan([0, 1], num_layers=2, block_size=4), 31)
     return target, new_drafter(fitting, 0, target, text=TEXT)
 
 
@@ -70,7 +70,7 @@ def test_attention_begins_as_steep_as_the_targets() -> None:
 )
 def test_layers_of_another_kind_are_refused(config: PretrainedConfig, what: str) -> None:
     target = AutoModelForCausalLM.from_config(config)
-    fitting = make_drafter_config(target, mask_token_id=31, block_size=4, num_layers=2, target_layer_ids=[0])
+    fitting = make_drafter_config(target, TrainingPlan([0], num_layers=2, block_size=4), 31)
     with pytest.raises(ValueError, match=rf"`from_target` must be false .*{what}"):
         new_drafter(fitting, 0, target, text=TEXT)
 

@@ -1,8 +1,5 @@
 """Heads that know the token before: taught as they are decoded, put on trunks that stay, saved and used like any drafter."""
 
-import sys
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,6 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 from transformers import LogitsProcessorList
-from transformers import logging
 from transformers.generation import SuppressTokensLogitsProcessor
 from transformers.generation import TemperatureLogitsWarper
 from transformers.generation import TopKLogitsWarper
@@ -19,20 +15,17 @@ from transformers.generation import TopPLogitsWarper
 
 import hf_specdiff
 from hf_specdiff import SpecDiffDrafter
-from hf_specdiff.commands.main import main
 from hf_specdiff.core.cache import RaggedCache
 from hf_specdiff.core.conditioning import make_drafter as put_around
 from hf_specdiff.core.features import Features
 from hf_specdiff.core.speculation import SpeculationConfig
 from hf_specdiff.core.text import Text
 from hf_specdiff.training.data import collate
-from hf_specdiff.training.data import sample_windows
-from hf_specdiff.training.first_weights import new_drafter
 from hf_specdiff.training.heads import add_head
 from hf_specdiff.training.heads import train_head_alone
-from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import fit_drafter
-from hf_specdiff.training.trainer import make_drafter_config
+from hf_specdiff.training.plan import TrainingPlan
+from hf_specdiff.training.windows import sample_windows
 from tests.conftest import MASK_TOKEN_ID
 from tests.conftest import make_drafter
 from tests.conftest import make_target
@@ -252,10 +245,10 @@ def test_an_interrupted_run_of_a_head_ends_in_the_weights_of_an_unbroken_one(tru
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"head": "rnn"}, "`head` must be one of markov, gated, got 'rnn'"),
+        ({"head": "rnn"}, "`head` must be markov or gated, got 'rnn'"),
         ({"head": "gated", "head_rank": 0}, "`head_rank` must be from 1 to 16384, got 0"),
         ({"head": "gated", "target_layer_ids": None}, "`head` must be left out for a token-conditioned"),
-        ({"trained": "trunk"}, "`trained` must be 'all' or 'head', got 'trunk'"),
+        ({"trained": "trunk"}, "`trained` must be all or head, got 'trunk'"),
         ({"trained": "head", "head": "gated"}, "`trained` must be 'all' for a fresh drafter"),
     ],
 )
@@ -263,66 +256,6 @@ def test_heads_that_cannot_be_are_refused(fields: dict, words: str, tmp_path: Pa
     with pytest.raises(ValueError, match=words):
         fit_drafter(make_target(), make_sequences(), tmp_path / "new", replace(PLAN, **fields), mask_token_id=MASK_TOKEN_ID)
     assert not (tmp_path / "new").exists()
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[TrainingPlan, dict[str, Any]]]:
-    """Return `hf-specdiff train` without its work: words to a plan and what goes with it."""
-    tokenizer = hf_specdiff.load_demo()[2]
-    target = make_target(vocab_size=len(tokenizer))
-    target.save_pretrained(tmp_path / "target")
-    tokenizer.save_pretrained(tmp_path / "target")
-    config = make_drafter_config(
-        target, mask_token_id=9, block_size=5, num_layers=1, target_layer_ids=[0, 1], has_mask_embedding=True
-    )
-    new_drafter(config, 0, target).save_pretrained(tmp_path / "trunk")
-    (tmp_path / "prompts.txt").write_text("a\nb\n")
-    seen: list[Any] = []
-
-    def train(target: Any, tokenizer: Any, corpus: Any, output: Path, plan: TrainingPlan, **settings: Any) -> bool:
-        seen[:] = [plan, settings]
-        return True
-
-    monkeypatch.setattr("hf_specdiff.commands.train.train_drafter", train)
-
-    def run(*options: str) -> tuple[TrainingPlan, dict[str, Any]]:
-        seen.clear()
-        words = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "out")]
-        monkeypatch.setattr(sys, "argv", ["hf-specdiff", "train", str(tmp_path / "target"), *words, *options])
-        verbosity = logging.get_verbosity()
-        with suppress(SystemExit):
-            main()
-        logging.set_verbosity(verbosity)
-        return seen[0], seen[1]
-
-    return run
-
-
-def test_a_drafter_to_go_on_from_tells_its_shape(command: Callable[..., Any], tmp_path: Path) -> None:
-    plan, settings = command("--init", str(tmp_path / "trunk"), "--train", "head", "--head", "gated", "--draft-vocab", "40")
-    assert (plan.num_layers, plan.block_size, plan.target_layer_ids) == (1, 5, [0, 1])
-    assert (plan.has_mask_embedding, settings["mask_token_id"]) == (True, 9)
-    assert (plan.head, plan.head_rank, plan.trained, plan.draft_vocab_size) == ("gated", 64, "head", 40)
-    other = ["--num-layers", "2", "--num-target-layers", "1", "--block-size", "7"]
-    plan, settings = command("--init", str(tmp_path / "trunk"), *other)
-    assert (plan.num_layers, plan.block_size, plan.target_layer_ids) == (2, 7, [1])
-    plan, settings = command("--num-target-layers", "2")
-    assert (plan.num_layers, plan.block_size, plan.head, plan.trained, settings["mask_token_id"]) == (3, 16, None, "all", None)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--head-rank", "8"], "`--head-rank` must be left out without `--head`"),
-        (["--train", "trunk"], "`--train` must be all or"),
-    ],
-)
-def test_words_that_do_not_go_together_are_refused(
-    options: list[str], words: str, command: Callable[..., Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(IndexError):
-        command(*options)
-    assert words in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_head_that_is_not_there_or_another_one_is_refused(trunk: Path, tmp_path: Path) -> None:

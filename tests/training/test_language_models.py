@@ -20,12 +20,12 @@ from hf_specdiff.core.speculation import SpeculationConfig
 from hf_specdiff.core.text import Text
 from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import collate
-from hf_specdiff.training.data import sample_windows
-from hf_specdiff.training.pipeline import HeldOut
-from hf_specdiff.training.pipeline import TrainingPlan
+from hf_specdiff.training.evaluation import HeldOut
 from hf_specdiff.training.pipeline import fit_drafter
 from hf_specdiff.training.pipeline import train_drafter
+from hf_specdiff.training.plan import TrainingPlan
 from hf_specdiff.training.trainer import SpecDiffTrainer
+from hf_specdiff.training.windows import sample_windows
 from tests.conftest import make_target
 from tests.diffusion.test_trials import MASK
 from tests.diffusion.test_trials import make_body

@@ -13,6 +13,7 @@ from transformers import GPT2LMHeadModel
 from transformers import LogitsProcessorList
 from transformers import TrainerCallback
 from transformers import TrainerState
+from transformers import TrainingArguments
 
 import hf_specdiff
 from hf_specdiff import SpecDiffDrafter
@@ -21,24 +22,23 @@ from hf_specdiff.core.conditioning import make_drafter as put_around
 from hf_specdiff.core.features import Features
 from hf_specdiff.core.speculation import SpeculationConfig
 from hf_specdiff.core.text import Text
+from hf_specdiff.training.checkpoints import last_whole_checkpoint
 from hf_specdiff.training.data import SequenceDataset
 from hf_specdiff.training.data import Sequences
 from hf_specdiff.training.data import collate
 from hf_specdiff.training.data import hold_out
-from hf_specdiff.training.data import sample_windows
+from hf_specdiff.training.drafter_config import make_drafter_config
+from hf_specdiff.training.drafter_config import spread_layers
+from hf_specdiff.training.evaluation import HeldOut
 from hf_specdiff.training.evaluation import calibration_error
 from hf_specdiff.training.evaluation import decode_held_out
 from hf_specdiff.training.first_weights import new_drafter
-from hf_specdiff.training.pipeline import HeldOut
-from hf_specdiff.training.pipeline import TrainingPlan
 from hf_specdiff.training.pipeline import fit_drafter
-from hf_specdiff.training.pipeline import last_whole_checkpoint
+from hf_specdiff.training.plan import TrainingPlan
 from hf_specdiff.training.prompts import encode
 from hf_specdiff.training.prompts import read_prompts
 from hf_specdiff.training.trainer import SpecDiffTrainer
-from hf_specdiff.training.trainer import SpecDiffTrainingArguments
-from hf_specdiff.training.trainer import make_drafter_config
-from hf_specdiff.training.trainer import spread_layers
+from hf_specdiff.training.windows import sample_windows
 from tests.conftest import MASK_TOKEN_ID
 from tests.conftest import make_drafter
 from tests.conftest import make_target
@@ -51,13 +51,30 @@ def make_sequences(num_sequences: int = 24, seed: int = 0) -> Sequences:
     return Sequences.from_lists(sequences, [3] * num_sequences)
 
 
-def make_trainer(folder: Path, drafter: torch.nn.Module, language_model: object = None, **arguments: object) -> SpecDiffTrainer:
-    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 3, "learning_rate": 1e-2, **arguments}
-    args = SpecDiffTrainingArguments(
-        output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, dataloader_pin_memory=False, **settings
+def make_trainer(
+    folder: Path,
+    drafter: torch.nn.Module,
+    language_model: object = None,
+    *,
+    max_steps: int = 6,
+    save_steps: int = 3,
+    learning_rate: float = 1e-2,
+    **settings: object,
+) -> SpecDiffTrainer:
+    """Return a trainer on a few random sequences, not yet run; `settings` are the plan's."""
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=max_steps,
+        save_steps=save_steps,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
     )
-    dataset = SequenceDataset(make_sequences(), 24)
-    return SpecDiffTrainer(make_target(), language_model=language_model, model=drafter, args=args, train_dataset=dataset)
+    plan, dataset = TrainingPlan(None, **settings), SequenceDataset(make_sequences(), 24)
+    return SpecDiffTrainer(make_target(), plan, language_model=language_model, model=drafter, args=args, train_dataset=dataset)
 
 
 class KillAfter(TrainerCallback):
@@ -108,7 +125,7 @@ def test_a_mask_of_its_own_is_learnt_and_begins_without_a_favourite(tmp_path: Pa
         target = make_target(tie_word_embeddings=True)
         weight = target.get_input_embeddings().weight.data
         weight[-8:] = 3 * weight[MASK_TOKEN_ID]
-        config = make_drafter_config(target, mask_token_id=MASK_TOKEN_ID, target_layer_ids=[0, 2], has_mask_embedding=has_own)
+        config = make_drafter_config(target, TrainingPlan([0, 2], has_mask_embedding=has_own), MASK_TOKEN_ID)
         config.initializer_range = 0.02
         drafter = new_drafter(config, 0, target)
         trainer = make_trainer(tmp_path, drafter, max_steps=2)
@@ -150,20 +167,6 @@ def test_the_context_is_learnt_where_it_has_a_weight(tmp_path: Path) -> None:
     assert losses[1] - losses[0] == pytest.approx(0.5 * (losses[2] - losses[0]), rel=1e-4)
     assert losses[2] - losses[0] > 1.0  # an untrained drafter's loss is about log 31
     torch.testing.assert_close(outputs[0][1]["log_probs"], outputs[2][1]["log_probs"], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"loss_weights": {"typo": 1.0}}, "`loss_weights` must give some of ce"),
-        ({"loss_weights": {}}, "`loss_weights` must give some of ce"),
-        ({"loss_weights": {"ce": -1.0}}, "a positive weight"),
-        ({"context_weight": -0.1}, "`context_weight` must be at least 0"),
-    ],
-)
-def test_bad_losses_are_refused(arguments: dict, words: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=words):
-        SpecDiffTrainingArguments(output_dir=str(tmp_path), **arguments)
 
 
 @pytest.mark.parametrize("layers", [None, [0, 2]])
@@ -220,7 +223,9 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_drafters_fit_targets_of_other_shapes() -> None:
-    config = make_drafter_config(GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=2, vocab_size=31)), mask_token_id=3)
+    config = make_drafter_config(
+        GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=2, vocab_size=31)), TrainingPlan(None), 3
+    )
     assert (config.hidden_size, config.intermediate_size, config.head_dim) == (16, 64, 8)
 
 
@@ -409,8 +414,10 @@ torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from tests.conftest import MASK_TOKEN_ID, make_target
 from tests.training.test_training import make_sequences
-from hf_specdiff.training.data import processes
-from hf_specdiff.training.pipeline import HeldOut, TrainingPlan, fit_drafter
+from hf_specdiff.training.evaluation import HeldOut
+from hf_specdiff.training.pipeline import fit_drafter
+from hf_specdiff.training.plan import TrainingPlan
+from hf_specdiff.training.processes import processes
 
 plan = TrainingPlan([0, 2], num_layers=1, block_size=4, num_epochs=2, batch_size=4, bf16=False, save_steps=2, eval_tokens=12)
 held_out = HeldOut([[5, 6], [7, 8, 9], [4, 3]], make_sequences(5, seed=9))
