@@ -82,6 +82,7 @@ class Scale:
         num_prompts (`int`): held-out prompts.
         num_tokens (`int`): to write after each.
         prompts_together (`int`): prompts that are decoded together.
+        objectives (`tuple[str, ...]`): to align by, of `OBJECTIVES`.
     """
 
     num_layers: int
@@ -95,6 +96,12 @@ class Scale:
     num_prompts: int
     num_tokens: int
     prompts_together: int
+    objectives: tuple[str, ...] = tuple(OBJECTIVES)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the drafters: the language model as it is, and aligned."""
+        return [UNALIGNED, *self.objectives]
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,11 +264,10 @@ class Experiment:
         return [{name: batch[name] for name in names} for batch in padded]
 
 
-def todo(num_seeds: int) -> Iterator[tuple[Setting, str, int]]:
+def todo(scale: Scale) -> Iterator[tuple[Setting, str, int]]:
     """Yield what is to be decoded: setting, drafter and seed; what tells most comes first."""
-    names = [UNALIGNED, *OBJECTIVES]
     for number in range(len(settings_of(0.0))):
-        for temperature, name, seed in itertools.product((0.0, 1.0), names, range(num_seeds)):
+        for temperature, name, seed in itertools.product((0.0, 1.0), scale.names, range(scale.num_seeds)):
             yield settings_of(temperature)[number], name, seed
 
 
@@ -276,7 +282,7 @@ def measure(experiment: Experiment, journal: Journal) -> None:
         OutOfTime: if the minutes are over.
     """
     batches, plain = experiment.batches(), {}
-    for setting, name, seed in todo(experiment.scale.num_seeds):
+    for setting, name, seed in todo(experiment.scale):
         for number, batch in enumerate(batches):
             key = {**asdict(setting), "drafter": name, "seed": seed, "batch": number}
             if journal.select(**key):
@@ -352,7 +358,7 @@ def rows_of_notes(notes: list[dict[str, Any]], num_seeds: int, num_batches: int)
 
 def speed_rows(experiment: Experiment) -> list[dict[str, Any]]:
     """Return speed against plain `generate` on an idle machine, one prompt at a time: each drafter's chain and 8 samples."""
-    names = [UNALIGNED, *OBJECTIVES]
+    names = experiment.scale.names
     drafters = {name: experiment.drafter(name, 0) for name in names}
     for drafter in drafters.values():
         drafter.context_cache = "auto"
@@ -386,21 +392,25 @@ def main(
     num_prompts: Annotated[int, typer.Option(min=1)] = 32,
     num_tokens: Annotated[int, typer.Option(min=8)] = 128,
     prompts_together: Annotated[int, typer.Option(min=1)] = 4,
+    objective: Annotated[list[str] | None, typer.Option(help="align by these only: " + ", ".join(OBJECTIVES))] = None,
 ) -> None:
     """Train, align, decode; each phase is skipped where its result exists."""
+    objectives = tuple(objective or OBJECTIVES)
+    if unknown := set(objectives) - set(OBJECTIVES):
+        raise typer.BadParameter(f"`--objective` must be one of {', '.join(OBJECTIVES)}, got {', '.join(sorted(unknown))}.")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     target, _, tokenizer = load_demo()
     tokenizer.padding_side = "left"
     training = (num_layers, language_model_steps, alignment_steps, num_texts, max_length, batch_size, num_anchors)
-    scale = Scale(*training, num_seeds, num_prompts, num_tokens, prompts_together)
+    scale = Scale(*training, num_seeds, num_prompts, num_tokens, prompts_together, objectives)
     deadline = Deadline(time.monotonic() + minutes * 60 if minutes else float("inf"))
     journal = Journal(work / "notes", asdict(scale))  # runs of other sizes do not mix
     experiment = Experiment(work, scale, deadline, target, tokenizer)
     timed: list[dict[str, Any]] = []
     try:
         experiment.make_language_model()
-        for seed, name in itertools.product(range(num_seeds), OBJECTIVES):
+        for seed, name in itertools.product(range(num_seeds), objectives):
             deadline.check()
             experiment.align(name, seed)
         measure(experiment, journal)
@@ -412,11 +422,13 @@ def main(
     if not rows:
         typer.echo("Nothing is decoded yet.")
         raise typer.Exit(1)
-    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asdict(scale).items())
+    sizes = {name: value for name, value in asdict(scale).items() if name != "objectives"}
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
+    options += "".join(f' --objective "{name}"' for name in objective or ())
     command = f"python -m benchmarks.specdiff_papers {output} --work FOLDER {options}"
     conditions = conditions_of(Models(target, tokenizer, {}), command) | asdict(scale)
     parameters = {"drafter": experiment.drafter(UNALIGNED, 0).num_parameters(), "target": target.num_parameters()}
-    num_wanted = len(settings_of(0.0)) * 2 * (1 + len(OBJECTIVES))
+    num_wanted = len(settings_of(0.0)) * 2 * len(scale.names)
     conditions |= {"parameters": parameters, "num_settings": len(rows), "num_settings_planned": num_wanted}
     write_record(output, {"conditions": conditions, "rows": rows, "speed": timed})
     typer.echo(f"{len(rows)} of {num_wanted} settings written to {output}.")

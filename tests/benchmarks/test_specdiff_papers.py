@@ -60,12 +60,18 @@ def test_a_broken_run_goes_on_and_finished_phases_are_not_done_again(tmp_path: P
     assert plot_papers(record).axes[0].get_ylabel() == "tokens per round, best K"
     other = run(specdiff_papers, *command, "--num-seeds", "2")
     assert isinstance(other.exception, ValueError)
+    assert "`--objective` must be one of + CE" in run(specdiff_papers, *command, "--objective", "+ NLL").output
+
+
+def test_one_objective_can_be_tried_alone() -> None:
+    scale = specdiff_papers.Scale(8, 1200, 600, 64, 160, 16, 2, 1, 4, 64, 2, ("+ streak",))
+    assert {name for _, name, _ in specdiff_papers.todo(scale)} == {"unaligned", "+ streak"}
 
 
 def made_up_record(scale: specdiff_papers.Scale, rates: dict[str, float], **kept: Any) -> dict[str, Any]:
     """Return a record in which each drafter's rounds bring what is said, and 8 samples a third more accepted tokens than 1."""
     notes = []
-    for setting, name, seed in specdiff_papers.todo(scale.num_seeds):
+    for setting, name, seed in specdiff_papers.todo(scale):
         if any(getattr(setting, key) not in values for key, values in kept.items()):
             continue
         accepted = (rates[name] - 1) * (4 / 3 if setting.num_drafts == 8 else 1)
