@@ -7,6 +7,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 from typing import Any
 
 from transformers import CONFIG_MAPPING
@@ -122,6 +123,7 @@ class LanguageModel:
         config (`PreTrainedConfig`): of the body.
         mask_token_id (`int`, *optional*): as the folder or the family says.
         logit_offset (`int`): see `DiffusionDrafter`.
+        is_offset_open (`bool`): whether that is only what the family's own models have, and files do not say it.
         attentions (`list`): what its attention may be; several where the files do not say.
         block_size (`int`, *optional*): slots of its window, where the folder says.
         foreign_ids (`list[int]`): ids that the folder says mean something else to its target.
@@ -137,6 +139,7 @@ class LanguageModel:
     block_size: int | None = None
     foreign_ids: list[int] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
+    is_offset_open: bool = False
 
 
 def family_of(config: dict[str, Any], read_shapes: Callable[[], Shapes]) -> Any:
@@ -207,13 +210,15 @@ def _sdar(config: dict[str, Any], shapes: Shapes, ignored: Iterable[str]) -> Lan
 
 
 def _a2d_qwen2(config: dict[str, Any], shapes: Shapes, ignored: Iterable[str]) -> LanguageModel:
-    """Conversions of Qwen2.5 by the package dLLM: the files do not say whether they were trained in blocks."""
-    return _qwen("a2d-qwen2", Qwen2ForCausalLM, Qwen2Config, config, shapes, ignored, None, 0, _a2d_attentions(config))
+    """Conversions of Qwen2.5 by the package dLLM: the files do not say whether they were trained in blocks, or shifted."""
+    model = _qwen("a2d-qwen2", Qwen2ForCausalLM, Qwen2Config, config, shapes, ignored, None, 0, _a2d_attentions(config))
+    return replace(model, is_offset_open=True)
 
 
 def _a2d_qwen3(config: dict[str, Any], shapes: Shapes, ignored: Iterable[str]) -> LanguageModel:
     """Conversions of Qwen3 by the same package."""
-    return _qwen("a2d-qwen3", Qwen3ForCausalLM, Qwen3Config, config, shapes, ignored, None, 0, _a2d_attentions(config))
+    model = _qwen("a2d-qwen3", Qwen3ForCausalLM, Qwen3Config, config, shapes, ignored, None, 0, _a2d_attentions(config))
+    return replace(model, is_offset_open=True)
 
 
 def _a2d_attentions(config: dict[str, Any]) -> list[Attention]:

@@ -248,18 +248,19 @@ def _reading(
     source: Source, model: LanguageModel, body: Any, mask_token_id: int, target: Any, settings: dict[str, Any]
 ) -> Reading:
     """Return how the body is to be read: as the user says, as the family is known, or what predicts masked words best."""
-    offset = settings.pop("logit_offset", model.logit_offset)
+    given = settings.pop("logit_offset", None)
+    offsets = [0, -1] if model.is_offset_open and target is not None else [model.logit_offset]
     attention, length = settings.pop("attention", None), settings.pop("block_length", None)
-    if attention is not None or length is not None:
-        return Reading(offset, attention or "block_causal", length)
-    readings = [Reading(offset, *way) for way in model.attentions]
+    is_given = attention is not None or length is not None
+    ways = [(attention or "block_causal", length)] if is_given else model.attentions
+    readings = [Reading(offset, *way) for offset in (offsets if given is None else [given]) for way in ways]
     if len(readings) == 1:
         return readings[0]
     if target is None:
-        ways = " or ".join(f"attention={way!r}, block_length={length}" for way, length in model.attentions)
+        choices = " or ".join(f"attention={way!r}, block_length={length}" for way, length in ways)
         raise ValueError(
             f"`target` or `attention` must be given for {source.name!r}, got neither: its files do not say who sees whom. Pass "
-            f"the target, on whose text that is found out, or {ways}."
+            f"the target, on whose text that is found out, or {choices}."
         )
     return best_reading(body, _own_text(body, target, settings["own_ids"]), mask_token_id, readings)
 

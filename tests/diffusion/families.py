@@ -271,7 +271,7 @@ MDLM_CONFIG = {
     "time_conditioning": False,
     "vocab_size": VOCAB,
 }
-A2D = {"settings": {"attention": "full"}}
+A2D = {"settings": {"attention": "full", "logit_offset": 0}}
 FAMILIES = {
     "dream": Family(
         qwen("Dream", "DreamModel", mask_token_id=33, use_mrope=False), llama_shapes(HF, biases="qkv"), llama(HF), 33, -1

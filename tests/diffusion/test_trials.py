@@ -10,6 +10,7 @@ from transformers import Qwen2Config
 from transformers import Qwen2ForCausalLM
 
 import hf_specdiff
+from hf_specdiff.core.masked_target import additive
 from hf_specdiff.diffusion.trials import Reading
 from hf_specdiff.diffusion.trials import best_reading
 from hf_specdiff.diffusion.trials import text_of
@@ -88,6 +89,33 @@ def test_the_reading_that_predicts_masked_words_best_is_taken(trained: Reading) 
     text = text_of(make_target(eos_token_id=None))
     assert text.shape == (1, 65)
     assert best_reading(Knowing(text, trained), text, MASK, READINGS) == trained
+
+
+def trained_body(text: torch.Tensor, reading: Reading) -> Qwen2ForCausalLM:
+    """Return a body that has learnt to fill in the gaps of a text `(1, L)`, read in one way."""
+    body, generator = make_body(hidden_size=32, initializer_range=0.1).train(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(body.parameters(), lr=1e-2)
+    mask = additive(reading.seen(text.shape[1], text.device)[None], torch.float32)
+    for _ in range(50):
+        is_hidden = (torch.rand(4, text.shape[1], generator=generator) < 0.15) & (torch.arange(text.shape[1]) > 0)
+        ids = text.expand(4, -1).masked_fill(is_hidden, MASK)
+        rows, places = is_hidden.nonzero(as_tuple=True)
+        logits = body(input_ids=ids, attention_mask=mask, use_cache=False).logits[rows, places + reading.logit_offset]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits, text[0, places]).backward()
+        optimizer.step()
+    return body.eval()
+
+
+@pytest.mark.parametrize("trained", READINGS[:3], ids=["own rows", "shifted", "blocks"])
+def test_weights_that_were_really_trained_in_one_way_are_read_in_it(trained: Reading) -> None:
+    text = text_of(make_target(eos_token_id=None))
+    assert best_reading(trained_body(text, trained), text, MASK, READINGS) == trained
+
+
+def test_a_text_of_unknown_words_tells_nothing() -> None:
+    with pytest.raises(ValueError, match="a target's text without words that the language model knows"):
+        best_reading(make_body(), torch.tensor([[3]]), MASK, READINGS)
 
 
 def test_weights_that_do_better_without_later_words_are_a_causal_models() -> None:

@@ -11,15 +11,31 @@ from transformers.utils import logging
 
 import hf_specdiff
 from hf_specdiff.diffusion.drafter import DiffusionDrafter
+from hf_specdiff.diffusion.trials import Reading
+from hf_specdiff.diffusion.trials import text_of
 from tests.conftest import make_target
 from tests.conftest import plain_text
 from tests.conftest import shared_target
 from tests.diffusion.families import FAMILIES
 from tests.diffusion.families import VOCAB
 from tests.diffusion.references import seen_by
+from tests.diffusion.test_trials import MASK
+from tests.diffusion.test_trials import trained_body
 
 TEXT = [1, 5, 9, 4, 7, 7, 3, 12, 30, 8, 11]
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16}
+BATCH = torch.tensor([[0, 0, *TEXT[:-2]], TEXT, [0, 0, 0, 0, 0, 1, 9, 9, 4, 2, 6]])
+LIKELIEST: dict[str, Any] = {"do_sample": True, "top_k": 1}
+SCHEMES: dict[str, list[dict[str, Any]]] = {
+    "exact": [
+        {"draft_shape": "chain", "gamma": 4, "num_denoising_steps": 2},
+        {"draft_shape": "samples", "num_drafts": 3, "acceptance": "self_selection", **LIKELIEST},
+    ],
+    "prefix": [
+        {"draft_shape": "tree", "tree_budget": 9},
+        {"draft_shape": "chain", "gamma": 4, "acceptance": "ratio", **LIKELIEST},
+    ],
+}
 
 
 @pytest.fixture
@@ -52,19 +68,22 @@ def test_a_native_body_gives_the_logits_of_its_familys_rule(name: str, tmp_path:
     assert (own[:, is_word].double() - other[:, is_word]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(
-    ("name", "context_cache"),
-    # What is kept of a text does not hang on the family's names, but on who sees whom.
-    [*((name, "exact") for name in FAMILIES), ("dream", "prefix"), ("sdar", "prefix")],
-)
-def test_greedy_text_is_the_targets(name: str, context_cache: str, tmp_path: Path, target: LlamaForCausalLM) -> None:
-    """The target has 31 tokens, the bodies 40: what lies beyond, and the mask, is never drafted."""
+@pytest.mark.parametrize("context_cache", ["exact", "prefix"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_texts_of_padded_batches_are_the_targets(
+    name: str, context_cache: str, tmp_path: Path, target: LlamaForCausalLM
+) -> None:
+    """The target has 31 tokens, the bodies 40: what lies beyond, and the mask, is never drafted.
+
+    The sampled call may take no token but the likeliest, so that its text is known too.
+    """
     FAMILIES[name].write(tmp_path)
     drafter = load(tmp_path, name, target, context_cache=context_cache)
-    prompt = torch.tensor([TEXT])
-    plain = plain_text(target, prompt, max_new_tokens=16)
-    for scheme in ({"draft_shape": "chain", "gamma": 4}, {"draft_shape": "tree", "tree_budget": 9}):
-        assert torch.equal(hf_specdiff.generate(target, prompt, assistant_model=drafter, **scheme, **GREEDY), plain)
+    mask = (BATCH != 0).long()
+    plain = plain_text(target, BATCH, attention_mask=mask, max_new_tokens=12, pad_token_id=0)
+    for scheme in SCHEMES[context_cache]:
+        settings = {"do_sample": False, **scheme, "attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 0}
+        assert torch.equal(hf_specdiff.generate(target, BATCH, assistant_model=drafter, **settings), plain)
 
 
 def test_a_head_beside_a_tied_embedding_is_read(tmp_path: Path) -> None:
@@ -98,6 +117,18 @@ def test_what_the_files_leave_open_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="readings that cannot be told apart"):
         hf_specdiff.load_drafter(tmp_path, make_target(eos_token_id=None))
     assert hf_specdiff.load_drafter(tmp_path, attention="block_causal", block_length=8).block_length == 8
+
+
+def test_what_the_files_leave_open_is_found_out_on_the_targets_text(tmp_path: Path) -> None:
+    """A conversion with the rows of a causal model, which the package's own ones do not have; its words have other ids."""
+    target = make_target(eos_token_id=None)
+    turned = torch.arange(30, -1, -1)
+    trained_body(turned[text_of(target)], Reading(-1)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "a2d-qwen2", "mask_token_id": MASK}))
+    drafter = hf_specdiff.load_drafter(tmp_path, target, own_ids=turned.tolist())
+    assert (drafter.logit_offset, drafter.block_length) == (-1, None)
+    assert hf_specdiff.load_drafter(tmp_path, attention="full").logit_offset == 0
 
 
 @pytest.mark.parametrize(
