@@ -8,8 +8,11 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
+from itertools import accumulate
 from itertools import count
+from itertools import pairwise
 from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -22,6 +25,7 @@ from .draft import SampledChildren
 from .sampling import draw
 from .sampling import to_probs
 from .speculation import SpeculationConfig
+from .text import at_places
 from .text import to_device
 from .tree import COPIED
 from .tree import Copied
@@ -83,7 +87,7 @@ def sample_drafts(laws: Conditionals, speculation: SpeculationConfig, copies: Co
     previous, memory, drawn = laws.anchors.repeat_interleave(count), None, []
     for index in range(laws.gamma):
         scores, memory = laws.step(index, rows, previous, memory)
-        previous = draw(to_probs(scores / speculation.draft_temperature))
+        previous = draw(to_probs(scores, speculation.draft_temperature))
         drawn.append(previous)
     return merged_drafts(torch.stack(drawn, dim=1).unflatten(0, (-1, count)).tolist(), laws.anchors.device, copies)
 
@@ -178,21 +182,24 @@ def conditional_tree(
     return DraftTree.of_rows(tokens, parents, laws.anchors.device, sampled=sampled, values=values, copied=copied)
 
 
-@dataclass(frozen=True, slots=True)
-class _Law:
+class _Law(NamedTuple):
     """What is read back of the law of a position given the token before it.
 
     Attributes:
         probs (`list[float]`): its largest probabilities, falling.
-        tokens (`list[float]`): whose they are.
+        tokens (`list[int]`): whose they are.
         copied (`float`): the probability of the token that the row's copy has at this position.
         trust (`float`): what they are to be multiplied with; see `Conditionals.trust`.
     """
 
     probs: list[float]
-    tokens: list[float]
+    tokens: list[int]
     copied: float
     trust: float
+
+
+# Row, position, token before.
+_Key = tuple[float, float, float]
 
 
 class _Tables:
@@ -208,44 +215,67 @@ class _Tables:
 
     def __init__(self, laws: Conditionals, temperature: float, num_ranks: int, most: int, copies: list[Copy]) -> None:
         self.laws, self.temperature, self.num_ranks = laws, temperature, num_ranks
-        self.copied = [copy.tokens[: laws.gamma] for copy in copies]
-        self._laws: dict[tuple[int, int, int], _Law] = {}
-        self._ask(*laws.likely(self.copied, most))
+        copied = [copy.tokens[: laws.gamma] for copy in copies]
+        padded = [token for own in copied for token in own + [0] * (laws.gamma - len(own))]
+        self._copied: torch.Tensor | None = None  # by row and position
+        if any(copied):
+            self._copied = to_device(padded, laws.anchors.device).view(-1, laws.gamma)
+        # Where a law's numbers begin: in which table, and at which of its places.
+        self._places: dict[_Key, tuple[list[list[float]], int]] = {}
+        self._ask(*laws.likely(copied, most))
 
-    def law(self, row: int, position: int, token: int) -> _Law:
-        """Return the law of one position of a row, given the token before it."""
-        key = (row, position, token)
-        if key not in self._laws:
-            self._ask(*to_device([[position], [row], [token]], self.laws.anchors.device))
-        return self._laws[key]
+    def law(self, key: _Key) -> _Law | None:
+        """Return the law of one position of a row given the token before it; `None`: it has not been asked for."""
+        if key not in self._places:
+            return None
+        (ids, probs, trust, copied), place = self._places[key]
+        start, end = place * self.num_ranks, (place + 1) * self.num_ranks
+        return _Law(
+            probs[start:end],
+            [int(token) for token in ids[start:end]],
+            copied[place] if copied else 0.0,
+            trust[place] if trust else 1.0,
+        )
+
+    def ask(self, keys: list[_Key]) -> None:
+        """Ask for laws that were not foreseen."""
+        rows, positions, tokens = to_device(list(zip(*keys, strict=True)), self.laws.anchors.device)
+        self._ask(positions, rows, tokens)
 
     def _ask(self, positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> None:
         scores, ids = self.laws.drafted_scores(positions, rows, tokens)
-        law = to_probs(scores / self.temperature)
-        probs, ranked = law.topk(min(self.num_ranks, len(ids)), dim=-1)
-        trust = self.laws.trust(positions, rows, tokens, law)[:, 0]
-        parts = [positions, rows, tokens, trust, probs.flatten(), ids[ranked].flatten()]
-        if self.copied:
-            table = [own + [0] * (self.laws.gamma - len(own)) for own in self.copied]
-            following = to_device(table, law.device)[rows, positions]
-            places = torch.searchsorted(ids, following).clamp(max=len(ids) - 1)
-            parts.append(law.gather(-1, places[:, None])[:, 0] * (ids[places] == following))
+        law = to_probs(scores, self.temperature)
+        probs, ranked = law.topk(self.num_ranks, dim=-1)
+        own = torch.cat([rows, positions, tokens, (ranked if ids is None else ids[ranked]).flatten()])
+        parts = [own.to(law.dtype), probs.flatten()]
+        has_trust = self.laws.confidence is not None
+        if has_trust:
+            parts.append(self.laws.trust(positions, rows, tokens, law)[:, 0])
+        if self._copied is not None:
+            parts.append(_probabilities(law, ids, at_places(self._copied, rows, positions)))
         # One device sync. Ids are exact in float32, as far as vocabularies go (2 ** 24).
-        numbers = torch.cat([part.to(law.dtype) for part in parts]).tolist()
-        size, width = len(tokens), probs.shape[-1]
-        for place in range(size):
-            position, row, token = (int(numbers[column * size + place]) for column in range(3))
-            start, other = 4 * size + place * width, (4 + width) * size + place * width
-            copied = numbers[(4 + 2 * width) * size + place] if self.copied else 0.0
-            own = _Law(numbers[start : start + width], numbers[other : other + width], copied, numbers[3 * size + place])
-            self._laws[row, position, token] = own
+        numbers = torch.cat(parts).tolist()
+        size, many = len(tokens), probs.numel()
+        ends = [*accumulate([size, size, size, many, many, size * has_trust]), len(numbers)]
+        columns = [numbers[start:end] for start, end in pairwise([0, *ends])]
+        # Keys are whole numbers, which are found whether they are integers or not.
+        for place, key in enumerate(zip(*columns[:3], strict=True)):
+            self._places[key] = (columns[3:], place)
+
+
+def _probabilities(law: torch.Tensor, ids: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+    """Return what laws `(n, m)` say of one token each, `(n,)`; 0 of a token that is not among `ids` `(m,)`."""
+    if ids is None:
+        return law.gather(-1, tokens[:, None])[:, 0]
+    places = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
+    return law.gather(-1, places[:, None])[:, 0] * (ids[places] == tokens)
 
 
 def _best_first(
     laws: Conditionals, speculation: SpeculationConfig, smallest: float, copies: Copies | None
 ) -> list[tuple[TreeShape, list[int]]]:
     """Return each row's most probable prefixes and their tokens, from tables of the likely laws."""
-    anchors, most = laws.anchors.tolist(), min(speculation.tree_budget, laws.marginals.shape[-1])  # type: ignore[union-attr]
+    anchors, most = laws.anchors.tolist(), min(speculation.tree_budget, laws.width)
     found = []
     for num_ranks in sorted({min(FEW_RANKS, most), most}):
         own = [] if copies is None else copies.found
@@ -276,6 +306,7 @@ class _Search:
         # Minus value, tie-break, parent, depth, rank, what siblings are multiplied with, their law, the copied one's rank.
         self._heap: list[tuple[float, int, int, int, int, float, _Law | None, int | None]] = []
         self._order = count()
+        self._missing = 0  # nodes that the tree may still have
 
     def run(self, anchor: int, budget: int, smallest: float) -> tuple[TreeShape, list[int]]:
         """Return at most `budget` nodes, most probable first, all of more than `smallest` probability; and their tokens."""
@@ -291,14 +322,17 @@ class _Search:
                 token = self.copy.tokens[depth - 1]
             else:
                 assert law is not None
-                token = int(law.tokens[rank])
+                token = law.tokens[rank]
                 self._offer(parent, depth, rank + 1, above, law, beside)
             shape.parents.append(parent)
             shape.depths.append(depth)
             shape.ranks.append(rank)
             shape.values.append(-negative)
             tokens.append(token)
-            self._offer_children(len(tokens), depth + 1, token, -negative, is_copied=rank == COPIED)
+            # The last node has no children; what a copy has behind it is weighed, which teaches how far to trust copies.
+            if len(tokens) < budget or rank == COPIED:
+                self._missing = budget - len(tokens)
+                self._offer_children(len(tokens), depth + 1, token, -negative, is_copied=rank == COPIED)
         return shape, tokens
 
     def _offer(self, parent: int, depth: int, rank: int, above: float, law: _Law, beside: int | None) -> None:
@@ -315,13 +349,38 @@ class _Search:
                 assert self.copy is not None
                 self._push(-value * self.copy.alone[depth - 1], parent, depth, COPIED, value, None, None)
             return
-        law, beside = self.tables.law(self.row, depth - 1, token), None
+        law, beside = self._law((self.row, depth - 1, token)), None
         if is_copied:
             assert self.copies is not None
-            copied = self.copies.weigh(self.row, depth - 1, law.copied, law.probs, [int(token) for token in law.tokens])
+            copied = self.copies.weigh(self.row, depth - 1, law.copied, law.probs, law.tokens)
             self._push(-value * copied.rate, parent, depth, COPIED, value, law, copied.rank)
             value, beside = value * copied.scale, copied.rank
         self._offer(parent, depth, 0, value * law.trust, law, beside)
+
+    def _law(self, key: _Key) -> _Law:
+        """Return a law; one that was not foreseen is asked for together with those that will soon be wanted."""
+        found = self.tables.law(key)
+        if found is None:
+            self.tables.ask([key, *self._next_laws()])
+            found = self.tables.law(key)
+            assert found is not None
+        return found
+
+    def _next_laws(self) -> list[_Key]:
+        """Return those behind the likeliest nodes that were offered, as many as the tree may still have."""
+        keys: list[_Key] = []
+        for _, _, _, depth, rank, _, law, _ in heapq.nsmallest(self._missing, self._heap):
+            if depth < self.tables.laws.gamma:
+                if rank == COPIED:
+                    assert self.copy is not None
+                    token = self.copy.tokens[depth - 1]
+                else:
+                    assert law is not None
+                    token = law.tokens[rank]
+                key = (self.row, depth, token)
+                if self.tables.law(key) is None:
+                    keys.append(key)
+        return keys
 
     def _push(self, negative: float, *others: Any) -> None:
         heapq.heappush(self._heap, (negative, next(self._order), *others))
@@ -336,7 +395,7 @@ def _most_probable(laws: Conditionals, speculation: SpeculationConfig, smallest:
     for depth in range(1, laws.gamma + 1):
         rows = [row for row, _ in frontier]
         scores, memory = laws.step(depth - 1, rows, previous, memory)
-        law = to_probs(scores / speculation.draft_temperature)
+        law = to_probs(scores, speculation.draft_temperature)
         probs, tokens = law.topk(min(budget, scores.shape[-1]), dim=-1)
         copied = {} if copies is None else _copied_children(copies, found, frontier, law, probs, tokens)
         probs = probs * laws.trust(depth - 1, rows, previous, law)
@@ -436,7 +495,7 @@ def _filled(
     previous, memory, index, num_laws = laws.anchors[[row for row, _ in inner]], None, 0, 0
     while inner and index < laws.gamma:
         scores, memory = laws.step(index, [row for row, _ in inner], previous, memory)
-        law = to_probs(scores / speculation.draft_temperature)
+        law = to_probs(scores, speculation.draft_temperature)
         most = max(len(children[row][node]) for row, node in inner)
         ranked = law.topk(most, dim=-1).indices.tolist()
         families = [_by_rank(shapes[row], children[row][node]) for row, node in inner]

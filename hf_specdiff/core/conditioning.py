@@ -16,6 +16,7 @@ from .drafters import Shaper
 from .features import Features
 from .speculation import SpeculationConfig
 from .text import Text
+from .text import at_places
 
 
 class TokenDrafter(DenoisingDrafter):
@@ -110,6 +111,8 @@ class FeatureDrafter(DenoisingDrafter):
         self.knows_token_before = network.config.knows_token_before
         self.has_memory = network.config.markov_head_type == "rnn" and network.config.markov_rank > 0
         self.has_confidence = network.config.enable_confidence_head
+        # A selector's candidates, or a reduced vocabulary, may hold the mask alone.
+        self._is_never_dead &= not (network.config.selector_rank or network.config.draft_vocab_size)
         self.states: torch.Tensor | None = None  # of the last pass, which heads read again
 
     def window_logits(self, window: torch.Tensor, text: Text, features: Features | None) -> torch.Tensor:
@@ -141,12 +144,12 @@ class FeatureDrafter(DenoisingDrafter):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the laws of positions given the token before each; see `DenoisingDrafter.step`."""
         assert self.states is not None
-        return self.network.step_logits(logits, self.states[rows, index], previous, memory)
+        return self.network.step_logits(logits, at_places(self.states, rows, index), previous, memory)
 
     def confidence(self, index: Any, rows: Any, previous: torch.Tensor) -> torch.Tensor:
         """Return how likely a token of one position's law is accepted; see `DenoisingDrafter.confidence`."""
         assert self.states is not None
-        return self.network.confidence(self.states[rows, index], previous)
+        return self.network.confidence(at_places(self.states, rows, index), previous)
 
 
 def make_drafter(

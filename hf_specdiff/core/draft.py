@@ -148,7 +148,7 @@ class Conditionals:
 
     def drafted_scores(
         self, positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the logits that can be drafted of many laws, and whose they are: a large vocabulary's others cost time.
 
         Args:
@@ -157,11 +157,10 @@ class Conditionals:
             tokens (`torch.Tensor` of shape `(n,)`, int64): before the positions.
 
         Returns:
-            `tuple`: logits `(n, m)` float32 and the ids of their columns `(m,)` int64.
+            `tuple`: logits `(n, m)` float32 and the ids of their columns `(m,)` int64; `None`: a column for each token.
         """
         if self.drafted_step is None or self.drafted_ids is None:
-            scores, _ = self.step(positions, rows, tokens, None)
-            return scores, torch.arange(scores.shape[-1], device=scores.device)
+            return self.step(positions, rows, tokens, None)[0], None
         return self.drafted_step(positions, rows, tokens), self.drafted_ids
 
     @property
@@ -189,23 +188,21 @@ class Conditionals:
             tokens = before.topk(min(NUM_CANDIDATES, vocab_size), dim=-1).indices
             places = (torch.arange(1, self.gamma, device=device)[:, None] * vocab_size + tokens).flatten(1)
         else:
-            probs = torch.softmax(before.float(), dim=-1)
-            likeliest = probs.amax(dim=-1).cumprod(dim=-1)
-            reached = torch.nn.functional.pad(likeliest[:, :-1], (1, 0), value=1.0)
-            values = (probs * reached[:, :, None]).flatten(1)
+            values = torch.softmax(before.float(), dim=-1)
+            reached = values.amax(dim=-1).cumprod(dim=-1)
+            values[:, 1:] *= reached[:, :-1, None]
+            values = values.flatten(1)
             places = values.topk(min(most, values.shape[1]), dim=-1).indices + vocab_size
-        rows = torch.arange(num_rows, device=device)
-        parts = [
-            (torch.zeros_like(rows), rows, self.anchors),
-            ((places // vocab_size).flatten(), rows[:, None].expand_as(places).flatten(), (places % vocab_size).flatten()),
-        ]
-        more = [
-            (place, row, token) for row, own in enumerate(copied or []) for place, token in enumerate(own[: self.gamma - 1], 1)
-        ]
-        if more:
-            parts.append(tuple(to_device(list(zip(*more, strict=True)), device)))
-        positions, rows, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
-        return positions, rows, tokens
+        # Position and token as one number; that of an anchor, at position 0, is its token.
+        rows = [*range(num_rows), *(row for row in range(num_rows) for _ in range(places.shape[1]))]
+        more = []
+        for row, own in enumerate(copied or []):
+            more += [place * vocab_size + token for place, token in enumerate(own[: self.gamma - 1], 1)]
+            rows += [row] * min(len(own), self.gamma - 1)
+        known = to_device(rows + more, device)
+        places = torch.cat([self.anchors, places.flatten(), known[len(rows) :]])
+        positions = torch.div(places, vocab_size, rounding_mode="floor")
+        return positions, known[: len(rows)], places - positions * vocab_size
 
     def trust(self, index: Any, rows: Any, previous: torch.Tensor, law: torch.Tensor) -> torch.Tensor:
         """Return what a position's probabilities are to be multiplied with, so that they say how often tokens are accepted.

@@ -31,6 +31,7 @@ from .sampling import to_float
 from .sampling import to_probs
 from .speculation import SpeculationConfig
 from .text import Text
+from .text import at_places
 from .text import to_device
 
 
@@ -138,6 +139,8 @@ class DenoisingDrafter:
         # A tree's positions have many prefixes, and out of order a prefix is not known yet: nothing for a processor to read.
         reads_prefixes = speculation.draft_shape == "chain" and speculation.reveals_in_order
         self.processors = logits_processor if reads_prefixes else prefix_free_part(logits_processor)
+        # Whether each position has some token left to draw, whatever the logits.
+        self._is_never_dead = not self.processors
 
     def compile(self, passes: Any) -> None:
         """Let a compiled pass of one width do the work; before the first draft.
@@ -324,11 +327,12 @@ class DenoisingDrafter:
         def ask(positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> None:
             found: list[Any]
             if temperature == 0:
-                best, ids = laws.drafted_scores(positions, rows, tokens)
-                found = ids[best.argmax(dim=-1)].tolist()
+                scores, ids = laws.drafted_scores(positions, rows, tokens)
+                best = scores.argmax(dim=-1)
+                found = (best if ids is None else ids[best]).tolist()
             else:
                 scores, _ = laws.step(positions, rows, tokens, None)
-                found = list(to_probs(scores / temperature).unbind())
+                found = list(to_probs(scores, temperature).unbind())
             keys = torch.stack([rows, positions, tokens], dim=1).tolist()
             known.update((tuple(key), value) for key, value in zip(keys, found, strict=True))
 
@@ -380,7 +384,7 @@ class DenoisingDrafter:
         def step(
             index: Any, rows: Any, previous: torch.Tensor, memory: torch.Tensor | None
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            own = logits[rows, index]
+            own = at_places(logits, rows, index)
             raw, memory = self.step(own, index, rows, previous, memory) if self.knows_token_before else (own, memory)
             return self._free_scores(raw[:, None])[:, 0] if is_processed else self._without_mask(raw), memory
 
@@ -391,8 +395,8 @@ class DenoisingDrafter:
         columns = to_float(logits[..., ids]).masked_fill(ids == self.mask_token_id, -torch.inf)
 
         def drafted_step(positions: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-            raw, _ = self.step(columns[rows, positions], positions, rows, tokens, None)
-            return _alive(process_without_prefix(self.processors, raw.to(self._home)).to(raw.device))
+            raw, _ = self.step(at_places(columns, rows, positions), positions, rows, tokens, None)
+            return self._processed(raw)
 
         return Conditionals(step, text.anchors()[:, 0], logits.shape[1], marginals, confidence, ids, drafted_step)
 
@@ -433,7 +437,13 @@ class DenoisingDrafter:
 
     def _free_scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Return logits after the processors, none of which reads a prefix, `(B, n, V)` float32."""
-        return _alive(process_without_prefix(self.processors, self._without_mask(logits).to(self._home)).to(logits.device))
+        return self._processed(self._without_mask(logits))
+
+    def _processed(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits after the processors, as `_free_scores`."""
+        if self._is_never_dead:
+            return scores
+        return _alive(process_without_prefix(self.processors, scores.to(self._home)).to(scores.device))
 
     def _without_mask(self, logits: torch.Tensor) -> torch.Tensor:
         """Return float32 logits in which the mask id cannot be drafted."""

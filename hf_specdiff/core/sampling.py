@@ -202,9 +202,9 @@ class Scores:
         return processors, prefix, to_float(self.logits[row, nodes[-1:]]).clone()
 
 
-def to_probs(scores: torch.Tensor) -> torch.Tensor:
-    """Return the probabilities of processed logits, shape `(..., V)`, rows summing to 1."""
-    return torch.softmax(scores, dim=-1)
+def to_probs(scores: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Return the probabilities of processed logits at a positive temperature, shape `(..., V)`, rows summing to 1."""
+    return torch.softmax(scores if temperature == 1 else scores / temperature, dim=-1)
 
 
 def draw(probs: torch.Tensor) -> torch.Tensor:
@@ -231,7 +231,7 @@ def draw_from_scores(scores: torch.Tensor, temperature: float) -> tuple[torch.Te
     """
     if temperature == 0:
         return scores.argmax(dim=-1), None
-    probs = to_probs(scores / temperature)
+    probs = to_probs(scores, temperature)
     return draw(probs), probs
 
 

@@ -248,7 +248,7 @@ def draft_samples(scores: torch.Tensor, speculation: SpeculationConfig, copies: 
 
     Source: SpecDiff-2, arXiv:2511.00606, Algorithm 1, steps 1 to 3.
     """
-    marginals = to_probs(scores / speculation.draft_temperature)
+    marginals = to_probs(scores, speculation.draft_temperature)
     drawn = draw(marginals[:, None].expand(-1, speculation.num_drafts, -1, -1))  # (B, K, G)
     return merged_drafts(drawn.tolist(), scores.device, copies)
 
@@ -278,7 +278,7 @@ def draft_tree(
 
     Source: arXiv:2604.12989; drawn children arXiv:2502.18779.
     """
-    marginals = to_probs(scores / speculation.draft_temperature)
+    marginals = to_probs(scores, speculation.draft_temperature)
     is_fixed = choose is None and copies is None and speculation.acceptance != "ratio"
     if is_fixed and speculation.tree_budget <= MOST_NODES and builds_trees(scores.device):
         return DraftTree.planted(*plant(marginals, speculation.tree_budget))

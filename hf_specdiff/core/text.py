@@ -16,6 +16,23 @@ def to_device(numbers: Any, device: torch.device) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=device.type == "cuda")
 
 
+def at_places(table: torch.Tensor, rows: Any, index: Any) -> torch.Tensor:
+    """Return entries of a table by row and position.
+
+    Args:
+        table (`torch.Tensor` of shape `(B, G, ...)`): the table.
+        rows (`list[int]` or `torch.Tensor` of shape `(n,)`): rows of the batch.
+        index (`int` or `torch.Tensor` of shape `(n,)`): one position for all, or one of each.
+
+    Returns:
+        `torch.Tensor` of shape `(n, ...)`.
+    """
+    if not isinstance(index, torch.Tensor) or not isinstance(rows, torch.Tensor):
+        return table[rows, index]
+    # One index takes a fraction of the time that two take.
+    return table.flatten(0, 1).index_select(0, index if len(table) == 1 else rows * table.shape[1] + index)
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """What is final of every row.
