@@ -65,6 +65,7 @@ class TokenDrafter(DenoisingDrafter):
             ids = ids.masked_fill(ids >= self.vocab_size, self.mask_token_id)
         inputs = {"input_ids": ids, "position_ids": position_ids, "window_size": window_size, "logits_to_keep": window_size - 1}
         if self.passes is None:
+            inputs["position_embeddings"] = self.position_tables(text, num_new, window_size)
             outputs = self.network(**inputs, attention_mask=key_mask, past_key_values=self.cache)
         else:
             outputs = self.passes.run(inputs, key_mask, ids.shape[1], window_size)
@@ -132,6 +133,7 @@ class FeatureDrafter(DenoisingDrafter):
         inputs["position_ids"] = position_ids
         if self.passes is None:
             more = {"attention_mask": key_mask, "cached_position_ids": self.cached_positions(text, counts)}
+            more["position_embeddings"] = self.position_tables(text, num_new, slots.shape[1])
             outputs = self.network(**inputs, **more, past_key_values=self.cache)
         else:
             outputs = self.passes.run(inputs, key_mask, slots.shape[1], slots.shape[1])
@@ -187,7 +189,7 @@ def make_drafter(
         max_length,
         shaper,
         end_token_ids,
-        embed=lambda ids: raw_embeddings(target, ids),
+        embed=lent_embedding(target),
         head=lent_head(target, network.drafted_ids),
     )
 
@@ -227,20 +229,28 @@ def _columns(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     return logits.index_select(-1, token_ids.to(logits.device))
 
 
-def raw_embeddings(target: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Return rows of a target's embedding as they are stored: some families scale or norm them on the way in.
+def lent_embedding(target: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a target's embedding, from ids to rows as they are stored: some families scale or norm them on the way in.
 
     Args:
         target (`transformers.PreTrainedModel`): the target.
-        ids (`torch.Tensor`, int64): token ids.
 
     Returns:
-        `torch.Tensor` of shape `(*ids.shape, D)`.
+        `Callable`: from token ids, int64, to `torch.Tensor` of shape `(*ids.shape, D)`.
     """
     embedding = target.get_input_embeddings()
+    if any(hasattr(embedding, name) for name in ("embed_norm", "embed_scale")):
+        return lambda ids: _stored_rows(embedding, ids)
+    return lambda ids: embedding(_beside(ids, embedding.weight))
+
+
+def raw_embeddings(target: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the rows `(*ids.shape, D)` of a target's embedding that belong to ids; see `lent_embedding`."""
+    return lent_embedding(target)(ids)
+
+
+def _stored_rows(embedding: Any, ids: torch.Tensor) -> torch.Tensor:
     ids = _beside(ids, embedding.weight)
-    if not any(hasattr(embedding, name) for name in ("embed_norm", "embed_scale")):
-        return embedding(ids)
     hook = getattr(embedding, "_hf_hook", None)  # of accelerate, which brings offloaded weights
     if hook is None:
         return torch.nn.functional.embedding(ids, embedding.weight)

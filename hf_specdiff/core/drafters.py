@@ -34,6 +34,9 @@ from .text import Text
 from .text import at_places
 from .text import to_device
 
+# Positions that are embedded ahead.
+TABLE_ROOM = 256
+
 
 class Drafter(Protocol):
     """Proposes tokens that follow a committed text. Nothing it does can change what is generated, only how fast.
@@ -134,6 +137,8 @@ class DenoisingDrafter:
         self.has_memory = False  # whether a law hangs on more tokens than the one before
         self.has_confidence = False
         self._unseen: list[Features] = []
+        self._masks: torch.Tensor | None = None  # of the last window
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None  # of the first positions; see `position_tables`
         self.device = network.device  # read once: the host goes through the weights for it
         self._home = network.device  # where the target's processors hold their tensors
         # A tree's positions have many prefixes, and out of order a prefix is not known yet: nothing for a processor to read.
@@ -165,12 +170,14 @@ class DenoisingDrafter:
         gamma = self._window_gamma(min(text.lengths))
         # A compiled pass is as wide at the end of a text as elsewhere.
         width = gamma if self.passes is None else self.speculation.gamma
-        window = text.tokens.new_full((text.num_rows, width + 1), self.mask_token_id)
-        window[:, :1] = text.anchors()
+        if self._masks is None or self._masks.shape != (text.num_rows, width):
+            self._masks = text.tokens.new_full((text.num_rows, width), self.mask_token_id)
+        window = torch.cat([text.anchors(), self._masks], dim=1)
         unseen, self._unseen = self._unseen, []
         with grouped_heads(self.device.type == "cpu", width + 1):
             logits = self.window_logits(window, text, Features.join(unseen) if unseen else None)
-        window, logits = window[:, : gamma + 1], logits[:, :gamma]
+        if width > gamma:
+            window, logits = window[:, : gamma + 1], logits[:, :gamma]
         is_first, self._is_first = self._is_first, False
         if is_first and bool(logits.isnan().any()):
             raise ValueError(
@@ -501,6 +508,28 @@ class DenoisingDrafter:
         window = torch.ones(text.num_rows, window_size, dtype=torch.bool, device=device)
         key_mask = torch.cat([self.rows.seen(text, start), is_new, window], dim=1)
         return (positions - text.num_padding()).clamp(min=0), key_mask
+
+    def position_tables(self, text: Text, num_new: int, window_size: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the network's `position_tables` of a pass, looked up: one row's positions go on from round to round.
+
+        Args:
+            text (`Text`): committed.
+            num_new (`int`): context tokens that this pass adds.
+            window_size (`int`): G + 1.
+
+        Returns:
+            `tuple`, *optional*: `None` where the pass computes them itself.
+        """
+        is_one = text.num_rows == 1 and text.prompt_mask is None and self.passes is None
+        if not is_one or not self.network.has_fixed_rotations:
+            return None
+        start = text.lengths[0] - 1 - num_new
+        end = start + num_new + window_size
+        if self._tables is None or self._tables[0].shape[2] < end:
+            positions = torch.arange(end + TABLE_ROOM, device=self.device)[None]
+            self._tables = self.network.position_tables(self.network.norm.weight, positions)
+        cos, sin = self._tables
+        return cos.narrow(2, start, end - start), sin.narrow(2, start, end - start)
 
     def cached_positions(self, text: Text, counts: list[int]) -> torch.Tensor | None:
         """Return the positions of the cached context, `(B, cached)` int64; `None`: those right before the new ones."""

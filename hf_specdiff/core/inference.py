@@ -5,7 +5,6 @@ be part of a graph again, so nothing of it may reach the user: neither does the 
 it, nor does a tensor leave the entry that was made in it. Knows no model.
 """
 
-from collections.abc import Iterable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import isfunction
@@ -18,8 +17,6 @@ from torch.utils._pytree import tree_map_only
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-# Attributes of torch's own, none of them a tensor.
-OF_EVERY_MODULE = vars(torch.nn.Module()).keys()
 OWN_AND_HOST = ("transformers.", __name__.rsplit(".", 1)[0] + ".")
 
 
@@ -48,9 +45,10 @@ def inference(models: list[torch.nn.Module], callbacks: list[Any], cache: Cache 
             make_ordinary(cache)
         for model in models:
             for module in _modules(model):
-                # Rotary embeddings that follow the text's length keep new frequencies.
-                _make_ordinary_in(module._buffers, module._buffers)
-                _make_ordinary_in(vars(module), vars(module).keys() - OF_EVERY_MODULE)
+                # Rotary embeddings that follow the text's length keep new frequencies; torch's own modules keep nothing.
+                if not type(module).__module__.startswith("torch."):
+                    _make_ordinary_in(module._buffers)
+                    _make_ordinary_in(vars(module))
 
 
 def ordinary(output: ModelOutput) -> ModelOutput:
@@ -77,17 +75,18 @@ def make_ordinary(cache: Cache) -> None:
         cache (`transformers.Cache`): changed in place.
     """
     for layer in cache.layers:
-        _make_ordinary_in(vars(layer), vars(layer))
+        _make_ordinary_in(vars(layer))
         for value in vars(layer).values():
             if isinstance(value, dict):  # running states
-                _make_ordinary_in(value, value)
+                _make_ordinary_in(value)
 
 
-def _make_ordinary_in(values: dict[Any, Any], names: Iterable[Any]) -> None:
-    for name in names:
+def _make_ordinary_in(values: dict[Any, Any]) -> None:
+    # Quantized layers keep a tuple of a tensor and its scale.
+    for name in [name for name, value in values.items() if isinstance(value, (torch.Tensor, tuple))]:
         value = values[name]
-        if isinstance(value, torch.Tensor | tuple):  # quantized layers keep a tensor and its scale
-            values[name] = tree_map_only(torch.Tensor, _ordinary_tensor, value)
+        is_tensor = isinstance(value, torch.Tensor)
+        values[name] = _ordinary_tensor(value) if is_tensor else tree_map_only(torch.Tensor, _ordinary_tensor, value)
 
 
 def _modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -114,9 +113,11 @@ def _is_plain(model: torch.nn.Module) -> bool:
     if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
         return False
     for module in _modules(model):
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if hasattr(module, "_hf_hook") or not all(_module_of(hook).startswith(OWN_AND_HOST) for hook in hooks):
+        if "_hf_hook" in vars(module):
             return False
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            if hooks and not all(_module_of(hook).startswith(OWN_AND_HOST) for hook in hooks.values()):
+                return False
         for parameter in module._parameters.values():
             if parameter is not None and (parameter.is_meta or hasattr(parameter, "device_mesh")):
                 return False

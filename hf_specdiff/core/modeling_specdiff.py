@@ -21,7 +21,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
-from transformers.models.qwen3.modeling_qwen3 import rotate_half
 from transformers.utils import ModelOutput
 
 from .candidate_generator import SpecDiffCandidateGenerator
@@ -54,6 +53,28 @@ class SpecDiffDrafterOutput(ModelOutput):
     past_key_values: Cache | None = None
 
 
+class Rotations:
+    """Rotary position embeddings of one pass.
+
+    Args:
+        cos (`torch.Tensor` of shape `(B or 1, 1, n, head_dim)`): cosines of the keys' positions.
+        sin (`torch.Tensor` of shape `(B or 1, 1, n, head_dim)`): sines, those of a head's first half negated.
+        num_queries (`int`): the queries are the last of the keys.
+    """
+
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor, num_queries: int) -> None:
+        self.cos, self.sin = cos, sin
+        self.query_cos, self.query_sin = cos[:, :, -num_queries:], sin[:, :, -num_queries:]
+
+    def of_keys(self, states: torch.Tensor) -> torch.Tensor:
+        """Turn keys `(B, heads, n, head_dim)`."""
+        return states * self.cos + states.roll(states.shape[-1] // 2, dims=-1) * self.sin
+
+    def of_queries(self, states: torch.Tensor) -> torch.Tensor:
+        """Turn queries `(B, heads, num_queries, head_dim)`."""
+        return states * self.query_cos + states.roll(states.shape[-1] // 2, dims=-1) * self.query_sin
+
+
 class SpecDiffAttention(nn.Module):
     """Attention of the window over cached context, new context and itself.
 
@@ -83,7 +104,7 @@ class SpecDiffAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         context_states: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        rotations: Rotations,
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
     ) -> torch.Tensor:
@@ -92,7 +113,7 @@ class SpecDiffAttention(nn.Module):
         Args:
             hidden_states (`torch.Tensor` of shape `(B, Q, D)`): the queries.
             context_states (`torch.Tensor` of shape `(B, C, D)`, *optional*): keys and values in front of the queries' own.
-            position_embeddings (`tuple`): cosine and sine, each `(B or 1, C + Q, head_dim)`.
+            rotations (`Rotations`): of the `C + Q` keys.
             attention_mask (`torch.Tensor`, *optional*): broadcastable to `(B, 1, Q, S)`; `None`: everyone sees everything.
             past_key_values (`transformers.Cache`, *optional*): keys and values are appended to it.
 
@@ -107,10 +128,7 @@ class SpecDiffAttention(nn.Module):
         value = self.v_proj(sources).view(batch_size, sources.shape[1], *heads[1:]).transpose(1, 2)
         if self.config.rope_interleaved:
             query, key = _pairs_apart(query), _pairs_apart(key)
-        cos, sin = (table.unsqueeze(1) for table in position_embeddings)
-        # The queries are the last of the sources, so they own the last positions.
-        query = query * cos[:, :, -num_queries:] + rotate_half(query) * sin[:, :, -num_queries:]
-        key = key * cos + rotate_half(key) * sin
+        query, key = rotations.of_queries(query), rotations.of_keys(key)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         if attention_mask is not None:
@@ -147,12 +165,12 @@ class SpecDiffLayer(nn.Module):
         self,
         hidden_states: torch.Tensor,
         context_states: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        rotations: Rotations,
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
     ) -> torch.Tensor:
         """Run the layer; arguments and result as `SpecDiffAttention.forward`."""
-        seen = (context_states, position_embeddings, attention_mask, past_key_values)
+        seen = (context_states, rotations, attention_mask, past_key_values)
         if not self.has_convolutions:
             hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), *seen)
             return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -414,6 +432,7 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         noise_embeds: torch.Tensor | None = None,
         context_hidden_states: torch.Tensor | None = None,
         cached_position_ids: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         window_size: int | None = None,
         logits_to_keep: int = 0,
         **kwargs: Any,
@@ -436,6 +455,7 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
                 the new context, joined over the target's layers.
             cached_position_ids (`torch.Tensor` of shape `(B or 1, cached)`, int64, *optional*): positions of what is cached,
                 for windowed and causal layers; by default those right before the new ones.
+            position_embeddings (`tuple`, *optional*): `position_tables` of `position_ids`, where they are known already.
             window_size (`int`, *optional*): Q, for token-conditioned drafters; by default `block_size`. Context tokens see
                 the tokens before them, window slots see everything.
             logits_to_keep (`int`): logits of the last so many positions only; 0 for all.
@@ -470,22 +490,42 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(num_cached, num_cached + num_new, device=hidden_states.device)[None]
         allowed = self._who_sees_whom(attention_mask, hidden_states, num_cached + num_new, window_size)
-        if cached_position_ids is None:
-            cached_position_ids = position_ids[:, :1] + torch.arange(-num_cached, 0, device=hidden_states.device)
-        key_positions = torch.cat([cached_position_ids.expand(len(position_ids), -1), position_ids], dim=1)
         masks: dict[tuple[bool, int | None], torch.Tensor | None] = {}
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        tables = self.position_tables(hidden_states, position_ids) if position_embeddings is None else position_embeddings
+        rotations = Rotations(*tables, hidden_states.shape[1])
         for layer in self.layers:
             kind = (layer.self_attn.is_causal_window, layer.self_attn.window)
             if kind not in masks:
-                seen = self._narrowed(allowed, key_positions, hidden_states.shape[1], *kind)
+                seen = allowed
+                if kind != (False, None):
+                    key_positions = _of_keys(position_ids, cached_position_ids, num_cached)
+                    seen = self._narrowed(allowed, key_positions, hidden_states.shape[1], *kind)
                 masks[kind] = self._prepare_mask(seen, hidden_states)
-            hidden_states = layer(hidden_states, context_states, position_embeddings, masks[kind], past_key_values)
+            hidden_states = layer(hidden_states, context_states, rotations, masks[kind], past_key_values)
         hidden_states = self.norm(hidden_states)
         logits = None
         if not self.config.is_feature_conditioned:
             logits = self.lm_head(hidden_states[:, -logits_to_keep:])[..., : self.config.vocab_size]
         return SpecDiffDrafterOutput(hidden_states, logits, past_key_values)
+
+    def position_tables(self, states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tables that `Rotations` is made of.
+
+        Args:
+            states (`torch.Tensor`): of the device and dtype that they shall have.
+            position_ids (`torch.Tensor` of shape `(B or 1, n)`, int64): positions.
+
+        Returns:
+            `tuple`: cosines and sines, `(B or 1, 1, n, head_dim)` each.
+        """
+        cos, sin = self.rotary_emb(states, position_ids)
+        first, second = sin.chunk(2, dim=-1)
+        return cos.unsqueeze(1), torch.cat([-first, second], dim=-1).unsqueeze(1)
+
+    @property
+    def has_fixed_rotations(self) -> bool:
+        """Whether a position is embedded alike however long the text is."""
+        return "dynamic" not in self.rotary_emb.rope_type and self.rotary_emb.rope_type != "longrope"
 
     def _who_sees_whom(
         self, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor, num_keys: int, window_size: int
@@ -517,8 +557,6 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
         window: int | None,
     ) -> torch.Tensor | None:
         """Return who sees whom in a layer that is causal or windowed; `key_positions` `(B or 1, S)`, the queries' the last."""
-        if not is_causal and window is None:
-            return allowed
         keys = key_positions[:, None, None, :]
         queries = key_positions[:, None, -num_queries:, None]
         seen = keys <= queries if is_causal else torch.ones_like(keys <= queries)
@@ -619,6 +657,13 @@ class SpecDiffDrafter(RepositoryMixin, PreTrainedModel, GenerationMixin):
             scores=tuple(scores.unbind(dim=1)),
             past_key_values=generator.drafter.cache,
         )
+
+
+def _of_keys(position_ids: torch.Tensor, cached_position_ids: torch.Tensor | None, num_cached: int) -> torch.Tensor:
+    """Return the positions of cached and new keys, `(B or 1, S)`; by default the cached ones are right before the new."""
+    if cached_position_ids is None:
+        cached_position_ids = position_ids[:, :1] + torch.arange(-num_cached, 0, device=position_ids.device)
+    return torch.cat([cached_position_ids.expand(len(position_ids), -1), position_ids], dim=1)
 
 
 def _rotary(config: SpecDiffConfig) -> nn.Module:
