@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessorList
 
 import hf_specdiff
@@ -258,6 +259,29 @@ def test_tables_find_the_tree_that_is_found_depth_by_depth(
         assert free.keys() == in_order.keys()
         assert all(free[path] == pytest.approx(in_order[path], abs=1e-9) for path in free)
     assert any(copied for _, copied in drafts[0][0].values()) == is_copying
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is asked of torch, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("share", "most"), [(2, 40), (0, 150)])
+def test_a_tree_takes_few_operations(share: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no law but the anchor's was foreseen: others are asked for several at a time."""
+    monkeypatch.setattr("hf_specdiff.core.conditional.TABLE_SHARE", share)
+    laws = tables_of(1, 4, 40, 1, is_free=True)
+    with Operations() as operations:
+        draft = conditional_tree(laws, SpeculationConfig(4, draft_shape="tree", tree_budget=15))
+    assert len(nodes_of(draft)[0]) == 15
+    assert operations.count <= most
 
 
 @pytest.mark.parametrize("num_candidates", [1, 8])

@@ -1,6 +1,7 @@
 """The network: its files, its names, its masks, its attention implementations and dtypes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,3 +188,25 @@ def test_a_drafter_on_disk_gives_the_same_tokens(drafter: SpecDiffDrafter, promp
     expected = shared_target().generate(prompt, do_sample=False, max_new_tokens=16)
     result = hf_specdiff.generate(shared_target(), prompt, assistant_model=placed, do_sample=False, max_new_tokens=16)
     assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+def test_positions_are_looked_up_as_a_pass_would_embed_them(
+    layers: list[int] | None, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the text outgrows what was embedded ahead."""
+    monkeypatch.setattr("hf_specdiff.core.drafters.TABLE_ROOM", 3)
+    drafter, checked = make_drafter(layers), []
+    forward = drafter.forward
+
+    def watched(**inputs: Any) -> Any:
+        tables = inputs["position_embeddings"]
+        expected = drafter.position_tables(drafter.norm.weight, inputs["position_ids"])
+        checked.append(all(torch.equal(*pair) for pair in zip(tables, expected, strict=True)))
+        return forward(**inputs)
+
+    monkeypatch.setattr(drafter, "forward", watched)
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16, "draft_shape": "chain", "gamma": 3}
+    hf_specdiff.generate(shared_target(), prompt, assistant_model=drafter, **settings)
+    assert len(checked) > 3
+    assert all(checked)
