@@ -37,10 +37,10 @@ from hf_specdiff.demo.bundle import PAIR
 from hf_specdiff.demo.bundle import load_prompts
 from hf_specdiff.demo.word_problems import iter_problems
 from hf_specdiff.training.data import SequenceDataset
-from hf_specdiff.training.pipeline import TrainingPlan
+from hf_specdiff.training.drafter_config import spread_layers
 from hf_specdiff.training.pipeline import fit_drafter
+from hf_specdiff.training.plan import TrainingPlan
 from hf_specdiff.training.regeneration import regenerate
-from hf_specdiff.training.trainer import spread_layers
 from recipes.bundled import MAX_LENGTH
 from recipes.bundled import model_config
 from recipes.language_models import PackedDocuments

@@ -178,7 +178,7 @@ def _steps(rows: list[dict[str, Any]], drafters: list[str]) -> str:
 
 def _lengths(rows: list[dict[str, Any]], drafters: list[str]) -> str:
     """Return what longer drafts bring."""
-    hot = {"num_drafts": 8, "draft_temperature": 2.0}
+    hot: dict[str, Any] = {"num_drafts": 8, "draft_temperature": 2.0}
     columns = {f"{gamma} tokens": {"gamma": gamma} for gamma in (8, 16, 32)}
     columns |= {f"{gamma} tokens, K = 8": {"gamma": gamma, **hot} for gamma in (8, 16, 32)}
     return _table(rows, drafters, columns, "SpecDiff-2 drafts 16 or 32 tokens, and reports that drafts can be too long to pay.")
