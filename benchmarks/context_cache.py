@@ -17,6 +17,8 @@ from transformers import Qwen2ForCausalLM
 from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.standard import conditions_of
 from hf_specdiff.benchmarks.standard import write_record
+from hf_specdiff.benchmarks.tables import markdown
+from hf_specdiff.benchmarks.tables import setting
 from hf_specdiff.core.generate import generate
 from hf_specdiff.core.stats import SpeculationStats
 from hf_specdiff.demo.bundle import load_demo
@@ -25,6 +27,7 @@ from recipes.diffusion_language_models import LOGIT_OFFSET
 from recipes.diffusion_language_models import body_config
 
 WAYS = ("exact", "prefix")
+TITLES = ["`context_cache`", "a round", "drafter", "target"]
 
 
 def make_pair(num_layers: int) -> tuple[Any, DiffusionDrafter, Any]:
@@ -63,6 +66,21 @@ def row_of(way: str, calls: list[SpeculationStats]) -> dict[str, Any]:
     }
 
 
+def context_cache_section(record: dict[str, Any]) -> str:
+    """Return the documentation's section on a record of `main`."""
+    conditions, names = record["conditions"], ("seconds_per_round", "drafter_seconds", "target_seconds")
+    size, length = conditions["drafter_parameters"] / 1e6, conditions["length"]
+    cells = [[f'`"{row["context_cache"]}"`', *(f"{1e3 * row[name]:.1f} ms" for name in names)] for row in record["rows"]]
+    lines = [
+        f"A language model of {size:.1f}M parameters drafts over {length} tokens of text, {setting(conditions)}:",
+        f"a round with the text kept is {record['ratio']:.1f} times as fast. Written by",
+        f"`{conditions['command']}` ([`context_cache.json`](../benchmarks/results/context_cache.json)).",
+        "",
+        markdown(TITLES, cells),
+    ]
+    return "\n".join(lines)
+
+
 def main(
     output: Annotated[Path | None, typer.Argument(help="JSON file for the figures")] = None,
     length: Annotated[int, typer.Option(min=2, help="tokens of the text")] = 512,
@@ -86,7 +104,7 @@ def main(
     typer.echo(f"A round with the text kept is {ratio:.2f} times as fast, at {length} tokens of text.")
     if output is not None:
         options = f"--length {length} --num-tokens {num_tokens} --num-calls {num_calls} --num-layers {num_layers}"
-        conditions = conditions_of(Models(target, tokenizer, {}), f"python -m benchmarks.context_cache {output} {options}")
+        conditions = conditions_of(Models(target, tokenizer, {}), f"python -m benchmarks.context_cache OUTPUT.json {options}")
         conditions |= {"length": length, "drafter_parameters": drafter.num_parameters()}
         write_record(output, {"conditions": conditions, "rows": rows, "ratio": ratio})
 

@@ -21,6 +21,8 @@ from hf_specdiff.benchmarks.clocks import wait
 from hf_specdiff.benchmarks.methods import Models
 from hf_specdiff.benchmarks.standard import conditions_of
 from hf_specdiff.benchmarks.standard import write_record
+from hf_specdiff.benchmarks.tables import markdown
+from hf_specdiff.benchmarks.tables import setting
 
 KERNELS = ("eager", "grouped_mm", "batched_mm")
 WIDTHS = (1, 8, 16, 33)
@@ -79,6 +81,23 @@ def measure(target: Any, widths: tuple[int, ...] = WIDTHS, num_passes: int = 20)
     finally:
         target.set_experts_implementation(usual)
     return [{"width": width, "kernel": kernel, "seconds": seconds} for (width, kernel), seconds in least.items()]
+
+
+def experts_section(record: dict[str, Any]) -> str:
+    """Return the documentation's section on a record of `main`: a line for each width, a column for each kernel."""
+    conditions, rows = record["conditions"], record["rows"]
+    found = {(row["width"], row["kernel"]): row["seconds"] for row in rows}
+    cells = [
+        [str(width), *(f"{1e3 * found[width, kernel]:.1f} ms" for kernel in KERNELS)]
+        for width in dict.fromkeys(row["width"] for row in rows)
+    ]
+    lines = [
+        f"A random model of 32 experts, 4 for each token, {setting(conditions)}. Written by",
+        f"`{conditions['command']}` ([`experts.json`](../benchmarks/results/experts.json)).",
+        "",
+        markdown(["tokens of a pass", *(f"`{kernel}`" for kernel in KERNELS)], cells),
+    ]
+    return "\n".join(lines)
 
 
 def main(

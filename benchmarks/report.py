@@ -12,6 +12,8 @@ from typing import Any
 
 import typer
 
+from benchmarks.context_cache import context_cache_section
+from benchmarks.experts import experts_section
 from benchmarks.growth import growth_table
 from benchmarks.papers_tables import papers_tables
 from benchmarks.papers_tables import plot_papers
@@ -24,9 +26,11 @@ from hf_specdiff.benchmarks.plots import plot_tasks
 from hf_specdiff.benchmarks.plots import save
 from hf_specdiff.benchmarks.tables import GAIN_TITLES
 from hf_specdiff.benchmarks.tables import RIGHT_NOTE
+from hf_specdiff.benchmarks.tables import compiled_table
 from hf_specdiff.benchmarks.tables import gain_cells
 from hf_specdiff.benchmarks.tables import markdown
 from hf_specdiff.benchmarks.tables import right_cell
+from hf_specdiff.benchmarks.tables import setting
 from hf_specdiff.benchmarks.tables import speed_table
 from hf_specdiff.benchmarks.tables import time_table
 from hf_specdiff.benchmarks.tables import times
@@ -82,6 +86,20 @@ def standard_section(record: dict[str, Any]) -> str:
         "Self-selection, as in SpecDiff-2, beside the walk over the same joint samples:",
         "",
         "![Self-selection and the walk](../benchmarks/results/samples.png)",
+    ]
+    return "\n".join(lines)
+
+
+def compiled_section(record: dict[str, Any]) -> str:
+    """Return what compiling brings plain `generate` and ours."""
+    rows = record["rows"]
+    num_same, num_all = (sum(row[name] for row in rows) for name in ("num_identical", "num_prompts"))
+    lines = [
+        f"{rows[0]['num_prompts']} held-out prompts, {setting(record['conditions'])}.",
+        f"{num_same} of {num_all} texts are plain `generate`'s. Written by",
+        f"`{record['conditions']['command']}` ([`compiled.json`](../benchmarks/results/compiled.json)).",
+        "",
+        compiled_table(rows),
     ]
     return "\n".join(lines)
 
@@ -318,10 +336,13 @@ PAGES: dict[str, dict[str, tuple[tuple[str, ...], Callable[..., str]]]] = {
     "README.md": {"promise": (("standard",), promise_section), "summary": (("standard", "smollm2"), summary_section)},
     "docs/results.md": {
         "standard": (("standard",), standard_section),
+        "compiled": (("compiled",), compiled_section),
         "time_budget": (("time_budget",), time_budget_section),
         "smollm2": (("smollm2",), smollm2_section),
         "hybrid": (("hybrid",), hybrid_section),
         "specdiff_papers": (("specdiff_papers",), papers_section),
+        "context_cache": (("context_cache",), context_cache_section),
+        "experts": (("experts",), experts_section),
     },
     "docs/training.md": {"alignment": (("alignment",), alignment_section)},
     "docs/your-model.md": {"growth": (("growth",), growth_section)},

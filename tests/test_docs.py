@@ -94,6 +94,7 @@ def test_options_named_by_themselves_exist() -> None:
     known = {option for part in command.commands.values() for parameter in part.params for option in parameter.opts}
     extra = {"--help", "--work", "--steps", "--num-seeds", "--drafter", "--no-deps"}  # of all; of `benchmarks`; of pip
     extra |= {"--num-category-prompts", "--num-sampled", "--num-untrained", "--minutes"}  # of benchmarks.smollm2
+    extra |= {"--num-passes", "--length", "--num-tokens", "--num-calls"}  # of benchmarks.experts and benchmarks.context_cache
     extra |= {"--speculative-config", "--speculative-algorithm"}  # of vLLM; of SGLang, as the next two
     extra |= {"--speculative-draft-model-path", "--speculative-num-draft-tokens"}
     for path, text in TEXTS.items():

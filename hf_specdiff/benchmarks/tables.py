@@ -126,6 +126,11 @@ def gain_cells(gain: dict[str, Any]) -> list[str]:
     return [gain["strategy"], gain["method"], share, percent]
 
 
+def setting(conditions: dict[str, Any]) -> str:
+    """Return what figures were measured on, in a few words."""
+    return f"{conditions['dtype']}, transformers {conditions['transformers']}, {conditions['machine']}"
+
+
 def markdown(titles: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table."""
     lines = [titles, ["---"] * len(titles), *([cell.replace("|", "\\|") for cell in row] for row in rows)]

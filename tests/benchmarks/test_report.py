@@ -1,5 +1,7 @@
 """The documentation's tables hold the measured figures and no others."""
 
+import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -52,3 +54,23 @@ def test_report_replaces_what_stands_between_the_markers(tmp_path: Path) -> None
     (tmp_path / "README.md").write_text("no markers", encoding="utf-8")
     with pytest.raises(ValueError, match="markers"):
         report(tmp_path)
+
+
+def test_compiled_passes_are_worth_the_wait() -> None:
+    rows = {row["method"]: row for row in read_record(ROOT, "compiled")["rows"]}
+    for name in ("features, chain, compiled", "features, tree of 15, compiled"):
+        assert rows[name]["ratio_to_eager"] >= 1.15
+        assert rows[name]["ratio_to_compiled_plain"] >= 4
+    assert all(row["identical"] for row in rows.values())
+
+
+def test_no_other_kernel_is_faster_than_the_hosts_default() -> None:
+    """What docs/results.md says of mixtures of experts."""
+    seconds = {(row["width"], row["kernel"]): row["seconds"] for row in read_record(ROOT, "experts")["rows"]}
+    assert all(seconds[width, "grouped_mm"] <= value for (width, _), value in seconds.items())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / RESULTS).glob("*.json")), ids=lambda path: path.stem)
+def test_no_path_of_a_machine_stands_in_a_command(path: Path) -> None:
+    command = json.loads(path.read_text(encoding="utf-8")).get("conditions", {}).get("command", "")
+    assert not [word for word in shlex.split(command) if Path(word).is_absolute()]

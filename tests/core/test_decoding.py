@@ -166,6 +166,16 @@ def test_read_backs_where_the_device_builds_trees(name: str, num_rows: int, monk
     assert counts == {expected} or ("copies" in name and max(counts) <= expected)
 
 
+@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("name", ["chain", "tree", "tree by ratio"])
+def test_read_backs_over_a_static_cache(name: str, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as over a dynamic one: what is taken back and moved is known without asking."""
+    monkeypatch.setattr(shapes, "builds_trees", lambda device: True)
+    settings, expected = (BUILT | {"chain": ROUNDS["chain"]})[name]
+    torch.manual_seed(0)
+    assert per_round(monkeypatch, [0, 2], num_rows, settings | {"cache_implementation": "static"}) == {expected}
+
+
 @pytest.mark.parametrize("name", ["chain", "tree by ratio"])
 def test_read_backs_of_a_round_of_a_drafter_that_reads_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, expected = ROUNDS[name]

@@ -8,6 +8,7 @@ from transformers import Gemma2Config
 from transformers import LlamaForCausalLM
 from transformers import Qwen3Config
 from transformers import StaticCache
+from transformers.utils import logging
 
 import hf_specdiff
 from hf_specdiff import SpecDiffDrafter
@@ -18,6 +19,8 @@ from tests.conftest import SPECIAL_IDS
 from tests.conftest import VOCAB_SIZE
 from tests.conftest import make_drafter
 from tests.conftest import make_target
+from tests.core.oracle import drafter_for
+from tests.core.tiny_models import make_model
 
 SHAPES = {
     "chain": {"draft_shape": "chain"},
@@ -152,14 +155,46 @@ def test_a_filled_static_cache_of_the_callers_is_refused(tiny_target: LlamaForCa
         hf_specdiff.generate(tiny_target, prompt, **settings, cache_implementation="static")
 
 
-def test_models_with_windows_get_a_dynamic_cache_and_are_told(prompt: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the log says of caches that take another's place."""
+    logger, written = logging.get_logger("hf_specdiff.core.targets"), []
+    type(logger).warning_once.cache_clear()
+    monkeypatch.setattr(logger, "warning", written.append)
+    return written
+
+
+def test_models_with_windows_get_a_dynamic_cache_and_are_told_once(prompt: torch.Tensor, told: list[str]) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
     config = Gemma2Config(vocab_size=VOCAB_SIZE, num_key_value_heads=1, sliding_window=8, **sizes, **SPECIAL_IDS)
     target = AutoModelForCausalLM.from_config(config).eval()
     plain = target.generate(prompt, do_sample=False, max_new_tokens=24)
-    ours = hf_specdiff.generate(target, prompt, assistant_model=make_drafter(), **STATIC)
+    for _ in range(2):
+        ours = hf_specdiff.generate(target, prompt, assistant_model=make_drafter(), **STATIC)
+        assert torch.equal(ours, plain)
+    assert told == [
+        "A dynamic cache takes the place of the static one that was asked for: Gemma2ForCausalLM has layers with a window "
+        "(sliding_attention)."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("qwen3_next", "keeps a running state"),
+        ("llama4_text", "layers with a window (chunked_attention)"),
+        ("phi3", "prepares its inputs in a way of its own"),  # for rotary embeddings that change with the length
+    ],
+)
+def test_states_chunks_and_inputs_of_ones_own_get_a_dynamic_cache_too(model_type: str, reason: str, told: list[str]) -> None:
+    """Drafts go past the chunks, which are shorter than the text."""
+    target, ids = make_model(model_type), torch.arange(3, 15)[None]
+    plain = target.generate(ids, do_sample=False, max_new_tokens=24)
+    ours = hf_specdiff.generate(target, ids, assistant_model=drafter_for(target), draft_shape="chain", **STATIC)
     assert torch.equal(ours, plain)
+    assert len(told) == 1
+    assert reason in told[0]
 
 
 def test_sampling_runs_under_every_shape(prompt: torch.Tensor) -> None:
