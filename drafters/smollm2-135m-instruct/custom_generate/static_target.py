@@ -255,17 +255,20 @@ def compilation_explained() -> Iterator[None]:
     try:
         yield
     except Unsupported as error:
-        said = shorten(str(error), 300, placeholder=" ...")
         raise ValueError(
-            f"`fullgraph` must be False in `compile_config` for a model whose pass is no single graph, got True: {said} Leave "
-            "it out, or pass disable_compile=True."
+            "`fullgraph` must be False in `compile_config` for a model whose pass is no single graph, got True: "
+            f"{_said(error)} Leave it out, or pass disable_compile=True."
         ) from error
     except TorchDynamoException as error:
-        said = shorten(str(error), 300, placeholder=" ...")
         raise ValueError(
-            f"`compile_config` must name a compiler that works here, got an error of it: {said} Install what it asks for, or "
-            "pass disable_compile=True to go on without it."
+            f"`compile_config` must name a compiler that works here, got an error of it: {_said(error)} Install what it asks "
+            "for, or pass disable_compile=True to go on without it."
         ) from error
+
+
+def _said(error: Exception) -> str:
+    """Return the compiler's words in one line, without its advice on how to report a defect of it."""
+    return shorten(str(error).split("Set TORCHDYNAMO_VERBOSE")[0], 300, placeholder=" ...")
 
 
 def widths_of(num_nodes: int, *, is_adaptive: bool) -> list[int]:
