@@ -19,7 +19,7 @@ from tests.core.tiny_models import make_config
 from tests.core.tiny_models import make_model
 
 TYPES = ["llama", "qwen2", "qwen3", "mistral", "olmo2", "granite", "gpt_neox", "gemma", "qwen3_moe"]
-TRACED = ["qwen3_moe"]
+TRACED = ["gpt_neox"]
 SHAPES: dict[str, dict[str, Any]] = {
     "chain": {"draft_shape": "chain", "gamma": 6},
     "tree": {"draft_shape": "tree", "tree_budget": 6},  # as wide as the chain: what is compiled serves both
@@ -52,11 +52,11 @@ def settings_of(backend: str) -> dict[str, Any]:
 
 
 def check(target: Any, drafter: Any, backend: str, limit: int = 99) -> None:
-    """Call every shape three times, with other prompts each time, which end after other numbers of tokens."""
+    """Call every shape (for tracing alone the first two) three times, each with other prompts and other ends."""
     counters.clear()
-    graphs = []
+    graphs, shapes = [], list(SHAPES.items())[: None if backend == "inductor" else 2]
     for seed in range(3):
-        for name, shape in SHAPES.items():
+        for name, shape in shapes:
             inputs = prompts(4 if "batch" in name else 1, seed, limit)
             plain = target.generate(**inputs, **GREEDY)
             ends = {**GREEDY, "eos_token_id": plain[0, -10 + seed].item()}

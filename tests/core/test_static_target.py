@@ -119,10 +119,8 @@ def test_a_compiler_that_is_missing_is_named(prompt: torch.Tensor) -> None:
 
     config = CompileConfig(backend=broken, mode=None)
     config._compile_all_devices = True
-    with pytest.raises(
-        ValueError,
-        match=r"`compile_config` must name a compiler that works here.*no such compiler: c\+\+ Install.*disable_compile=True",
-    ):
+    words = r"`compile_config` must name a compiler that works here.*no such compiler: c\+\+ Install.*disable_compile=True"
+    with pytest.raises(ValueError, match=words):
         hf_specdiff.generate(make_target(), prompt, assistant_model=make_drafter(), **STATIC, compile_config=config)
 
 
