@@ -1,4 +1,7 @@
-"""Targets inside something: multimodal models, LoRA, compiled forwards, low precision. What is written is what plain writes."""
+"""Targets inside something: multimodal models, LoRA, compiled forwards, low precision, int8 weights.
+
+What is written is what plain writes.
+"""
 
 from typing import Any
 
@@ -114,6 +117,35 @@ def test_low_precision_runs_and_its_scores_are_plains_to_its_own_precision(dtype
     assert num_same >= 1
     for own, other in zip(output.scores[:num_same], plain.scores[:num_same], strict=True):
         assert torch.allclose(own.float(), other.float(), atol=32 * torch.finfo(dtype).eps * float(other.abs().max()))
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer whose weight is kept in int8 with a scale for each row, as libraries for quantized weights do."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127, requires_grad=False)
+        rounded = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(rounded, requires_grad=False)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(states, self.weight.to(self.scale.dtype) * self.scale)
+
+
+@pytest.mark.parametrize("layer_ids", [None, [0, 2]])
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+def test_int8_weights_are_a_target_like_any(shape: str, layer_ids: list[int] | None) -> None:
+    model, inputs = make_target(vocab_size=128), text_inputs()
+    without = model.generate(**inputs, **GREEDY)
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            model.model.set_submodule(name, Int8Linear(module))
+    plain = model.generate(**inputs, **GREEDY)
+    assert plain.tolist() != without.tolist()
+    with oracle(plain):
+        output = ours(model, inputs, layer_ids, draft_shape=shape)
+    assert output.sequences.tolist() == plain.tolist()
+    assert output.speculation.tokens_per_round > 1.5
 
 
 @pytest.mark.parametrize("compiled", ["forward", "in place"])
