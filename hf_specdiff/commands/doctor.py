@@ -148,10 +148,9 @@ def cost_lines(profile: Profile, gamma: int) -> list[str]:
     Returns:
         `list[str]`: lines of text.
     """
-    plain, whole = profile.target_cost(1), profile.target_cost(gamma + 1) + profile.drafter_seconds
-    target_pass, drafter_pass = (
-        f"{1e3 * seconds:.1f} ms" for seconds in (whole - profile.drafter_seconds, profile.drafter_seconds)
-    )
+    plain, draft = profile.target_cost(1), profile.draft_cost(gamma)
+    whole = profile.target_cost(gamma + 1) + draft
+    target_pass, drafter_pass = (f"{1e3 * seconds:.1f} ms" for seconds in (whole - draft, draft))
     return [
         f"a plain step takes {1e3 * plain:.1f} ms",
         f"a round of {gamma} drafted tokens takes {1e3 * whole:.1f} ms: target pass {target_pass}, drafter {drafter_pass}",
@@ -224,7 +223,7 @@ def verdict(rows: list[dict[str, Any]], profile: Profile, models: Models) -> lis
         )
         return warnings
     gamma = drafter.config.max_gamma
-    needed = (profile.target_cost(gamma + 1) + profile.drafter_seconds) / profile.target_cost(1)
+    needed = profile.round_cost(gamma + 1, is_drafted=True, num_nodes=gamma) / profile.target_cost(1)
     if best < needed:
         warnings.append(
             f"{best:.2f} tokens per round, but a round costs as much as {needed:.2f} plain steps here: pass "

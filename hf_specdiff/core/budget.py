@@ -5,6 +5,7 @@ given profile is reproducible. Nothing here can change what is generated: a choi
 round's probabilities, and is made before this round's tokens are drawn.
 """
 
+from collections import deque
 from collections.abc import Callable
 from itertools import accumulate
 from itertools import zip_longest
@@ -21,6 +22,13 @@ from .tree import last_children
 # Memory, per round: of the rate of late, and of whether drafting pays at present.
 DECAY = 0.97
 RECENT_DECAY = 0.9
+# A text's first rounds say little, and a draft that is too small costs more than one that is too large: the rate of late is taken
+# beside that of so many plain rounds.
+PLAIN_ROUNDS = 8
+# Trees are made with as many nodes as one of the last rounds has taken at most and half as many again, and a few at least.
+LEAST_ROOM = 16
+ROOM_SHARE = 1.5
+ROOM_ROUNDS = 8
 # Plain rounds between tries, where drafting does not pay.
 FIRST_PAUSE = 4
 LONGEST_PAUSE = 64
@@ -97,12 +105,14 @@ class Allowance:
 
     Args:
         steps (`float`, *optional*): what an earlier call left; `None` where there was none.
+        is_vouched_for (`bool`): whether somebody has measured that the drafter pays: then the advance is there at once.
     """
 
-    def __init__(self, steps: float | None) -> None:
-        self._is_new = steps is None
+    def __init__(self, steps: float | None, *, is_vouched_for: bool = False) -> None:
+        self._is_new = steps is None and not is_vouched_for
         self._share = SHARE
-        self.steps = FIRST_STEPS if steps is None else steps
+        first = FIRST_STEPS + MOST_ADVANCE * is_vouched_for
+        self.steps = first if steps is None else steps
 
     def promise(self, steps: float) -> None:
         """Take in how many plain steps a draft is expected to save. The first of a drafter that is not known is an advance."""
@@ -127,7 +137,8 @@ class Budget:
     Two rates: tokens per second of plain decoding, and of the drafted rounds of late. A round that verifies n nodes costs a
     drafter pass and a target pass over n + 1 tokens, and is expected to bring one token and the sum of the n nodes' rates of
     acceptance: their path probabilities, as `calibration` reads them. `best_count` picks the n from these gains, these costs
-    and the rate of late. `Pauses` and the `Allowance` say when not to draft at all.
+    and the rate of late. `Pauses` and the `Allowance` say when not to draft at all. A tree is made with no more nodes than
+    `room`, since making it takes time too.
 
     Args:
         profile (`Profile`): the costs.
@@ -135,6 +146,7 @@ class Budget:
         draws_children (`bool`): whether the last child of each inner node is drawn, as for the ratio rule on trees.
         clock (`Callable`, *optional*): returns seconds; the profile is then corrected by what rounds really take.
         widths (`list[int]`, *optional*): rising, of the target's passes where they have a few only, the anchor counted.
+        is_vouched_for (`bool`): whether the drafter was published with a measured size; see `Allowance`.
     """
 
     def __init__(
@@ -145,6 +157,7 @@ class Budget:
         draws_children: bool = False,
         clock: Callable[[], float] | None = None,
         widths: list[int] | None = None,
+        is_vouched_for: bool = False,
     ) -> None:
         self.profile = profile
         self._widths = widths or []
@@ -152,12 +165,19 @@ class Budget:
         self.draws_children = draws_children
         self.calibration = Calibration(profile.factors)
         self.pauses = Pauses()
-        self.allowance = Allowance(profile.allowance)
+        self.allowance = Allowance(profile.allowance, is_vouched_for=is_vouched_for)
         self.pace = Pace()
         self._clock = clock
         self._last_second: float | None = None  # when the last round ended
         self._tokens = self._seconds = self._rounds = 0.0
         self._is_drafted, self._num_nodes = False, 0  # the round that is under way
+        self._known_costs: list[list[float]] = [[], []]  # by the profile and by nodes, of rounds without and with a draft
+        self._sizes: deque[int] = deque(maxlen=ROOM_ROUNDS)  # of the last drafts
+
+    @property
+    def room(self) -> int:
+        """Nodes to make a tree with, before it is known which are worth verifying."""
+        return max(LEAST_ROOM, int(ROOM_SHARE * max(self._sizes, default=0)))
 
     @property
     def plain_seconds(self) -> float:
@@ -171,8 +191,9 @@ class Budget:
 
     @property
     def rate(self) -> float:
-        """Tokens per second of the drafted rounds of late, at least plain decoding's."""
-        return max(self._tokens / self._seconds if self._seconds else 0.0, self.plain_rate)
+        """Tokens per second of the drafted rounds of late and a few plain ones, at least plain decoding's."""
+        tokens = self._tokens + PLAIN_ROUNDS * self.num_rows
+        return max(tokens / (self._seconds + PLAIN_ROUNDS * self.plain_seconds), self.plain_rate)
 
     @property
     def smallest_value(self) -> float:
@@ -189,6 +210,7 @@ class Budget:
             # What other rows brought together says nothing about these.
             self.num_rows, self.pauses = num_rows, Pauses()
             self._tokens = self._seconds = self._rounds = 0.0
+            self._known_costs = [[], []]
         self._num_nodes = 0
         self._is_drafted = not self.pauses.is_on() and self._loss(1) <= self.allowance.steps
         return self._is_drafted
@@ -206,7 +228,7 @@ class Budget:
             `int`: 0 to the longest copy; 0: the drafter is to be asked, or nothing drafted where it is not wanted.
         """
         gains = [sum(column) for column in zip_longest(*rows, fillvalue=0.0)]
-        costs = [self._cost(count, is_drafted=False) for count in range(len(gains) + 1)]
+        costs = self._costs(len(gains), is_drafted=False)
         num_allowed = sum(cost / self.plain_seconds - 1 <= self.allowance.steps for cost in costs[1:])
         best = best_count(gains, costs[: num_allowed + 1], self.rate if self._is_drafted else self.plain_rate)
         if best == 0:
@@ -231,18 +253,19 @@ class Budget:
         """
         gains = [sum(column) for column in zip_longest(*map(self.gains, shapes), fillvalue=0.0)]
         sums = list(accumulate(gains, initial=float(self.num_rows)))
-        costs = [self._cost(count, is_drafted=True) for count in range(len(sums))]
-        promised = max(total / self.plain_rate - cost for total, cost in zip(sums, costs, strict=True))
-        self.allowance.promise(promised / self.plain_seconds)
+        costs = self._costs(len(gains), is_drafted=True)
+        plain_seconds = self.plain_seconds
+        self.allowance.promise(max(total / self.num_rows - cost / plain_seconds for total, cost in zip(sums, costs, strict=True)))
         # Nothing has been drafted yet: the rate that this round would have at its best.
         rate = self.rate if self._seconds else max(self.rate, *(total / cost for total, cost in zip(sums, costs, strict=True)))
         # One node was allowed when the draft was wanted.
-        num_allowed = max(1, sum(self._loss(count) <= self.allowance.steps for count in range(1, len(sums))))
+        num_allowed = max(1, sum(cost / plain_seconds - 1 <= self.allowance.steps for cost in costs[1:]))
         # A try verifies something: nothing is learnt from nothing.
         is_try = self.pauses.length > FIRST_PAUSE or self.allowance.steps <= FIRST_STEPS
         best = best_count(gains, costs[: num_allowed + 1], rate, fewest=int(is_try))
         self.pauses.judge(sums[best], costs[best], self.plain_rate)
         self._num_nodes = best
+        self._sizes.append(best)
         return best
 
     def observe(self, outcome: Outcome) -> None:
@@ -279,14 +302,26 @@ class Budget:
             return
         earlier, self._last_second = self._last_second, self._clock()
         if earlier is not None:
-            num_tokens = self.num_rows * self._width(self._num_nodes)
-            expected = self.profile.round_cost(num_tokens, is_drafted=self._is_drafted)
+            expected = self._profiled(self._num_nodes, is_drafted=self._is_drafted)
             self.pace.observe((self._last_second - earlier) / expected, is_drafted=self._is_drafted)
 
     def _cost(self, count: int, *, is_drafted: bool) -> float:
         """Return the seconds of a round that verifies a number of nodes in each row."""
+        return self.pace.ratio(is_drafted=is_drafted) * self._profiled(count, is_drafted=is_drafted)
+
+    def _costs(self, most: int, *, is_drafted: bool) -> list[float]:
+        """Return the seconds of rounds that verify 0 to `most` nodes in each row."""
         ratio = self.pace.ratio(is_drafted=is_drafted)
-        return ratio * self.profile.round_cost(self.num_rows * self._width(count), is_drafted=is_drafted)
+        self._profiled(most, is_drafted=is_drafted)
+        return [ratio * seconds for seconds in self._known_costs[is_drafted][: most + 1]]
+
+    def _profiled(self, count: int, *, is_drafted: bool) -> float:
+        """Return what the profile says that such a round takes."""
+        known, rows = self._known_costs[is_drafted], self.num_rows
+        for nodes in range(len(known), count + 1):
+            kinds = {"is_drafted": is_drafted, "is_drawn": self.draws_children}
+            known.append(self.profile.round_cost(rows * self._width(nodes), num_nodes=rows * nodes, **kinds))
+        return known[count]
 
     def _width(self, count: int) -> int:
         """Return the tokens that a pass over a number of nodes reads in each row: where it has a few widths, filler too."""

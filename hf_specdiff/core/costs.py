@@ -33,13 +33,15 @@ class Profile:
         sizes (`list[int]`): tokens of a target pass, rising, the first of them 1.
         target_seconds (`list[float]`): time of a pass over each of these numbers of tokens, all that the loop does with it
             included.
-        drafter_seconds (`float`): time of a drafter pass, all that the loop does with it included.
+        drafter_seconds (`float`): time of a drafter pass and of a draft of one token, all that the loop does with it included.
         machine (`str`): what it was measured on; see `hf_specdiff.core.profiling`.
         factors (`list[float]`): what is known of the drafter: how its path probabilities are to be read (see `Calibration`); 1
             as long as nothing has been generated, then half way to where the last call left them.
         allowance (`float`, *optional*): plain steps that drafting may lose before it has saved any (see `Allowance`); `None` as
             long as nothing has been generated.
         is_doubtful (`bool`): whether other programs seem to have run while it was measured.
+        node_seconds (`float`): what each further node of a tree adds to the time of a draft.
+        drawn_seconds (`float`): what it adds on top where last children are drawn.
     """
 
     sizes: list[int]
@@ -49,11 +51,13 @@ class Profile:
     factors: list[float] = field(default_factory=lambda: [1.0] * (2 * NUM_CLASSES))
     allowance: float | None = None
     is_doubtful: bool = False
+    node_seconds: float = 0.0
+    drawn_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         """Check that there is something to interpolate."""
-        numbers = [*self.sizes, *self.target_seconds, self.drafter_seconds, *self.factors]
-        all_numbers = numbers if self.allowance is None else [*numbers, self.allowance]
+        numbers, slopes = [*self.sizes, *self.target_seconds, self.drafter_seconds, *self.factors], self._slopes
+        all_numbers = [*numbers, *slopes] if self.allowance is None else [*numbers, *slopes, self.allowance]
         if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in all_numbers):
             raise ValueError(f"`profile` must hold numbers, got {all_numbers}.")
         is_rising = all(low < high for low, high in zip(self.sizes, self.sizes[1:], strict=False))
@@ -64,6 +68,8 @@ class Profile:
             )
         if not all(number > 0 for number in numbers):
             raise ValueError(f"`profile` must have positive times and factors, got {numbers}.")
+        if min(slopes) < 0:
+            raise ValueError(f"`profile` must have `node_seconds` and `drawn_seconds` of at least 0, got {slopes}.")
         if len(self.factors) != 2 * NUM_CLASSES:
             raise ValueError(f"`profile` must have {2 * NUM_CLASSES} `factors`, got {len(self.factors)}.")
 
@@ -76,9 +82,14 @@ class Profile:
         slope = (self.target_seconds[high] - self.target_seconds[low]) / (self.sizes[high] - self.sizes[low])
         return max(self.target_seconds[high] + slope * (num_tokens - self.sizes[high]), self.target_seconds[0])
 
-    def round_cost(self, num_tokens: int, *, is_drafted: bool) -> float:
-        """Return the seconds of a round: a target pass over a number of tokens, and a drafter pass where there is one."""
-        return self.target_cost(num_tokens) + self.drafter_seconds * is_drafted
+    def draft_cost(self, num_nodes: int, *, is_drawn: bool = False) -> float:
+        """Return the seconds of a drafter pass and of a draft of a number of nodes, all rows together; linear in them."""
+        return self.drafter_seconds + num_nodes * (self.node_seconds + self.drawn_seconds * is_drawn)
+
+    def round_cost(self, num_tokens: int, *, is_drafted: bool, num_nodes: int = 0, is_drawn: bool = False) -> float:
+        """Return the seconds of a round: a target pass over a number of tokens, and a draft where there is one."""
+        draft = self.draft_cost(num_nodes, is_drawn=is_drawn) if is_drafted else 0.0
+        return self.target_cost(num_tokens) + draft
 
     def least(self, earlier: "Profile") -> "Profile":
         """Return this profile with the least of its and an earlier one's times, and what the earlier one knew of the drafter.
@@ -86,10 +97,13 @@ class Profile:
         What else runs on a machine can only add to the time of a pass.
         """
         seconds = [min(now, earlier.target_cost(size)) for size, now in zip(self.sizes, self.target_seconds, strict=True)]
-        drafter_seconds = min(self.drafter_seconds, earlier.drafter_seconds)
-        return replace(
-            self, target_seconds=seconds, drafter_seconds=drafter_seconds, factors=earlier.factors, allowance=earlier.allowance
-        )
+        names = ("drafter_seconds", "node_seconds", "drawn_seconds")
+        least = {name: min(getattr(self, name), getattr(earlier, name)) for name in names}
+        return replace(self, target_seconds=seconds, **least, factors=earlier.factors, allowance=earlier.allowance)
+
+    @property
+    def _slopes(self) -> list[float]:
+        return [self.node_seconds, self.drawn_seconds]
 
     @property
     def slope(self) -> float:

@@ -50,6 +50,7 @@ from .rowwise_target import why_not_divided
 from .shapes import DraftShaper
 from .speculation import SPECULATION_ARGUMENTS
 from .speculation import SpeculationConfig
+from .speculation import names_size
 from .speculation import own_speculation
 from .speculation import resolve_speculation
 from .stateful_target import is_stateful
@@ -259,7 +260,15 @@ class SpeculativeLoop:
         # With a given profile nothing depends on a clock, so that a run can be repeated.
         clock = time.perf_counter if self.profile is None else None
         widths = None if static is None else static.widths
-        return Budget(measured, text.num_rows, draws_children=draws_children, clock=clock, widths=widths)
+        is_vouched_for = names_size(self.assistant_model)
+        return Budget(
+            measured,
+            text.num_rows,
+            draws_children=draws_children,
+            clock=clock,
+            widths=widths,
+            is_vouched_for=is_vouched_for,
+        )
 
     def _drafter(
         self,

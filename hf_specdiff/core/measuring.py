@@ -9,6 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ MOST_SWEEPS = 5
 COARSE_SIZES = [1, 2, 8, 16, 32, 64]
 FINE_SIZES = [1, 2, 4, 8, 9, 16, 17, 24, 25, 32, 33, 48, 49, 64, 65, 128, 256]
 CONTEXT_LENGTH = 64
+# The drafts that are timed: of one node, of as many as there may be, and of as many with drawn children. Of a chain the first.
+ONE_NODE, ALL_NODES, ALL_DRAWN = 0, -1, -2
 # A smaller pass that took this much longer than a larger one: something else was running.
 NOISE = 1.25
 
@@ -69,18 +72,18 @@ def measure_profile(
 
     start, most = clock(), _room(model) - _text_length(model)
     with torch.no_grad(), torch.random.fork_rng():
-        draft_pass, target_pass, release = _passes(model, network, speculation, device, static)
+        drafts, target_pass, release = _passes(model, network, speculation, device, static)
         if static is not None:
             for width in static.widths:
                 target_pass(width)
-            draft_pass()
+            drafts[ONE_NODE]()
             start, most = clock(), min(most, static.widths[-1])
-        seconds = least_seconds(draft_pass, target_pass, most, clock, start)
+        seconds = least_seconds(drafts, target_pass, most, clock, start)
         release()
-    return profile_from(seconds, machine_of(device))
+    return profile_from(seconds, machine_of(device), speculation.tree_budget)
 
 
-def profile_from(seconds: dict[int, float], machine: str) -> Profile:
+def profile_from(seconds: dict[int, float], machine: str, num_nodes: int) -> Profile:
     """Make a profile of the least times of passes.
 
     What else runs on a machine can only add to a pass, so none takes more than a larger one took at its best.
@@ -88,18 +91,22 @@ def profile_from(seconds: dict[int, float], machine: str) -> Profile:
     Args:
         seconds (`dict[int, float]`): of `least_seconds`.
         machine (`str`): of `machine_of`.
+        num_nodes (`int`): of the larger drafts that were timed.
 
     Returns:
         `Profile`: `is_doubtful` where a pass took clearly more than a larger one.
     """
-    sizes = sorted(size for size in seconds if size)
+    sizes = sorted(size for size in seconds if size > 0)
     least = list(itertools.accumulate((seconds[size] for size in reversed(sizes)), min))[::-1]
     is_doubtful = any(seconds[size] > NOISE * bound for size, bound in zip(sizes, least, strict=True))
-    return Profile(sizes, least, seconds[0], machine, is_doubtful=is_doubtful)
+    whole = max(seconds.get(ALL_NODES, 0.0), seconds[ONE_NODE])
+    drawn = max(seconds.get(ALL_DRAWN, 0.0), whole)
+    slopes = {"node_seconds": (whole - seconds[ONE_NODE]) / num_nodes, "drawn_seconds": (drawn - whole) / num_nodes}
+    return Profile(sizes, least, seconds[ONE_NODE], machine, is_doubtful=is_doubtful, **slopes)
 
 
 def least_seconds(
-    draft_pass: Callable[[], Any],
+    drafts: dict[int, Callable[[], Any]],
     target_pass: Callable[[int], Any],
     most: float,
     clock: Callable[[], float],
@@ -108,33 +115,35 @@ def least_seconds(
     """Time passes in turn, so that a drifting machine hits all alike, for as long as the time allows.
 
     Args:
-        draft_pass (`Callable`): a drafter pass.
+        drafts (`dict[int, Callable]`): drafter passes with all that is done with them; at `ONE_NODE`, and more where they differ.
         target_pass (`Callable`): a target pass over a number of tokens.
         most (`float`): most tokens of a pass.
         clock (`Callable`): returns seconds, all that was asked of the device being done.
         start (`float`): when measuring began, in seconds of the clock.
 
     Returns:
-        `dict[int, float]`: the least seconds by tokens; of the drafter's pass at 0.
+        `dict[int, float]`: the least seconds by tokens, and of each of the drafts.
     """
     least: dict[int, float] = {}
 
     def time_pass(size: int) -> None:
         began = clock()
-        target_pass(size) if size else draft_pass()
+        target_pass(size) if size > 0 else drafts[size]()
         least[size] = min(least.get(size, math.inf), clock() - began)
 
     def expected(size: int) -> float:
         """Return the seconds of a pass; of one not seen yet, as if each token cost as much as the last known ones did."""
-        known = max(other for other in least if other <= size)
+        if size in least:
+            return least[size]
+        known = max(other for other in least if other <= max(size, 1))
         return least[known] * max(size, 1) / max(known, 1)
 
-    for size in (0, 1, 0, 1):  # the first passes are not like the others
+    for size in (*drafts, 1) * 2:  # the first passes are not like the others
         time_pass(size)
     end = start + max(MOST_SECONDS, MOST_STEPS * least[1])
     sizes = [size for size in COARSE_SIZES if 1 < size <= most]
     for sweep in range(MOST_SWEEPS + 1):
-        for size in (0, 1, *sizes) if sweep else sizes:
+        for size in (*drafts, 1, *sizes) if sweep else sizes:
             if clock() + expected(size) <= end:
                 time_pass(size)
         if sweep == 0:
@@ -149,8 +158,8 @@ def least_seconds(
 
 def _passes(
     model: Any, network: Any, speculation: SpeculationConfig, device: torch.device, static: StaticTarget | None
-) -> tuple[Callable[[], Any], Callable[[int], Any], Callable[[], Any]]:
-    """Return a drafter pass, and a target pass over a number of tokens, behind a short text; and what ends measuring."""
+) -> tuple[dict[int, Callable[[], Any]], Callable[[int], Any], Callable[[], Any]]:
+    """Return drafter passes, and a target pass over a number of tokens, behind a short text; and what ends measuring."""
     config = model.config.get_text_config()
     ids = torch.arange(_text_length(model), device=device)[None] * 7 % config.vocab_size
     ids = torch.where(ids == network.config.mask_token_id, (ids + 1) % config.vocab_size, ids)
@@ -176,15 +185,25 @@ def _passes(
         target.verify(text, DraftTree(tokens, path) if is_tree else Draft(tokens, None, has_prefix_law=True))
         target.forget(size)  # the next pass stands where this one stood
 
-    def draft_pass() -> None:
-        drafter.draft(text, None)
+    def draft_with(shaper: DraftShaper) -> Callable[[], Any]:
+        def draft_pass() -> None:
+            drafter.shaper = shaper
+            drafter.draft(text, None)
+
+        return draft_pass
+
+    whole = replace(speculation, acceptance="match", prompt_lookup_num_tokens=None)
+    kinds = {ONE_NODE: replace(whole, tree_budget=1)}
+    if is_tree:
+        kinds |= {ALL_NODES: whole, ALL_DRAWN: replace(whole, acceptance="ratio")}
+    drafts = {kind: draft_with(DraftShaper(settings)) for kind, settings in kinds.items()}
 
     def release() -> None:
         target.release()
         if passes is not None:
             passes.release()
 
-    return draft_pass, target_pass, release
+    return drafts, target_pass, release
 
 
 def _room(model: Any) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from dataclasses import dataclass
+from dataclasses import fields
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,7 @@ def _read(path: Path) -> Profile:
 
 def _pair_key(model: Any, network: Any, device: torch.device, static: StaticTarget | None) -> str:
     """Return a name for the machine and for everything about a pair that decides what its rounds cost and bring."""
-    parts = [machine_of(device), transformers.__version__, str(FINE_SIZES)]
+    parts = [machine_of(device), transformers.__version__, str(FINE_SIZES), *(one.name for one in fields(Profile))]
     if static is not None:
         compiled = static.generation_config.compile_config if static.is_compiled else None
         parts += [str(static.widths), str(static.num_slots), str(static.is_compiled), str(compiled)]

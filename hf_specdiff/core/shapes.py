@@ -189,7 +189,7 @@ class DraftShaper:
         if self.budget is None:
             return draft_tree(scores, self.speculation, temperature=self.child_temperature, copies=self.copies)
         choose, smallest = self.budget.choose, self.budget.smallest_value
-        return draft_tree(scores, self.speculation, choose, smallest, self.child_temperature, self.copies)
+        return draft_tree(scores, self._within(self.budget), choose, smallest, self.child_temperature, self.copies)
 
     def draft_in_order(self, laws: Conditionals) -> Draft | DraftTree:
         """Return joint samples or a tree of a drafter whose heads know the token before.
@@ -206,7 +206,11 @@ class DraftShaper:
         if self.budget is None:
             return conditional_tree(laws, self.speculation, temper=temper, copies=self.copies)
         choose, smallest = self.budget.choose, self.budget.smallest_value
-        return conditional_tree(laws, self.speculation, choose, smallest, temper, self.copies)
+        return conditional_tree(laws, self._within(self.budget), choose, smallest, temper, self.copies)
+
+    def _within(self, budget: Budget) -> SpeculationConfig:
+        """Return the settings with a tree of no more nodes than the budget has room for: making it takes time too."""
+        return replace(self.speculation, tree_budget=min(self.speculation.tree_budget, budget.room))
 
     def observe(self, outcome: Outcome) -> None:
         """Take in what became of the last draft; what is learnt may change later ones."""

@@ -239,6 +239,11 @@ def _why_not_adaptive(shape: str, steps: int) -> str | None:
     return f"`draft_shape` {shape!r} and `num_denoising_steps` {steps}, where no pass says what each size would bring"
 
 
+def names_size(network: Any) -> bool:
+    """Return whether a drafter was published with a measured shape: its generation config names a size of its own."""
+    return any(getattr(network.generation_config, name, None) is not None for name in ("gamma", "tree_budget"))
+
+
 def _is_adaptive(shape: str, values: dict[str, Any], network: Any) -> bool:
     """Return whether a chain or tree follows the machine: where that was asked for, or its size was left to us.
 
@@ -246,8 +251,7 @@ def _is_adaptive(shape: str, values: dict[str, Any], network: Any) -> bool:
     """
     if "auto" in (values["gamma"], values["tree_budget"]):
         return True
-    is_published = any(getattr(network.generation_config, name, None) is not None for name in ("gamma", "tree_budget"))
-    return not is_published and values["tree_budget" if shape == "tree" else "gamma"] is None
+    return not names_size(network) and values["tree_budget" if shape == "tree" else "gamma"] is None
 
 
 def _with_rule(speculation: SpeculationConfig, *, do_sample: bool) -> SpeculationConfig:

@@ -1,5 +1,7 @@
 """What is known of costs and acceptance, and how rounds correct it: class by class, and never for ever."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,6 +17,10 @@ def test_costs_are_interpolated_and_extrapolated() -> None:
     assert [profile.target_cost(n) for n in (1, 2, 3, 4, 5, 6)] == pytest.approx([1.0, 1.5, 2.0, 4.0, 6.0, 8.0])
     assert profile.round_cost(3, is_drafted=True) == pytest.approx(2.5)
     assert profile.round_cost(3, is_drafted=False) == pytest.approx(2.0)
+    trees = replace(profile, node_seconds=0.1, drawn_seconds=0.2)
+    assert trees.round_cost(3, is_drafted=True, num_nodes=4) == pytest.approx(2.9)
+    assert trees.round_cost(3, is_drafted=True, num_nodes=4, is_drawn=True) == pytest.approx(3.7)
+    assert trees.round_cost(3, is_drafted=False, num_nodes=4, is_drawn=True) == pytest.approx(2.0)
     # One token that begins a new tile does not make each of a large batch's tokens so dear.
     tiles = Profile([1, 33, 64, 65], [1.0, 2.0, 3.0, 4.0], 0.5)
     assert tiles.target_cost(97) == pytest.approx(6.0)
@@ -29,6 +35,8 @@ def test_costs_are_interpolated_and_extrapolated() -> None:
         (([1, 2], [1.0, 2.0], 1.0, "", [1.0] * (2 * NUM_CLASSES), True), "must hold numbers"),
         (([1, 2], [0.0, 2.0], 1.0), "positive times and factors"),
         (([1, 2], [1.0, 2.0], 1.0, "", [1.0]), "`factors`, got 1"),
+        (([1, 2], [1.0, 2.0], 1.0, "", [1.0] * (2 * NUM_CLASSES), None, False, -0.1), "at least 0"),
+        (([1, 2], [1.0, 2.0], 1.0, "", [1.0] * (2 * NUM_CLASSES), None, False, 0.1, "much"), "must hold numbers"),
     ],
 )
 def test_profiles_that_mean_nothing_are_refused(fields: tuple, words: str) -> None:
@@ -38,9 +46,9 @@ def test_profiles_that_mean_nothing_are_refused(fields: tuple, words: str) -> No
 
 def test_the_least_of_two_profiles_keeps_what_was_known_of_the_drafter() -> None:
     factors = [0.5] * (2 * NUM_CLASSES)
-    earlier = Profile([1, 9], [2.0, 3.0], 0.4, "here", factors, allowance=1.5, is_doubtful=True)
-    now = Profile([1, 5, 9], [1.0, 4.0, 5.0], 0.5, "here")
-    assert now.least(earlier) == Profile([1, 5, 9], [1.0, 2.5, 3.0], 0.4, "here", factors, allowance=1.5)
+    earlier = Profile([1, 9], [2.0, 3.0], 0.4, "here", factors, 1.5, is_doubtful=True, node_seconds=0.3)
+    now = Profile([1, 5, 9], [1.0, 4.0, 5.0], 0.5, "here", node_seconds=0.2, drawn_seconds=0.1)
+    assert now.least(earlier) == Profile([1, 5, 9], [1.0, 2.5, 3.0], 0.4, "here", factors, 1.5, node_seconds=0.2)
 
 
 def test_a_busy_machine_slows_both_kinds_of_rounds() -> None:
