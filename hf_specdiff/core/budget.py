@@ -22,13 +22,13 @@ from .tree import last_children
 # Memory, per round: of the rate of late, and of whether drafting pays at present.
 DECAY = 0.97
 RECENT_DECAY = 0.9
-# A text's first rounds say little, and a draft that is too small costs more than one that is too large: the rate of late is taken
-# beside that of so many plain rounds.
+# A text's first rounds say little, and a draft that is too small costs more than one that is too large: the rate of late counts
+# beside that of this number of plain rounds.
 PLAIN_ROUNDS = 8
-# Trees are made with as many nodes as one of the last rounds has taken at most and half as many again, and a few at least.
+# Trees are made with a quarter more nodes than the larger of the last two drafts had, and a few at least.
 LEAST_ROOM = 16
-ROOM_SHARE = 1.5
-ROOM_ROUNDS = 8
+ROOM_SHARE = 1.25
+ROOM_ROUNDS = 2
 # Plain rounds between tries, where drafting does not pay.
 FIRST_PAUSE = 4
 LONGEST_PAUSE = 64
@@ -255,7 +255,9 @@ class Budget:
         sums = list(accumulate(gains, initial=float(self.num_rows)))
         costs = self._costs(len(gains), is_drafted=True)
         plain_seconds = self.plain_seconds
-        self.allowance.promise(max(total / self.num_rows - cost / plain_seconds for total, cost in zip(sums, costs, strict=True)))
+        self.allowance.promise(
+            max(total / self.num_rows - cost / plain_seconds for total, cost in zip(sums, costs, strict=True))
+        )
         # Nothing has been drafted yet: the rate that this round would have at its best.
         rate = self.rate if self._seconds else max(self.rate, *(total / cost for total, cost in zip(sums, costs, strict=True)))
         # One node was allowed when the draft was wanted.

@@ -101,8 +101,16 @@ def profile_from(seconds: dict[int, float], machine: str, num_nodes: int) -> Pro
     is_doubtful = any(seconds[size] > NOISE * bound for size, bound in zip(sizes, least, strict=True))
     whole = max(seconds.get(ALL_NODES, 0.0), seconds[ONE_NODE])
     drawn = max(seconds.get(ALL_DRAWN, 0.0), whole)
-    slopes = {"node_seconds": (whole - seconds[ONE_NODE]) / num_nodes, "drawn_seconds": (drawn - whole) / num_nodes}
-    return Profile(sizes, least, seconds[ONE_NODE], machine, is_doubtful=is_doubtful, **slopes)
+    node_seconds, drawn_seconds = (whole - seconds[ONE_NODE]) / num_nodes, (drawn - whole) / num_nodes
+    return Profile(
+        sizes,
+        least,
+        seconds[ONE_NODE],
+        machine,
+        is_doubtful=is_doubtful,
+        node_seconds=node_seconds,
+        drawn_seconds=drawn_seconds,
+    )
 
 
 def least_seconds(
@@ -115,7 +123,7 @@ def least_seconds(
     """Time passes in turn, so that a drifting machine hits all alike, for as long as the time allows.
 
     Args:
-        drafts (`dict[int, Callable]`): drafter passes with all that is done with them; at `ONE_NODE`, and more where they differ.
+        drafts (`dict[int, Callable]`): passes with all that is done with them: `ONE_NODE`, and more where they differ.
         target_pass (`Callable`): a target pass over a number of tokens.
         most (`float`): most tokens of a pass.
         clock (`Callable`): returns seconds, all that was asked of the device being done.

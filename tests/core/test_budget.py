@@ -1,5 +1,6 @@
 """Draft sizes that follow the machine: what is chosen, when nothing is drafted, and what that may cost."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import replace
@@ -16,6 +17,7 @@ import hf_specdiff
 from hf_specdiff import SpecDiffDrafter
 from hf_specdiff.core.budget import FIRST_PAUSE
 from hf_specdiff.core.budget import FIRST_STEPS
+from hf_specdiff.core.budget import LEAST_ROOM
 from hf_specdiff.core.budget import MOST_ADVANCE
 from hf_specdiff.core.budget import Allowance
 from hf_specdiff.core.budget import Budget
@@ -42,6 +44,11 @@ DEAR = Profile([1, 65], [0.010, 0.0101], drafter_seconds=1.0, allowance=1e3)  # 
 # Two targets on two CPU cores: one of 8 layers with a drafter of 2, and SmolLM2-135M.
 SHALLOW = Profile([1, 8, 16, 32, 64], [0.0064, 0.0073, 0.0081, 0.0097, 0.0134], 0.0028)
 SMOLLM2 = Profile([1, 8, 16, 32, 64], [0.061, 0.084, 0.092, 0.121, 0.178], 0.010)
+# The bundled target with its feature-conditioned drafter: a pass over 1 / 16 / 32 tokens takes 7.2 / 10.4 / 12.4 ms.
+BUNDLED = Profile([1, 16, 32, 64], [0.0076, 0.0108, 0.0128, 0.0174], 0.0045, node_seconds=0.00003)
+# Texts of that target, word problems and code: for each place the path probabilities of the drafter's tree of 32, per mille and
+# likeliest first, and which of its nodes, counted from 1, stand in the text.
+GAINS = Path(__file__).parent / "data" / "gains.json"
 NEUTRAL = [1.0] * (2 * NUM_CLASSES)
 AUTO = {"tree": {"tree_budget": "auto"}, "chain": {"draft_shape": "chain", "gamma": "auto"}}
 
@@ -90,6 +97,53 @@ class World:
         """Return tokens per second over plain decoding's."""
         tokens, seconds = (sum(column) for column in zip(*self.rounds(budget, costs, num_tokens), strict=True))
         return tokens / seconds * costs.target_cost(1)
+
+
+@dataclass
+class Recording:
+    """Greedy texts with the trees that were drafted at each of their places; every decoding begins at a place of its own.
+
+    Args:
+        task (`str`): `"math"` or `"code"`.
+    """
+
+    task: str
+
+    def texts(self) -> list[list[tuple[list[float], list[int]]]]:
+        """Return path probabilities and standing nodes, place by place."""
+        texts = json.loads(GAINS.read_text(encoding="utf-8"))[self.task]
+        return [
+            [([value / 1000 for value in values], nodes) for values, nodes in text[start:]]
+            for text in texts
+            for start in range(16)
+        ]
+
+    def fixed(self, size: int) -> float:
+        """Return the speed over plain decoding's of trees of one size."""
+        tokens = seconds = 0.0
+        for text in self.texts():
+            place = 0
+            while place < len(text):
+                accepted = sum(node <= size for node in text[place][1])
+                tokens, place = tokens + accepted + 1, place + accepted + 1
+                seconds += BUNDLED.round_cost(size + 1, is_drafted=True, num_nodes=size)
+        return tokens / seconds * BUNDLED.target_cost(1)
+
+    def adaptive(self, profile: Profile) -> float:
+        """Return the same of sizes that a budget chooses by a profile; rounds take what `BUNDLED` says in any case."""
+        tokens, clock = 0.0, Clock()
+        for text in self.texts():
+            budget, place = Budget(profile, 1, clock=clock), 0
+            while place < len(text):
+                is_drafted, (values, nodes) = budget.wants_draft(1), text[place]
+                room, least = budget.room, budget.smallest_value
+                size = budget.choose([chain([value for value in values[:room] if value > least])]) if is_drafted else 0
+                path = [0, *(node for node in nodes if node <= size)]
+                tokens, place = tokens + len(path), place + len(path)
+                clock.now += BUNDLED.round_cost(size + 1, is_drafted=is_drafted, num_nodes=room)
+                draft = Draft(torch.zeros(1, size, dtype=torch.long), None, has_prefix_law=True, values=[values[:size]])
+                budget.observe(Outcome(draft, [[5] * len(path)], [path], [place >= len(text)]))
+        return tokens / clock.now * BUNDLED.target_cost(1)
 
 
 class Clock:
@@ -240,6 +294,45 @@ def test_an_untrained_drafter_costs_three_percent_at_most(costs: Profile, claime
     world = World(claimed, [0.0])
     assert world.speed(Budget(profile, 1), costs, 39) >= 0.97
     assert world.speed(Budget(profile, 1), costs, 1000) >= 0.985
+
+
+@pytest.mark.parametrize("task", ["math", "code"])
+def test_no_fixed_size_is_clearly_better(task: str) -> None:
+    """On what a real drafter promised and a real target wrote; the best size is another one for each task."""
+    recording = Recording(task)
+    best = max(map(recording.fixed, (8, 15, 24, 32)))
+    assert recording.adaptive(BUNDLED) >= 0.97 * best
+    # Who takes a token of the target's pass for ten times as dear drafts too little.
+    misled = replace(BUNDLED, target_seconds=[0.0076, 0.0396, 0.0596, 0.1056])
+    assert recording.adaptive(misled) < 0.9 * best
+
+
+def test_a_tree_is_made_little_larger_than_what_is_verified_of_it() -> None:
+    budget, rooms = Budget(replace(BUNDLED, allowance=9.0), 1), []
+    for values in [[0.99] * 64] * 4 + [[0.001]] * 3:
+        budget.wants_draft(1)
+        rooms.append(budget.room)
+        budget.choose([chain(values[: budget.room])])
+    assert rooms[0] == LEAST_ROOM
+    assert rooms[:5] == sorted(set(rooms[:5]))  # it grows while all of it is taken
+    assert rooms[-1] == LEAST_ROOM
+
+
+def test_a_dearer_node_is_taken_more_rarely() -> None:
+    values = [0.85**i for i in range(1, 31)]
+    cheap, dear = (replace(BUNDLED, allowance=9.0, node_seconds=seconds) for seconds in (0.0, 0.001))
+    assert Budget(cheap, 1).choose([chain(values)]) > Budget(dear, 1).choose([chain(values)])
+    drawn = replace(cheap, drawn_seconds=0.001)
+    counts = [Budget(drawn, 1, draws_children=draws).choose([chain(values)]) for draws in (False, True)]
+    assert counts[0] > counts[1]
+
+
+def test_a_drafter_that_was_published_with_a_measured_size_need_not_wait() -> None:
+    dear = replace(BUNDLED, drafter_seconds=0.010)  # more than a plain step
+    assert not Budget(dear, 1).wants_draft(1)
+    assert Budget(dear, 1, is_vouched_for=True).wants_draft(1)
+    known = replace(dear, allowance=FIRST_STEPS)  # it has not kept its promise
+    assert not Budget(known, 1, is_vouched_for=True).wants_draft(1)
 
 
 @pytest.mark.parametrize("costs", [SHALLOW, SMOLLM2], ids=["shallow", "smollm2"])
