@@ -35,10 +35,10 @@ def kinds() -> Models:
     target = make_target(eos_token_id=None)
     words = Tokenizer(WordLevel({str(number): number for number in range(VOCAB_SIZE)}, unk_token="0"))
     words.pre_tokenizer = WhitespaceSplit()
-    body = make_body()
+    body, turned = make_body(), list(range(VOCAB_SIZE))[::-1]  # its words have other ids
     drafters = {
         "heads": make_drafter([0, 2], markov_rank=2),
-        "language model": hf_specdiff.DiffusionDrafter(body, mask_token_id=31, block_size=4, target=target),
+        "language model": hf_specdiff.DiffusionDrafter(body, mask_token_id=31, block_size=4, target=target, own_ids=turned),
         "own": Copying(),
     }
     return Models(target, PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0"), drafters)

@@ -164,8 +164,8 @@ def test_every_way_in_takes_a_language_model(way: str) -> None:
         return
     target, _, tokenizer = hf_specdiff.load_demo()
     config = target.config
-    body = make_body(vocab_size=config.vocab_size)
-    drafter = hf_specdiff.DiffusionDrafter(body, mask_token_id=config.vocab_size - 1, target=target)
+    body, turned = make_body(vocab_size=config.vocab_size), list(range(config.vocab_size))[::-1]
+    drafter = hf_specdiff.DiffusionDrafter(body, mask_token_id=config.vocab_size - 1, target=target, own_ids=turned)
     writer = pipeline("text-generation", model=hf_specdiff.attach(target), tokenizer=tokenizer, assistant_model=drafter)
     written = writer("def f(x):", do_sample=False, max_new_tokens=8)[0]["generated_text"]
     hf_specdiff.detach(target)
