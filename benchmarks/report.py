@@ -179,12 +179,14 @@ def hybrid_section(record: dict[str, Any] | None) -> str:
     if record is None:
         return "Not measured yet; `python -m benchmarks.hybrid` does it."
     conditions, pair = record["conditions"], record["pair"]
+    plain = next(row for row in record["rows"] if row["method"] == PLAIN)
     kinds, sizes = pair["layers"], [pair[f"{name}_parameters"] / 1e6 for name in ("target", "drafter")]
     lines = [
         f"An {pair['target_type']} of {sizes[0]:.1f}M parameters, {kinds.count('conv')} of its {len(kinds)} layers "
         f"convolutions, with a drafter of {sizes[1]:.1f}M;",
         f"{conditions['dtype']}, {conditions['machine']}, transformers {conditions['transformers']}. Written by "
-        f"`{conditions['command']}` ([`hybrid.json`](../benchmarks/results/hybrid.json)).",
+        f"`{conditions['command']}` ([`hybrid.json`](../benchmarks/results/hybrid.json)). "
+        f"The target answers {plain['num_right']} of {plain['num_prompts']} problems right.",
         "",
         speed_table(record["rows"]),
         "",

@@ -42,6 +42,7 @@ def test_a_dry_run_makes_and_measures_a_pair_and_goes_on_where_it_was_stopped(
     hybrid.main(folder, num_prompts=2, dry_run=True)
     section = hybrid_section(json.loads((folder / "hybrid.json").read_text()))
     assert "| math | 0 | 1 | drafter, chain |" in section
+    assert "The target answers 0 of 2 problems right." in section
     assert "| 15 | 0 % | 1.00 | 1.00 |" in section or record["passes"][-1]["acceptance_rate"] > 0
 
 
