@@ -9,7 +9,7 @@ demo: $(STAMP)  ## the main job: plain generate, an AR assistant and our drafter
 	$(BIN)/hf-specdiff demo
 
 test: $(STAMP)  ## all tests, two at a time
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 style: $(STAMP)  ## format and fix; the map of modules in docs/layout.md
 	$(BIN)/ruff format .

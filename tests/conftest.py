@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import LlamaForCausalLM
 
 from hf_specdiff import SpecDiffConfig
 from hf_specdiff import SpecDiffDrafter
+from hf_specdiff.core import measuring
 
 # Tiny models are all overhead: more threads only get in each other's way.
 torch.set_num_threads(1)
@@ -95,6 +97,15 @@ def make_drafter(target_layer_ids: list[int] | None = None, seed: int = 0, **ove
     drafter = SpecDiffDrafter(SpecDiffConfig(**fields)).eval()
     drafter.generation_config.tree_budget = 32
     return drafter
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_measuring() -> Iterator[None]:
+    """Sizes that follow the machine are measured in a few passes, not in two seconds: no test asks what passes cost here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "MOST_SECONDS", 0.0)
+        patch.setattr(measuring, "MOST_STEPS", 4)
+        yield
 
 
 @pytest.fixture(scope="session")

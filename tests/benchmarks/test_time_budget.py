@@ -72,7 +72,7 @@ def test_accuracy_within_a_time_is_measured_and_resumed(
     models: Models, work_clock: WorkClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = time_budget.Plan(
-        time_budget.scaling_methods(models, ("features",)), headline=0.2, difficulties=(2, 3), num_problems=1, max_new_tokens=64
+        time_budget.scaling_methods(models, ("features",)), headline=0.12, difficulties=(2, 3), num_problems=1, max_new_tokens=64
     )
     record = time_budget.benchmark_time_budget(models, plan, tmp_path / "out", {}, "command", work_clock)
     rows = record["rows"]
@@ -80,7 +80,7 @@ def test_accuracy_within_a_time_is_measured_and_resumed(
     for row in rows:
         assert {"method", "difficulty", "strategy", "budget_seconds", "accuracy", "problems", "seed"} == row.keys()
         assert row["accuracy"] in (0.0, 1.0)
-    assert record["conditions"]["headline_seconds"] == 0.2
+    assert record["conditions"]["headline_seconds"] == 0.12
     assert save(plot_accuracy(rows), tmp_path / "time_budget.png").is_file()
     lines = [json.loads(line) for line in (tmp_path / "out" / LINES).read_text().splitlines()]
     attempts = [time_budget.Attempt(**fields) for line in lines for fields in line]

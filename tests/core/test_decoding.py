@@ -18,7 +18,7 @@ from hf_specdiff.core import shapes
 from hf_specdiff.core.decoding import decode
 from hf_specdiff.core.record import Round
 from tests.conftest import make_drafter
-from tests.conftest import make_target
+from tests.conftest import shared_target
 
 # What makes the host wait for numbers of the device: methods of tensors, and operations whose result has no shape before.
 METHODS = {"tolist", "cpu", "numpy"}
@@ -112,7 +112,7 @@ def per_round(monkeypatch: pytest.MonkeyPatch, layers: list[int] | None, num_row
     monkeypatch.setattr(decoding, "decode", watched)
     with ReadBacks() as read_backs:
         hf_specdiff.generate(
-            make_target(),
+            shared_target(),
             torch.arange(3, 3 + num_rows * 4).view(num_rows, 4) % 29,
             assistant_model=make_drafter(layers, seed=3),
             max_new_tokens=16,

@@ -267,8 +267,12 @@ def test_windows_of_two_tokens_preserve_the_law(
 PROCESSED = {"temperature": 0.7, "repetition_penalty": 1.3}
 
 
-# Joint samples have many runs: three tokens, of which drafts reach one, and once four.
-PAIRS = {"tokens-plain": (None, {}, 3), "tokens-processed": (None, PROCESSED, 4), "features-processed": ([0, 1], PROCESSED, 3)}
+# Joint samples have many runs: three tokens, of which drafts reach one, and once four, some of them certain.
+PAIRS = {
+    "tokens-plain": (None, {}, 3),
+    "tokens-processed": (None, {**PROCESSED, "top_p": 0.7}, 4),
+    "features-processed": ([0, 1], PROCESSED, 3),
+}
 
 
 @pytest.mark.parametrize(
@@ -379,7 +383,8 @@ def test_processors_that_fail_on_drafted_texts_end_the_draft_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Out of order and in trees drafts leave the grammar; behind an end token all of them would."""
-    settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 0, "logits_processor": [GRAMMARS[grammar]]}
+    top_k = 3 if "samples" in scheme else 0  # joint samples have many runs
+    settings = {"max_new_tokens": 3, "do_sample": True, "top_k": top_k, "logits_processor": [GRAMMARS[grammar]]}
     plain = plain_law(settings)
     assert any(len(text) < PROMPT.shape[1] + 3 for text in plain)
     ours = law_of(
@@ -433,10 +438,8 @@ def test_children_at_a_temperature_learnt_on_the_way_preserve_the_law(
     monkeypatch.setattr(shapes.ChildTemperature, "observe", choose)
     settings = {"max_new_tokens": 5, "do_sample": True, "top_k": 2, **PROCESSED}
     scheme = {"draft_shape": "tree", "acceptance": "ratio", "tree_budget": 3, "gamma": 2}
-    plain = plain_law(settings)
-    ours = law_of(
-        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **scheme), monkeypatch
-    )
+    drafter, plain = drafter_for(None), plain_law(settings)
+    ours = law_of(lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, **settings, **scheme), monkeypatch)
     assert used == {1.0, *temperatures}
     assert distance(plain, ours) < TOLERANCE
 
@@ -456,10 +459,9 @@ def test_sizes_that_hang_on_what_was_accepted_preserve_the_law(
 
     monkeypatch.setattr(Calibration, "learn", learn)
     settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 2, **PROCESSED}
-    plain = plain_law(settings)
+    drafter, plain = drafter_for(None), plain_law(settings)
     ours = law_of(
-        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **MANY[scheme]),
-        monkeypatch,
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, **settings, **MANY[scheme]), monkeypatch
     )
     assert len({size for size, _ in sizes}) > 1
     assert {accepted for _, accepted in sizes} == {True, False}
@@ -470,11 +472,10 @@ def test_control_children_drawn_from_another_law_are_seen(
     target: LlamaForCausalLM, plain_law: Callable[[dict], Counter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shapes, "draw", lambda laws: draw(laws.square()))
-    settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 3}
-    plain = plain_law(settings)
+    settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 3, "top_p": 0.9}
+    drafter, plain = drafter_for(None), plain_law(settings)
     ours = law_of(
-        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter_for(None), **settings, **MANY["tree-ratio"]),
-        monkeypatch,
+        lambda: hf_specdiff.generate(target, PROMPT, assistant_model=drafter, **settings, **MANY["tree-ratio"]), monkeypatch
     )
     assert distance(plain, ours) > 1e-3
 

@@ -5,6 +5,7 @@ import torch
 from transformers import GPT2Config
 from transformers import GPT2LMHeadModel
 
+from hf_specdiff.core import measuring
 from hf_specdiff.core.costs import Profile
 from hf_specdiff.core.measuring import ALL_DRAWN
 from hf_specdiff.core.measuring import ALL_NODES
@@ -22,6 +23,13 @@ from tests.conftest import make_drafter
 
 SMALL = Profile([1, 8, 16, 32, 64], [0.061, 0.084, 0.092, 0.121, 0.178], 0.010, node_seconds=0.0001, drawn_seconds=0.0002)
 NUM_NODES = 64
+
+
+@pytest.fixture(autouse=True)
+def whole_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here measuring has the time that it has outside of tests."""
+    monkeypatch.setattr(measuring, "MOST_SECONDS", MOST_SECONDS)
+    monkeypatch.setattr(measuring, "MOST_STEPS", MOST_STEPS)
 
 
 class Machine:

@@ -64,7 +64,8 @@ def test_rows_are_plains_and_may_end_apart(model_type: str, layer_ids: list[int]
         assert output.speculation.tokens_per_round > 1.5
         end = {"eos_token_id": an_end(plain)}
         assert ours(model, layer_ids, **end).sequences.tolist() == plainly(model, **end).sequences.tolist()
-    assert ours(model, layer_ids).sequences.tolist() == plain.tolist()  # with drafts that are wrong
+    wrong = ours(model, layer_ids, max_new_tokens=8)  # drafts of a random drafter
+    assert wrong.sequences.tolist() == plain[:, : 12 + 8].tolist()
 
 
 class EndsWith(StoppingCriteria):

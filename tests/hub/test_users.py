@@ -16,35 +16,42 @@ from hf_specdiff.core.repository import code_files
 from .hub_server import Hub
 
 # The Hub's client and its HTTP library disagree about an argument.
-# One worker for all of them: what is published once serves every user.
-pytestmark = [pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"), pytest.mark.xdist_group("users")]
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 PACKAGE = Path(hf_specdiff.__file__).parent
 USER = Path(__file__).with_name("hub_user.py")
 
 
 @pytest.fixture(scope="module")
 def world(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Publish a target and both bundled drafters; return the environment of somebody who has never seen them."""
+    """Publish a target and both bundled drafters; return the environment of somebody who has never seen them.
+
+    The publisher then uses what was published, with the package; what came out of that lies beside the user's home.
+    """
     home = tmp_path_factory.mktemp("home")
     common = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     common.pop("HF_HUB_OFFLINE", None)
     owner = {**common, "HF_HOME": str(home / "owner"), "HF_TOKEN": "hf_writer"}
     script = """
+import runpy
 import sys
 import hf_specdiff
 from hf_specdiff.commands import main as cli
 
+home, user = sys.argv[1:]
 target, features, tokenizer = hf_specdiff.load_demo("features")
 target.push_to_hub("org/target")
 tokenizer.push_to_hub("org/target")
 tokens = hf_specdiff.load_demo("tokens")[1]
 for name, drafter in (("features", features), ("tokens", tokens)):
     drafter.config.target_model = "org/target"
-    drafter.save_pretrained(sys.argv[1] + name)
-    sys.argv[1:] = [sys.argv[1]]
-    cli.app(["publish", sys.argv[1] + name, "org/" + name], standalone_mode=False)
+    drafter.save_pretrained(home + name)
+    sys.argv[1:] = [home]
+    cli.app(["publish", home + name, "org/" + name], standalone_mode=False)
+sys.argv = [user, home, "package"]
+runpy.run_path(user)
 """
-    done = subprocess.run([sys.executable, "-c", script, f"{home}/"], env=owner, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", script, f"{home}/", str(USER)]
+    done = subprocess.run(command, env=owner, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Self-check passed") == 2
     assert "Published org/tokens v1" in done.stdout
@@ -84,8 +91,8 @@ def test_a_user_with_nothing_but_transformers(server: Hub, world: dict[str, str]
     assert len(server.log) == calls
 
 
-def test_a_user_with_the_package_needs_no_trust(world: dict[str, str], tmp_path: Path) -> None:
-    found = use(world, tmp_path, "package")
+def test_a_user_with_the_package_needs_no_trust(world: dict[str, str]) -> None:
+    found = json.loads(Path(world["HF_HOME"]).with_name("found.json").read_text())
     check_ways(found, is_short=True)  # batches and pipelines with the package have tests in its own process
     assert {"tokens way 3", "tokens way 4", "features way 3", "features way 4"} <= set(found)
     assert found["features class"] == "hf_specdiff.core.modeling_specdiff"

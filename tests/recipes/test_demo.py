@@ -39,7 +39,7 @@ def test_greedy_outputs_equal_plain_generate(pair: tuple, name: str) -> None:
     target, drafter, tokenizer = pair
     accepted = []
     for ids in ids_of(tokenizer, name, 2):
-        settings = {"do_sample": False, "max_new_tokens": 96}
+        settings = {"do_sample": False, "max_new_tokens": 48}
         expected = target.generate(ids, **settings)
         result = hf_specdiff.generate(target, ids, assistant_model=drafter, return_dict_in_generate=True, **settings)
         assert torch.equal(result.sequences, expected)
@@ -74,7 +74,7 @@ def test_sampling_with_every_rule_writes_text(pair: tuple) -> None:
             assistant_model=drafter,
             do_sample=True,
             top_p=0.95,
-            max_new_tokens=60,
+            max_new_tokens=40,
             acceptance=acceptance,
             return_dict_in_generate=True,
         )
@@ -93,7 +93,7 @@ def test_stop_strings_end_the_text_where_plain_generate_ends_it(pair: tuple) -> 
 def test_the_pipeline_takes_the_token_drafter() -> None:
     target, drafter, tokenizer = hf_specdiff.load_demo("tokens")
     prompt = hf_specdiff.load_prompts("math")[0]["prompt"]
-    settings = {"do_sample": False, "max_new_tokens": 60, "return_full_text": False}
+    settings = {"do_sample": False, "max_new_tokens": 24, "return_full_text": False}
     plain = pipeline("text-generation", model=target, tokenizer=tokenizer)(prompt, **settings)
     fast = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=drafter)(prompt, **settings)
     assert fast == plain
@@ -156,7 +156,7 @@ def test_the_head_is_that_of_the_recipe_and_brings_something() -> None:
     assert (drafter.config.markov_head_type, drafter.config.markov_rank) == (plan.head, plan.head_rank)
     assert drafter.generation_config.prompt_lookup_num_tokens == NUM_COPIED
     trunk = hf_specdiff.SpecDiffDrafter.from_pretrained(PAIR / "features", markov_rank=0).float().eval()
-    settings = {"do_sample": False, "max_new_tokens": 96, "return_dict_in_generate": True, "prompt_lookup_num_tokens": 0}
+    settings = {"do_sample": False, "max_new_tokens": 64, "return_dict_in_generate": True, "prompt_lookup_num_tokens": 0}
     num_rounds = {
         name: sum(
             hf_specdiff.generate(target, ids, assistant_model=one, **settings).speculation.num_rounds
