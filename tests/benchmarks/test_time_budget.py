@@ -72,7 +72,11 @@ def test_accuracy_within_a_time_is_measured_and_resumed(
     models: Models, work_clock: WorkClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = time_budget.Plan(
-        time_budget.scaling_methods(models, ("features",)), headline=0.12, difficulties=(2, 3), num_problems=1, max_new_tokens=64
+        time_budget.scaling_methods(models, ("features",)),
+        headline=0.12,
+        difficulties=(2, 3),
+        num_problems=1,
+        max_new_tokens=64,
     )
     record = time_budget.benchmark_time_budget(models, plan, tmp_path / "out", {}, "command", work_clock)
     rows = record["rows"]

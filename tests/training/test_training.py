@@ -1,9 +1,9 @@
 """The trainer: its windows are those of decoding, its data are whole or absent, its runs resume."""
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,7 @@ from hf_specdiff.training.evaluation import decode_held_out
 from hf_specdiff.training.first_weights import new_drafter
 from hf_specdiff.training.pipeline import fit_drafter
 from hf_specdiff.training.plan import TrainingPlan
+from hf_specdiff.training.processes import processes
 from hf_specdiff.training.prompts import encode
 from hf_specdiff.training.prompts import read_prompts
 from hf_specdiff.training.trainer import SpecDiffTrainer
@@ -406,35 +407,31 @@ def test_windows_stand_on_answers_and_end_with_them() -> None:
     assert not sequences.usable(4).any()
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
-from tests.conftest import MASK_TOKEN_ID, make_target
-from tests.training.test_training import make_sequences
-from hf_specdiff.training.evaluation import HeldOut
-from hf_specdiff.training.pipeline import fit_drafter
-from hf_specdiff.training.plan import TrainingPlan
-from hf_specdiff.training.processes import processes
-
-plan = TrainingPlan([0, 2], num_layers=1, block_size=4, num_epochs=2, batch_size=4, bf16=False, save_steps=2, eval_tokens=12)
-held_out = HeldOut([[5, 6], [7, 8, 9], [4, 3]], make_sequences(5, seed=9))
-assert processes().num_processes == 2
-assert fit_drafter(make_target(), make_sequences(), Path(sys.argv[2]), plan, mask_token_id=MASK_TOKEN_ID, held_out=held_out)
-"""
+def train_in_one_of_two(rank: int, folder: Path, port: int) -> None:
+    """Run in a process of its own, with the environment that `accelerate launch` gives to each of several."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    sizes = {"num_layers": 1, "block_size": 4, "num_epochs": 2, "batch_size": 4, "save_steps": 2, "eval_tokens": 12}
+    plan = TrainingPlan([0, 2], bf16=False, **sizes)
+    held_out = HeldOut([[5, 6], [7, 8, 9], [4, 3]], make_sequences(5, seed=9))
+    assert processes().num_processes == 2
+    assert fit_drafter(make_target(), make_sequences(), folder, plan, mask_token_id=MASK_TOKEN_ID, held_out=held_out)
 
 
 def test_two_processes_train_one_drafter(tmp_path: Path) -> None:
-    script, output = tmp_path / "run.py", tmp_path / "drafter"
-    script.write_text(SCRIPT)
-    # What `accelerate launch` runs for several processes; for those on CPUs alone it would ask for mpirun.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(script), str(Path(__file__).parents[2]), str(output)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    output = tmp_path / "drafter"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Both are forked from a process that has imported everything and run nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    both = [context.Process(target=train_in_one_of_two, args=(rank, output, port)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(timeout=240)
+    assert [process.exitcode for process in both] == [0, 0]
     drafter = SpecDiffDrafter.from_pretrained(output)
     assert drafter.config.block_size == 4
     checkpoint = last_whole_checkpoint(output / "work" / "checkpoints")
