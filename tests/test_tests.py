@@ -58,5 +58,5 @@ def test_it(monkeypatch):
     monkeypatch.setattr(trial, "public", time.perf_counter())
 """
     tree = ast.parse(source)
-    assert list(private_patches(tree)) == ["hf_specdiff.core.trial._one", "_two", "_three"]
+    assert set(private_patches(tree)) == {"hf_specdiff.core.trial._one", "_two", "_three"}
     assert list(clocks_read(tree)) == ["time.perf_counter()"]

@@ -234,7 +234,7 @@ def test_a_batch_leaves_the_callers_cache_as_plain_generate_does(is_padded: bool
     """Rows end at different lengths, and a second turn goes on from the cache."""
     target = shared_target(2)
     num_apart = 0
-    for seed in range(4):
+    for seed in range(6):
         ids, mask = batch_of([4, 7, 5] if is_padded else [6, 6, 6], seed)
         more = torch.randint(3, 28, (3, 2), generator=torch.Generator().manual_seed(seed))
         settings = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": 9, "pad_token_id": 0}
