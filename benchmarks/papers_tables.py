@@ -75,6 +75,25 @@ def papers_tables(record: dict[str, Any]) -> str:
     return "\n\n".join([part for part in parts if part] + [picture])
 
 
+def longer_tables(record: dict[str, Any]) -> str:
+    """Return what a longer alignment brings, as Markdown: whatever of `papers_tables` compares drafters.
+
+    Args:
+        record (`dict`): of `benchmarks.specdiff_papers`, with fewer objectives, seeds or settings.
+
+    Returns:
+        `str`: a paragraph and a table.
+    """
+    conditions, rows = record["conditions"], record["rows"]
+    drafters = list(dict.fromkeys(row["drafter"] for row in rows))
+    lines = [
+        f"The same language model aligned for {conditions['alignment_steps']:,} steps, {', '.join(conditions['objectives'])} alone, "
+        f"{conditions['num_seeds']} seed; {conditions['num_settings']} settings were decoded. Written by",
+        f"`{conditions['command']}` ([`specdiff_papers_longer.json`](../benchmarks/results/specdiff_papers_longer.json)).",
+    ]
+    return "\n".join(lines) + "\n\n" + _alignment(rows, drafters)
+
+
 def _conditions(record: dict[str, Any]) -> str:
     """Return how large the experiment was, and whether the text stayed right."""
     conditions, rows = record["conditions"], record["rows"]

@@ -15,6 +15,7 @@ import typer
 from benchmarks.context_cache import context_cache_section
 from benchmarks.experts import experts_section
 from benchmarks.growth import growth_table
+from benchmarks.papers_tables import longer_tables
 from benchmarks.papers_tables import papers_tables
 from benchmarks.papers_tables import plot_papers
 from hf_specdiff.benchmarks.journal import write_text
@@ -172,6 +173,11 @@ def papers_section(record: dict[str, Any] | None) -> str:
     if record is None:
         return "Not measured yet; `python -m benchmarks.specdiff_papers` does it."
     return papers_tables(record)
+
+
+def papers_longer_section(record: dict[str, Any] | None) -> str:
+    """Return what a longer alignment brings to it."""
+    return "A longer alignment is not measured yet." if record is None else longer_tables(record)
 
 
 def hybrid_section(record: dict[str, Any] | None) -> str:
@@ -343,6 +349,7 @@ PAGES: dict[str, dict[str, tuple[tuple[str, ...], Callable[..., str]]]] = {
         "smollm2": (("smollm2",), smollm2_section),
         "hybrid": (("hybrid",), hybrid_section),
         "specdiff_papers": (("specdiff_papers",), papers_section),
+        "specdiff_papers_longer": (("specdiff_papers_longer",), papers_longer_section),
         "context_cache": (("context_cache",), context_cache_section),
         "experts": (("experts",), experts_section),
     },
@@ -350,7 +357,7 @@ PAGES: dict[str, dict[str, tuple[tuple[str, ...], Callable[..., str]]]] = {
     "docs/your-model.md": {"growth": (("growth",), growth_section)},
 }
 # What a machine may not have measured yet.
-OPTIONAL = ("smollm2", "hybrid", "growth", "specdiff_papers")
+OPTIONAL = ("smollm2", "hybrid", "growth", "specdiff_papers", "specdiff_papers_longer")
 
 
 def read_record(root: Path, name: str) -> dict[str, Any]:

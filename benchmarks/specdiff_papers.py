@@ -425,7 +425,7 @@ def main(
     sizes = {name: value for name, value in asdict(scale).items() if name != "objectives"}
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
     options += "".join(f' --objective "{name}"' for name in objective or ())
-    command = f"python -m benchmarks.specdiff_papers {output} --work FOLDER {options}"
+    command = f"python -m benchmarks.specdiff_papers OUTPUT.json --work FOLDER {options}"
     conditions = conditions_of(Models(target, tokenizer, {}), command) | asdict(scale)
     parameters = {"drafter": experiment.drafter(UNALIGNED, 0).num_parameters(), "target": target.num_parameters()}
     num_wanted = len(settings_of(0.0)) * 2 * len(scale.names)
