@@ -51,12 +51,12 @@ BASELINE = "uniform CE"
 SUMMARY = (
     ("math", 0, 1, "transformers, AR assistant"),
     ("math", 0, 1, "transformers' dflash loop, features"),
-    ("math", 0, 1, "features, tree of 15"),
+    ("math", 0, 1, "features, tree of 15 with copies"),
     ("math", 0, 1, "tokens, tree of 15"),
     ("math", 0, 8, "features, chain"),
     ("math", 1, 1, "features, chain by match"),
     ("code", 0, 1, "transformers, prompt lookup"),
-    ("code", 0, 1, "features, tree of 15"),
+    ("code", 0, 1, "features, tree of 15 with copies"),
     ("code", 0, 1, "features, 8 samples by match"),
     ("code", 1, 1, "features, chain by ratio"),
 )

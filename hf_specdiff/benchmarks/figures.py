@@ -242,6 +242,8 @@ def times_of(details: list[Detail], plain: list[Detail], window: int | None) -> 
     peaks = [d.peak_bytes for d in details if d.peak_bytes is not None]
     loops = [d.loop_seconds for d in details if d.loop_seconds is not None]
     between = sum(loops) - sum(d.seconds - d.rest_seconds for d in details) if loops else None
+    if between is not None and between < 0:  # an "auto" call measured again what passes cost, outside its rounds
+        between = None
     figures: dict[str, Any] = {
         "target_seconds": sum(d.target_seconds for d in details) / num_rounds,
         "drafter_seconds": sum(d.drafter_seconds for d in details) / num_rounds,

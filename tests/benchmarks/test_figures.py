@@ -39,6 +39,8 @@ def test_figures_of_times_are_those_worked_out_by_hand() -> None:
     assert found["drafter_seconds"] == 0.5
     assert found["rest_seconds"] == pytest.approx(5 / 6)
     assert found["between_share"] == pytest.approx((13 - 11) / (13 - 2))  # loops of 13 s, passes of 11 s, prefill of 2 s
+    measured = [replace(detail, loop_seconds=3.0) for detail in details]  # passes outside the loop: no share of it
+    assert times_of(measured, details, window=8)["between_share"] is None
     assert found["first_token_seconds"] == 1.5
     assert found["share_of_limit"] == 8 / 16
     assert found["limit_ratio"] == 40 / 8
