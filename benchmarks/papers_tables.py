@@ -87,8 +87,8 @@ def longer_tables(record: dict[str, Any]) -> str:
     conditions, rows = record["conditions"], record["rows"]
     drafters = list(dict.fromkeys(row["drafter"] for row in rows))
     lines = [
-        f"The same language model aligned for {conditions['alignment_steps']:,} steps, {', '.join(conditions['objectives'])} alone, "
-        f"{conditions['num_seeds']} seed; {conditions['num_settings']} settings were decoded. Written by",
+        f"The same language model aligned for {conditions['alignment_steps']:,} steps, {', '.join(conditions['objectives'])} "
+        f"alone, {conditions['num_seeds']} seed; {conditions['num_settings']} settings were decoded. Written by",
         f"`{conditions['command']}` ([`specdiff_papers_longer.json`](../benchmarks/results/specdiff_papers_longer.json)).",
     ]
     return "\n".join(lines) + "\n\n" + _alignment(rows, drafters)

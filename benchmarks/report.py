@@ -57,7 +57,7 @@ SUMMARY = (
     ("math", 1, 1, "features, chain by match"),
     ("code", 0, 1, "transformers, prompt lookup"),
     ("code", 0, 1, "features, tree of 15 with copies"),
-    ("code", 0, 1, "features, 8 samples by match"),
+    ("code", 0, 1, "features, 8 samples by self-selection"),
     ("code", 1, 1, "features, chain by ratio"),
 )
 

@@ -1,5 +1,6 @@
 """README.md and docs/: their blocks run, their links lead somewhere, and what they name exists."""
 
+import inspect
 import itertools
 import re
 from collections import Counter
@@ -14,6 +15,7 @@ from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 
 import hf_specdiff
+from benchmarks import specdiff_papers
 from hf_specdiff.commands.main import app
 from hf_specdiff.core.speculation import SPECULATION_ARGUMENTS
 from tests.core.test_lossless import PROMPT
@@ -95,6 +97,7 @@ def test_options_named_by_themselves_exist() -> None:
     extra = {"--help", "--work", "--steps", "--num-seeds", "--drafter", "--no-deps"}  # of all; of `benchmarks`; of pip
     extra |= {"--num-category-prompts", "--num-sampled", "--num-untrained", "--minutes"}  # of benchmarks.smollm2
     extra |= {"--num-passes", "--length", "--num-tokens", "--num-calls"}  # of benchmarks.experts and benchmarks.context_cache
+    extra |= {f"--{name.replace('_', '-')}" for name in inspect.signature(specdiff_papers.main).parameters}
     extra |= {"--speculative-config", "--speculative-algorithm"}  # of vLLM; of SGLang, as the next two
     extra |= {"--speculative-draft-model-path", "--speculative-num-draft-tokens"}
     for path, text in TEXTS.items():
