@@ -45,7 +45,11 @@ def test_our_passes_take_the_kernel_that_the_model_has(kernel: str | None, monke
     taken = set()
     for name in ("grouped_mm", "batched_mm"):
         run = ALL_EXPERTS_FUNCTIONS[name]
-        watched = lambda *arguments, name=name, run=run: taken.add(name) or run(*arguments)  # noqa: E731
+
+        def watched(*arguments: Any, name: str = name, run: Any = run) -> Any:
+            taken.add(name)
+            return run(*arguments)
+
         monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, name, watched)
     ids = torch.arange(3, 9)[None]
     plain = target.generate(ids, do_sample=False, max_new_tokens=8)
